@@ -1,0 +1,177 @@
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use super::memory::Held;
+use super::outbox::Payload;
+use super::registry::{Loader, ModelEntry, Registry};
+use super::responder::Responder;
+use crate::error::{Error, ErrorKind, Fault, Result};
+use crate::id::ModelId;
+use crate::lane::{Job, Refusal, StopSignal};
+use crate::model::{ModelError, Vae, VaeInput, VaePlan};
+use crate::protocol::Outcome;
+use crate::tensor::TensorMeta;
+
+/// A VAE call with its memory, ready to run.
+#[derive(Debug)]
+pub(super) struct VaeCallJob {
+    pub(super) responder: Responder,
+    pub(super) model: Arc<ModelEntry>,
+    pub(super) plan: VaePlan,
+    pub(super) input: Held,
+    pub(super) input_meta: TensorMeta,
+    pub(super) output: Held,
+    /// Whether the result crosses as bytes behind the reply.
+    pub(super) inline: bool,
+}
+
+impl VaeCallJob {
+    /// Runs the call on `vae` and answers it.
+    pub(super) fn run_on(mut self, vae: &mut dyn Vae, stop: &dyn Fn() -> bool) -> Result<(), ModelError> {
+        self.responder.started();
+        let input = VaeInput { meta: self.input_meta, memory: self.input.span() };
+        let ran = vae.run(&self.plan, input, self.output.span(), stop);
+        self.responder.finished();
+        match ran {
+            Ok(()) => {
+                self.answer();
+                Ok(())
+            }
+            Err(ModelError::Changed { path }) => {
+                self.responder.fail(ModelError::Changed { path: path.clone() });
+                Err(ModelError::Changed { path })
+            }
+            Err(error) => {
+                self.responder.fail(error);
+                Ok(())
+            }
+        }
+    }
+
+    fn answer(self) {
+        let Self { responder, plan, input, output, inline, .. } = self;
+        // Given back before the client can know: its next call finds the slot free.
+        drop(input);
+        let (meta, mode) = (plan.output, plan.mode);
+        if inline {
+            let length = match meta.size_bytes() {
+                Ok(length) => length,
+                Err(error) => return responder.fail(error),
+            };
+            return responder.answer_with_payload(Outcome::InlineTensor { meta, mode }, Payload { held: output, length });
+        }
+        match output.hand_over(meta) {
+            Ok(descriptor) => responder.answer(Outcome::Tensor { descriptor, mode }),
+            Err(error) => responder.fail(error),
+        }
+    }
+}
+
+/// What the VAE lane is given.
+#[derive(Debug)]
+pub(super) enum VaeWork {
+    Call(VaeCallJob),
+    Load { responder: Responder, model: Arc<ModelEntry> },
+    Unload { responder: Responder, model: Arc<ModelEntry> },
+}
+
+/// What the VAE lane's thread owns.
+pub(super) struct VaeExecutor {
+    loader: Loader,
+    registry: Arc<Registry>,
+    loaded: HashMap<ModelId, Box<dyn Vae>>,
+}
+
+impl VaeExecutor {
+    pub(super) fn new(loader: Loader, registry: Arc<Registry>) -> Self {
+        loader.prepare_thread();
+        Self { loader, registry, loaded: HashMap::new() }
+    }
+
+    fn obtain(&mut self, model: &Arc<ModelEntry>) -> Result<&mut Box<dyn Vae>, ModelError> {
+        match self.loaded.entry(model.id()) {
+            std::collections::hash_map::Entry::Occupied(loaded) => Ok(loaded.into_mut()),
+            std::collections::hash_map::Entry::Vacant(place) => {
+                let vae = self.loader.load(model)?;
+                model.set_loaded(true);
+                Ok(place.insert(vae))
+            }
+        }
+    }
+
+    fn forget(&mut self, model: &ModelEntry) {
+        self.loaded.remove(&model.id());
+        model.set_loaded(false);
+        self.registry.forget(model);
+    }
+
+    fn call(&mut self, job: VaeCallJob, stop: &StopSignal<'_>) {
+        let model = Arc::clone(&job.model);
+        let vae = match self.obtain(&model) {
+            Ok(vae) => vae,
+            Err(error) => {
+                self.registry.forget(&model);
+                return job.responder.fail(error);
+            }
+        };
+        if job.run_on(&mut **vae, &|| stop.is_set()).is_err() {
+            self.forget(&model);
+        }
+    }
+}
+
+impl Job for VaeWork {
+    type Executor = VaeExecutor;
+
+    fn run(self, executor: &mut VaeExecutor, stop: &StopSignal<'_>) {
+        match self {
+            Self::Call(job) => executor.call(job, stop),
+            Self::Load { mut responder, model } => {
+                responder.started();
+                let loaded = executor.obtain(&model).map(|_| ());
+                responder.finished();
+                if loaded.is_err() {
+                    executor.registry.forget(&model);
+                }
+                responder.settle(loaded.map(|()| Outcome::Model(model.report())).map_err(Error::from));
+            }
+            Self::Unload { mut responder, model } => {
+                responder.started();
+                executor.forget(&model);
+                responder.finished();
+                responder.answer(Outcome::Done);
+            }
+        }
+    }
+
+    fn refuse(self, why: Refusal) {
+        let responder = match self {
+            Self::Call(job) => job.responder,
+            Self::Load { responder, .. } | Self::Unload { responder, .. } => responder,
+        };
+        responder.fail(refusal(why));
+    }
+}
+
+/// The fault that answers a request which was not run.
+fn refusal(why: Refusal) -> Fault {
+    match why {
+        Refusal::Full { capacity } => Fault::new(
+            ErrorKind::Busy,
+            format!("the VAE lane has {capacity} requests waiting; this one was not queued"),
+            "send it again after a pause, or raise --lane-capacity",
+        ),
+        Refusal::Cancelled => Fault::new(ErrorKind::Cancelled, "the request was cancelled while it waited", ""),
+        Refusal::Expired => Fault::new(
+            ErrorKind::Timeout,
+            "the request's time was up before its turn came; it was not run",
+            "allow more time, or send fewer requests at once",
+        ),
+        Refusal::SessionEnded => Fault::new(ErrorKind::Cancelled, "the session ended while the request waited", ""),
+        Refusal::ShuttingDown => Fault::new(
+            ErrorKind::ShuttingDown,
+            "the broker is stopping; the request was not run",
+            "send it again once the broker is back",
+        ),
+    }
+}

@@ -1,0 +1,164 @@
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::{Condvar, Mutex};
+
+use super::memory::Held;
+use crate::protocol::codec;
+use crate::protocol::ServerMessage;
+use crate::transport::{Attachment, Connection, FrameWriter, Wait, begin_frame, finish_frame};
+
+/// One session's way out. Whoever answers writes at once if there is room; what does not fit is left to a thread of
+/// the session's own, so that a client that does not read delays nobody else.
+#[derive(Debug)]
+pub(super) struct Outbox {
+    connection: Arc<dyn Connection>,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// Reused from frame to frame.
+    frame: Vec<u8>,
+    waiting: VecDeque<Outgoing>,
+    /// Whether the writing thread exists, and whether it has a frame in hand.
+    writer: Option<bool>,
+    closed: bool,
+}
+
+#[derive(Debug)]
+struct Outgoing {
+    frame: Vec<u8>,
+    attachments: Vec<Attachment>,
+    payload: Option<Payload>,
+    progress: FrameWriter,
+}
+
+/// Bytes that follow a message straight from the slot they were computed in.
+#[derive(Debug)]
+pub(super) struct Payload {
+    pub(super) held: Held,
+    pub(super) length: usize,
+}
+
+impl Payload {
+    fn bytes(&self) -> &[u8] {
+        self.held.span().bytes(self.length).unwrap_or_default()
+    }
+}
+
+impl Outbox {
+    pub(super) fn new(connection: Arc<dyn Connection>) -> Arc<Self> {
+        Arc::new(Self { connection, state: Mutex::default(), changed: Condvar::new() })
+    }
+
+    /// Sends what `message` makes, with `payload` behind it. `message` runs when the frame's place in the order of
+    /// frames is settled. What is sent to a client that is gone is dropped.
+    pub(super) fn post(
+        self: &Arc<Self>,
+        payload: Option<Payload>,
+        message: impl FnOnce(&mut Vec<Attachment>) -> ServerMessage,
+    ) {
+        let mut state = self.state.lock();
+        if state.closed {
+            return;
+        }
+        let mut attachments = Vec::new();
+        let message = message(&mut attachments);
+        let mut frame = std::mem::take(&mut state.frame);
+        begin_frame(&mut frame);
+        if let Err(error) = codec::encode(&message, &mut frame) {
+            tracing::error!(%error, message = message.name(), "a message could not be encoded; the session ends");
+            state.closed = true;
+            self.connection.close();
+            return;
+        }
+        finish_frame(&mut frame, payload.as_ref().map_or(0, |payload| payload.length as u64));
+        let mut progress = FrameWriter::default();
+        let idle = state.waiting.is_empty() && state.writer != Some(true);
+        if idle {
+            let bytes = payload.as_ref().map(Payload::bytes).unwrap_or_default();
+            match progress.write(&*self.connection, &frame, bytes, &mut attachments, Wait::Never) {
+                Ok(true) => {
+                    state.frame = frame;
+                    return;
+                }
+                Ok(false) => {}
+                Err(_) => {
+                    state.closed = true;
+                    self.connection.close();
+                    return;
+                }
+            }
+        }
+        state.waiting.push_back(Outgoing { frame, attachments, payload, progress });
+        if state.writer.is_none() {
+            state.writer = Some(false);
+            self.start_writer(&mut state);
+        }
+        drop(state);
+        self.changed.notify_all();
+    }
+
+    fn start_writer(self: &Arc<Self>, state: &mut State) {
+        let outbox = Arc::clone(self);
+        let started = std::thread::Builder::new().name("luna-outbox".to_owned()).spawn(move || outbox.write_waiting());
+        if let Err(error) = started {
+            tracing::error!(%error, "no thread for a slow client's replies; the session ends");
+            state.closed = true;
+            self.connection.close();
+        }
+    }
+
+    fn write_waiting(&self) {
+        let mut state = self.state.lock();
+        loop {
+            if state.closed {
+                state.waiting.clear();
+                return;
+            }
+            let Some(mut next) = state.waiting.pop_front() else {
+                self.changed.wait(&mut state);
+                continue;
+            };
+            state.writer = Some(true);
+            drop(state);
+            let bytes = next.payload.as_ref().map(Payload::bytes).unwrap_or_default();
+            let written =
+                next.progress.write(&*self.connection, &next.frame, bytes, &mut next.attachments, Wait::Block);
+            drop(next);
+            state = self.state.lock();
+            state.writer = Some(false);
+            if let Err(error) = written {
+                tracing::warn!(%error, "a client does not take its replies; the session ends");
+                state.closed = true;
+                self.connection.close();
+            }
+            self.changed.notify_all();
+        }
+    }
+
+    /// Waits until everything posted is written, or `limit` has passed.
+    pub(super) fn flush(&self, limit: Duration) {
+        let mut state = self.state.lock();
+        while !state.closed && (!state.waiting.is_empty() || state.writer == Some(true)) {
+            if self.changed.wait_for(&mut state, limit).timed_out() {
+                return;
+            }
+        }
+    }
+
+    /// Ends the connection, which ends the session that reads from it.
+    pub(super) fn hang_up(&self) {
+        self.close();
+        self.connection.close();
+    }
+
+    /// Drops what was not written and ends the writing thread.
+    pub(super) fn close(&self) {
+        self.state.lock().closed = true;
+        self.changed.notify_all();
+    }
+}

@@ -1,0 +1,228 @@
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use parking_lot::Mutex;
+
+use crate::id::ModelId;
+use crate::model::{HandOff, ModelError, ModelFile, Vae, VaeFacts, WeightStorage, vae_facts};
+use crate::protocol::ModelReport;
+use crate::service::Service;
+
+/// The do-nothing VAE's name.
+const HAND_OFF: &str = "builtin:hand-off";
+
+/// More files than anybody keeps in a model folder; bounds what a listing opens.
+const MAX_LISTED: usize = 4096;
+
+/// A model that can be asked for: recognised, perhaps loaded.
+#[derive(Debug)]
+pub(super) struct ModelEntry {
+    id: ModelId,
+    name: String,
+    source: Source,
+    facts: VaeFacts,
+    loaded: AtomicBool,
+}
+
+#[derive(Debug)]
+enum Source {
+    HandOff,
+    File(Arc<ModelFile>),
+}
+
+impl ModelEntry {
+    pub(super) fn id(&self) -> ModelId {
+        self.id
+    }
+
+    pub(super) fn facts(&self) -> &VaeFacts {
+        &self.facts
+    }
+
+    pub(super) fn set_loaded(&self, loaded: bool) {
+        self.loaded.store(loaded, Ordering::Relaxed);
+    }
+
+    pub(super) fn report(&self) -> ModelReport {
+        let path = match &self.source {
+            Source::HandOff => String::new(),
+            Source::File(file) => file.path().to_string_lossy().into_owned(),
+        };
+        ModelReport {
+            name: self.name.clone(),
+            path,
+            service: Service::Vae,
+            family: self.facts.family.to_owned(),
+            loaded: self.loaded.load(Ordering::Relaxed),
+            bytes: self.facts.weight_bytes,
+            device: "cpu".to_owned(),
+            latent_channels: self.facts.latent_channels,
+            ratio: self.facts.ratio,
+        }
+    }
+}
+
+/// Models by name.
+#[derive(Debug)]
+pub(super) struct Registry {
+    folders: Vec<PathBuf>,
+    bench_models: bool,
+    next: AtomicU64,
+    /// By every name under which somebody asked for them.
+    known: Mutex<HashMap<String, Arc<ModelEntry>>>,
+}
+
+impl Registry {
+    pub(super) fn new(folders: Vec<PathBuf>, bench_models: bool) -> Self {
+        Self { folders, bench_models, next: AtomicU64::new(1), known: Mutex::default() }
+    }
+
+    /// The model of that name or path. Reads the header of a file that was not asked for before; loads nothing.
+    ///
+    /// # Errors
+    /// [`ModelError`]: not found, not a model, not one with a VAE.
+    pub(super) fn resolve(&self, name: &str) -> Result<Arc<ModelEntry>, ModelError> {
+        if let Some(entry) = self.known.lock().get(name) {
+            return Ok(Arc::clone(entry));
+        }
+        if name == HAND_OFF && self.bench_models {
+            return Ok(self.add(name, Source::HandOff, HandOff::facts()));
+        }
+        let path = self.find(name)?;
+        let file = ModelFile::open(&path)?;
+        let facts = vae_facts(&file)?;
+        let mut known = self.known.lock();
+        // Two names of one file are one model.
+        let same = known.values().find(|entry| matches!(&entry.source, Source::File(known) if known.path() == path));
+        if let Some(entry) = same.cloned() {
+            known.insert(name.to_owned(), Arc::clone(&entry));
+            return Ok(entry);
+        }
+        drop(known);
+        let shown = path.file_name().map_or_else(|| name.to_owned(), |file| file.to_string_lossy().into_owned());
+        let entry = self.add(name, Source::File(Arc::new(file)), facts);
+        tracing::info!(model = %shown, family = entry.facts.family, bytes = entry.facts.weight_bytes, "model recognised");
+        Ok(entry)
+    }
+
+    fn add(&self, name: &str, source: Source, facts: VaeFacts) -> Arc<ModelEntry> {
+        let shown = match &source {
+            Source::HandOff => name.to_owned(),
+            Source::File(file) => {
+                file.path().file_name().map_or_else(|| name.to_owned(), |file| file.to_string_lossy().into_owned())
+            }
+        };
+        let id = ModelId(self.next.fetch_add(1, Ordering::Relaxed));
+        let entry = ModelEntry { id, name: shown, source, facts, loaded: AtomicBool::new(false) };
+        let mut known = self.known.lock();
+        Arc::clone(known.entry(name.to_owned()).or_insert_with(|| Arc::new(entry)))
+    }
+
+    /// The next request for this model looks at the file anew.
+    pub(super) fn forget(&self, model: &ModelEntry) {
+        self.known.lock().retain(|_, entry| entry.id != model.id);
+    }
+
+    fn find(&self, name: &str) -> Result<PathBuf, ModelError> {
+        let given = Path::new(name);
+        let not_found = || ModelError::NotFound { name: name.to_owned(), searched: self.places() };
+        if given.is_absolute() {
+            // Missing files are the opener's to report: it knows the reason.
+            return Ok(std::fs::canonicalize(given).unwrap_or_else(|_| given.to_owned()));
+        }
+        // A name must stay inside the folders.
+        let plain = given.components().all(|part| matches!(part, std::path::Component::Normal(_)));
+        if !plain || name.is_empty() {
+            return Err(not_found());
+        }
+        let with_extension = format!("{name}.safetensors");
+        let candidates = self.folders.iter().flat_map(|folder| [folder.join(given), folder.join(&with_extension)]);
+        let found = candidates.into_iter().find(|path| path.is_file()).ok_or_else(not_found)?;
+        Ok(std::fs::canonicalize(&found).unwrap_or(found))
+    }
+
+    fn places(&self) -> String {
+        let mut places: Vec<String> = self.folders.iter().map(|folder| folder.display().to_string()).collect();
+        if places.is_empty() {
+            places.push("no folder, as none was named with --models".to_owned());
+        }
+        places.join(", ")
+    }
+
+    /// Every model that was asked for, and every file with a VAE in the model folders.
+    pub(super) fn list(&self) -> Vec<ModelReport> {
+        for path in self.files() {
+            let name = self.relative_name(&path);
+            if let Err(error) = self.resolve(&name) {
+                tracing::debug!(%name, %error, "not listed");
+            }
+        }
+        self.known_reports()
+    }
+
+    /// Every model that was asked for.
+    pub(super) fn known_reports(&self) -> Vec<ModelReport> {
+        let known = self.known.lock();
+        let mut entries: Vec<&Arc<ModelEntry>> = known.values().collect();
+        entries.sort_by_key(|entry| entry.id);
+        entries.dedup_by_key(|entry| entry.id);
+        entries.into_iter().map(|entry| entry.report()).collect()
+    }
+
+    fn files(&self) -> Vec<PathBuf> {
+        let mut files = Vec::new();
+        let mut folders = self.folders.clone();
+        while let Some(folder) = folders.pop() {
+            let Ok(entries) = std::fs::read_dir(&folder) else { continue };
+            for entry in entries.flatten() {
+                // Links to folders are not followed: a circle would never end.
+                let path = entry.path();
+                if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                    folders.push(path);
+                } else if path.extension().is_some_and(|extension| extension == "safetensors") && files.len() < MAX_LISTED {
+                    files.push(path);
+                }
+            }
+        }
+        files.sort();
+        files
+    }
+
+    fn relative_name(&self, path: &Path) -> String {
+        let relative = self.folders.iter().find_map(|folder| path.strip_prefix(folder).ok());
+        relative.unwrap_or(path).to_string_lossy().into_owned()
+    }
+}
+
+/// Turns an entry into something that runs, on the lane's thread.
+#[derive(Debug, Clone)]
+pub(super) struct Loader {
+    pub(super) storage: WeightStorage,
+    pub(super) threads: usize,
+}
+
+impl Loader {
+    pub(super) fn prepare_thread(&self) {
+        #[cfg(feature = "torch")]
+        if self.threads > 0 {
+            crate::model::torch::set_threads(self.threads);
+        }
+    }
+
+    /// # Errors
+    /// [`ModelError`]; [`ModelError::Unsupported`] for a file in a build without executors.
+    pub(super) fn load(&self, model: &ModelEntry) -> Result<Box<dyn Vae>, ModelError> {
+        match &model.source {
+            Source::HandOff => Ok(Box::new(HandOff)),
+            #[cfg(feature = "torch")]
+            Source::File(file) => self.load_file(file),
+            #[cfg(not(feature = "torch"))]
+            Source::File(file) => Err(ModelError::Unsupported {
+                path: file.path().to_owned(),
+                what: "running models, as this broker was built without the feature torch, this file's VAE".to_owned(),
+            }),
+        }
+    }
+}

@@ -1,0 +1,138 @@
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use parking_lot::Mutex;
+
+use super::memory::SessionMemory;
+use super::outbox::{Outbox, Payload};
+use super::state::State;
+use crate::error::{Error, ErrorKind, Fault};
+use crate::id::{RequestId, SessionId};
+use crate::protocol::{DeviceRung, Outcome, Reply, ServerMessage, SessionMachine, Times};
+use crate::transport::Peer;
+
+/// The part of a session that lanes and `status` reach.
+#[derive(Debug)]
+pub(super) struct SessionLink {
+    id: SessionId,
+    pub(super) peer: Peer,
+    pub(super) outbox: Arc<Outbox>,
+    pub(super) machine: Mutex<SessionMachine>,
+    pub(super) answered: AtomicU64,
+    /// Absent until the session is negotiated.
+    pub(super) open: std::sync::OnceLock<OpenSession>,
+}
+
+/// What negotiation settles.
+#[derive(Debug)]
+pub(super) struct OpenSession {
+    pub(super) name: String,
+    pub(super) rung: DeviceRung,
+    pub(super) memory: Arc<SessionMemory>,
+}
+
+impl SessionLink {
+    pub(super) fn new(id: SessionId, peer: Peer, outbox: Arc<Outbox>, in_flight: usize) -> Arc<Self> {
+        Arc::new(Self {
+            id,
+            peer,
+            outbox,
+            machine: Mutex::new(SessionMachine::new(in_flight)),
+            answered: AtomicU64::new(0),
+            open: std::sync::OnceLock::new(),
+        })
+    }
+
+    pub(super) fn id(&self) -> SessionId {
+        self.id
+    }
+}
+
+/// The duty to answer one request. Dropped unanswered, it answers that the job ended without a result.
+#[derive(Debug)]
+pub(super) struct Responder {
+    state: Arc<State>,
+    link: Arc<SessionLink>,
+    request: RequestId,
+    times: Times,
+    answered: bool,
+}
+
+impl Responder {
+    pub(super) fn new(state: &Arc<State>, link: &Arc<SessionLink>, request: RequestId) -> Self {
+        let times = Times { enqueued_ns: state.clock.now_ns(), started_ns: 0, finished_ns: 0 };
+        Self { state: Arc::clone(state), link: Arc::clone(link), request, times, answered: false }
+    }
+
+    pub(super) fn session(&self) -> SessionId {
+        self.link.id
+    }
+
+    pub(super) fn request(&self) -> RequestId {
+        self.request
+    }
+
+    /// Execution begins now.
+    pub(super) fn started(&mut self) {
+        self.times.started_ns = self.state.clock.now_ns();
+    }
+
+    /// Execution ended now.
+    pub(super) fn finished(&mut self) {
+        self.times.finished_ns = self.state.clock.now_ns();
+    }
+
+    pub(super) fn answer(mut self, outcome: Outcome) {
+        self.send(outcome, None);
+    }
+
+    pub(super) fn answer_with_payload(mut self, outcome: Outcome, payload: Payload) {
+        self.send(outcome, Some(payload));
+    }
+
+    pub(super) fn fail(self, error: impl Into<Error>) {
+        let fault = error.into().into_fault();
+        tracing::debug!(session = %self.link.id, request = %self.request, %fault, "request failed");
+        self.answer(Outcome::Fault(fault));
+    }
+
+    pub(super) fn settle(self, result: Result<Outcome, Error>) {
+        match result {
+            Ok(outcome) => self.answer(outcome),
+            Err(error) => self.fail(error),
+        }
+    }
+
+    fn send(&mut self, outcome: Outcome, payload: Option<Payload>) {
+        self.answered = true;
+        if self.times.finished_ns == 0 {
+            self.times.finished_ns = self.state.clock.now_ns();
+            if self.times.started_ns == 0 {
+                self.times.started_ns = self.times.finished_ns;
+            }
+        }
+        self.state.counters.requests.fetch_add(1, Ordering::Relaxed);
+        if matches!(outcome, Outcome::Fault(_)) {
+            self.state.counters.faults.fetch_add(1, Ordering::Relaxed);
+        }
+        self.link.answered.fetch_add(1, Ordering::Relaxed);
+        // Before the answer is out: the client may use the id again as soon as it has read it.
+        self.link.machine.lock().answered(self.request);
+        let (id, times) = (self.request, self.times);
+        let memory = self.link.open.get().map(|open| &open.memory);
+        self.link.outbox.post(payload, |attachments| {
+            let arenas = memory.map(|memory| memory.announce(attachments)).unwrap_or_default();
+            ServerMessage::Reply(Reply { id, times, arenas, outcome })
+        });
+    }
+}
+
+impl Drop for Responder {
+    fn drop(&mut self) {
+        if !self.answered {
+            let message = "the executor stopped in the middle of this request; the model and all other requests are intact";
+            let remedy = "send it again; if it fails again, the broker's log has the cause";
+            self.send(Outcome::Fault(Fault::new(ErrorKind::Internal, message, remedy)), None);
+        }
+    }
+}

@@ -1,0 +1,211 @@
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+
+use super::clock::Clock;
+use super::jobs::VaeExecutor;
+use super::registry::{Loader, Registry};
+use super::session::Session;
+use super::state::{Counters, Sessions, State};
+use crate::config::{BrokerConfig, ConfigError};
+use crate::error::{Error, ErrorKind, Result};
+use crate::id::Epoch;
+use crate::lane::{Lane, Policy, Queue};
+use crate::model::WeightStorage;
+use crate::protocol::{ModelReport, ServerMessage, Status};
+use crate::transport::{Connection, Listener, LocalListener, MemoryConnection, MemoryListener};
+
+/// How long an orderly shutdown waits for clients to take their last replies.
+const FAREWELL: Duration = Duration::from_secs(2);
+
+/// Settings of a broker that is not running yet.
+#[derive(Debug, Clone, Default)]
+pub struct BrokerBuilder {
+    config: BrokerConfig,
+    address: Option<String>,
+}
+
+impl BrokerBuilder {
+    /// Uses these settings.
+    #[must_use]
+    pub fn config(mut self, config: BrokerConfig) -> Self {
+        self.config = config;
+        self
+    }
+
+    /// Listens at this local socket (a path; on Windows the name of a pipe). Default: none, only
+    /// [`Broker::connect_local`] reaches the broker then.
+    #[must_use]
+    pub fn address(mut self, address: impl Into<String>) -> Self {
+        self.address = Some(address.into());
+        self
+    }
+
+    /// Starts the broker: its lanes, and a thread that accepts connections.
+    ///
+    /// # Errors
+    /// A setting out of bounds, an address that is taken, a thread that cannot be started.
+    pub fn start(self) -> Result<Broker> {
+        let Self { config, address } = self;
+        config.validate()?;
+        let local = match &address {
+            Some(address) => Some(Arc::new(LocalListener::bind(address)?)),
+            None => None,
+        };
+        let memory = Arc::new(MemoryListener::new());
+        let shown = local.as_ref().map_or_else(|| memory.address(), |listener| listener.address());
+        let state = Arc::new(make_state(config, shown)?);
+        let mut listeners: Vec<Arc<dyn Listener>> = vec![Arc::clone(&memory) as Arc<dyn Listener>];
+        listeners.extend(local.map(|listener| listener as Arc<dyn Listener>));
+        let mut threads = Vec::new();
+        for listener in &listeners {
+            let (listener, state) = (Arc::clone(listener), Arc::clone(&state));
+            let thread = std::thread::Builder::new().name("luna-accept".to_owned());
+            threads.push(thread.spawn(move || accept(&state, &*listener)).map_err(no_thread)?);
+        }
+        tracing::info!(address = state.address, "broker started");
+        Ok(Broker { state, listeners, memory, threads: Mutex::new(threads), stopped: AtomicBool::new(false) })
+    }
+}
+
+fn no_thread(error: std::io::Error) -> Error {
+    Error::new(ErrorKind::Io, format!("a thread could not be started: {error}"), "raise the limit of processes")
+}
+
+fn make_state(config: BrokerConfig, address: String) -> Result<State> {
+    let mut epoch = [0; 8];
+    getrandom::fill(&mut epoch).map_err(|error| Error::new(ErrorKind::Internal, error.to_string(), ""))?;
+    let registry = Arc::new(Registry::new(config.model_folders.clone(), config.bench_models));
+    let storage = if config.copy_weights { WeightStorage::Copied } else { WeightStorage::Mapped };
+    let loader = Loader { storage, threads: config.threads };
+    let lane_registry = Arc::clone(&registry);
+    let queue = Queue::new(Policy::Fifo, config.lane_capacity);
+    let vae_lane = Lane::spawn("luna-vae", queue, move || VaeExecutor::new(loader, lane_registry)).map_err(no_thread)?;
+    Ok(State {
+        config,
+        address,
+        epoch: Epoch(u64::from_le_bytes(epoch)),
+        clock: Clock::start(),
+        registry,
+        vae_lane,
+        sessions: Sessions::default(),
+        counters: Counters::default(),
+        arena_ids: Arc::new(AtomicU32::new(0)),
+        stopping: AtomicBool::new(false),
+    })
+}
+
+fn accept(state: &Arc<State>, listener: &dyn Listener) {
+    loop {
+        match listener.accept() {
+            Ok(None) => return,
+            Ok(Some(connection)) => serve(state, connection),
+            Err(error) => {
+                tracing::warn!(%error, "a connection could not be accepted");
+                // Out of descriptors, most likely: trying again at once would only burn a core.
+                std::thread::sleep(Duration::from_millis(50));
+            }
+        }
+    }
+}
+
+fn serve(state: &Arc<State>, connection: Arc<dyn Connection>) {
+    if state.stopping.load(Ordering::Acquire) {
+        return connection.close();
+    }
+    let state = Arc::clone(state);
+    let session = std::thread::Builder::new().name("luna-session".to_owned());
+    let started = session.spawn(move || Session::serve(state, connection));
+    if let Err(error) = started {
+        tracing::error!(%error, "no thread for a new session");
+    }
+}
+
+/// A running broker. Dropping it stops it.
+#[derive(Debug)]
+pub struct Broker {
+    state: Arc<State>,
+    listeners: Vec<Arc<dyn Listener>>,
+    memory: Arc<MemoryListener>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+    stopped: AtomicBool,
+}
+
+impl Broker {
+    /// Settings to start a broker with.
+    #[must_use]
+    pub fn builder() -> BrokerBuilder {
+        BrokerBuilder::default()
+    }
+
+    /// Where clients find the broker.
+    #[must_use]
+    pub fn address(&self) -> &str {
+        &self.state.address
+    }
+
+    /// A connection from inside this process; [`crate::client::Client::over`] makes a client of it, on the rung `local`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::ConnectionLost`] once the broker is stopped.
+    pub fn connect_local(&self) -> Result<MemoryConnection> {
+        Ok(self.memory.connect()?)
+    }
+
+    /// Everything about the broker at this moment.
+    #[must_use]
+    pub fn status(&self) -> Status {
+        self.state.status()
+    }
+
+    /// Recognises a model by name or path without loading it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::ModelNotFound`], [`ErrorKind::InvalidModel`], [`ErrorKind::Unsupported`].
+    pub fn describe(&self, model: &str) -> Result<ModelReport> {
+        Ok(self.state.registry.resolve(model)?.report())
+    }
+
+    /// Stops in order: no new connections, the running jobs finish, everything that waits is answered, sessions end.
+    /// Repeating it is harmless.
+    pub fn shut_down(&self) {
+        if self.stopped.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        self.state.stopping.store(true, Ordering::Release);
+        for listener in &self.listeners {
+            listener.close();
+        }
+        for thread in self.threads.lock().drain(..) {
+            if thread.join().is_err() {
+                tracing::error!("an accepting thread panicked");
+            }
+        }
+        let sessions = self.state.sessions.all();
+        for link in &sessions {
+            link.outbox.post(None, |_| ServerMessage::Closing);
+        }
+        self.state.vae_lane.shut_down();
+        for link in &sessions {
+            link.outbox.flush(FAREWELL);
+            link.outbox.hang_up();
+        }
+        self.state.sessions.wait_empty(FAREWELL);
+        tracing::info!("broker stopped");
+    }
+}
+
+impl Drop for Broker {
+    fn drop(&mut self) {
+        self.shut_down();
+    }
+}
+
+impl From<ConfigError> for Error {
+    fn from(error: ConfigError) -> Self {
+        Self::new(ErrorKind::Configuration, error.to_string(), "correct the setting")
+    }
+}

@@ -1,0 +1,353 @@
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use super::jobs::{VaeCallJob, VaeWork};
+use super::memory::{Held, Limits, SessionMemory};
+use super::outbox::Outbox;
+use super::responder::{OpenSession, Responder, SessionLink};
+use super::state::State;
+use crate::device::{Device, HostDevice, HostSharing, InProcessDevice};
+use crate::error::{Error, ErrorKind, Fault, Result};
+use crate::id::{RequestId, SessionId};
+use crate::lane::Entry;
+use crate::model::{HandOff, Vae};
+use crate::protocol::{
+    Accepted, Action, DeviceRung, Features, Hello, NONCE_BYTES, Operation, Outcome, PROTOCOL_VERSION, Phase, ProbeAnswer,
+    ProbeOffer, ProbeOutcome, Reason, Rung, ServerMessage, TensorSource, VaeRequest, Welcome, codec, negotiate, settle,
+};
+use crate::tensor::TensorMeta;
+use crate::transport::{Abilities, Connection, FrameReader, Peer, TransportError};
+
+/// One connection on the broker's side, on the thread that reads it.
+pub(super) struct Session {
+    state: Arc<State>,
+    link: Arc<SessionLink>,
+    connection: Arc<dyn Connection>,
+    reader: FrameReader,
+    probing: Option<Probing>,
+    /// Runs calls that are not worth a queue.
+    inline_vae: HandOff,
+}
+
+/// A session between its welcome and the answer to its probe.
+struct Probing {
+    hello: Hello,
+    planned: (Rung, Reason),
+    memory: Arc<SessionMemory>,
+    slot: Held,
+    nonce: [u8; NONCE_BYTES],
+}
+
+impl Session {
+    /// Serves `connection` until it ends.
+    pub(super) fn serve(state: Arc<State>, connection: Arc<dyn Connection>) {
+        let outbox = Outbox::new(Arc::clone(&connection));
+        let id = state.sessions.next_id();
+        let link = SessionLink::new(id, connection.peer(), outbox, state.config.session_in_flight);
+        state.sessions.add(&link);
+        let reader = FrameReader::new(codec::MAX_MESSAGE_BYTES, state.config.session_bytes);
+        let mut session = Self { state, link, connection, reader, probing: None, inline_vae: HandOff };
+        let ended = session.run();
+        session.end(ended);
+    }
+
+    fn run(&mut self) -> Result<()> {
+        admit(self.connection.peer())?;
+        loop {
+            let negotiated = self.link.open.get().is_some();
+            let timeout = (!negotiated).then_some(self.state.config.negotiation_timeout);
+            self.reader.next(&*self.connection, timeout)?;
+            let message = codec::decode(self.reader.message())?;
+            let action = self.link.machine.lock().receive(message)?;
+            match action {
+                Action::Start { id, timeout_ms, releases, operation } => {
+                    let responder = Responder::new(&self.state, &self.link, id);
+                    self.memory()?.release(&releases);
+                    self.start(responder, timeout_ms, operation);
+                }
+                Action::Cancel(id) => self.state.vae_lane.cancel(self.link.id(), id),
+                Action::Release(leases) => self.memory()?.release(&leases),
+                Action::Reject { id, releases, limit } => self.reject(id, &releases, limit)?,
+                Action::Opened(arena) => self.opened(arena),
+                Action::Negotiate(hello) => self.negotiate(hello)?,
+                Action::Settle(answer) => self.settle(&answer)?,
+                Action::Ignore => {}
+                Action::Leave => return Ok(()),
+            }
+        }
+    }
+
+    fn memory(&self) -> Result<&Arc<SessionMemory>> {
+        let open = self.link.open.get();
+        open.map(|open| &open.memory).ok_or_else(|| Error::new(ErrorKind::Protocol, "the session is not negotiated", ""))
+    }
+
+    fn end(self, ended: Result<()>) {
+        let Self { state, link, connection, probing, .. } = self;
+        link.machine.lock().close();
+        match (&ended, link.open.get()) {
+            (Ok(()), _) => tracing::info!(session = %link.id(), "session ended"),
+            (Err(error), Some(open)) => {
+                state.counters.sessions_lost.fetch_add(1, Ordering::Relaxed);
+                tracing::info!(session = %link.id(), name = open.name, %error, "session lost");
+            }
+            (Err(error), None) => {
+                state.counters.refused.fetch_add(1, Ordering::Relaxed);
+                tracing::info!(session = %link.id(), %error, "no session");
+            }
+        }
+        if let Err(error) = ended {
+            refuse_or_ignore(&link, error);
+        }
+        link.outbox.flush(Duration::from_millis(200));
+        // In this order: jobs first, so that none of them starts on memory that goes away.
+        state.vae_lane.end_session(link.id());
+        link.outbox.close();
+        connection.close();
+        drop(probing);
+        if let Some(open) = link.open.get() {
+            open.memory.reap();
+        }
+        state.sessions.remove(link.id());
+    }
+
+    fn negotiate(&mut self, mut hello: Hello) -> Result<()> {
+        let ours = self.features();
+        let (features, rung, reason) = negotiate(&mut hello, ours)?;
+        let memory = self.make_memory(rung, features);
+        let probe = if rung == Rung::Inline { None } else { Some(memory.lease(2 * NONCE_BYTES as u64)?) };
+        let session = self.link.id();
+        let welcome = |probe| Welcome {
+            version: PROTOCOL_VERSION,
+            broker: env!("CARGO_PKG_VERSION").to_owned(),
+            epoch: self.state.epoch,
+            session,
+            features,
+            probe,
+        };
+        self.link.machine.lock().welcomed(probe.is_some());
+        let Some(mut slot) = probe else {
+            self.link.outbox.post(None, |_| ServerMessage::Welcome(welcome(None)));
+            return self.open(hello, memory, rung, reason);
+        };
+        let mut nonce = [0; NONCE_BYTES];
+        getrandom::fill(&mut nonce).map_err(|error| Error::new(ErrorKind::Internal, error.to_string(), ""))?;
+        slot.span_mut().write(&nonce)?;
+        self.link.outbox.post(None, |attachments| {
+            let read_at = slot.offset();
+            let write_at = read_at + NONCE_BYTES as u64;
+            let arena = memory.announce(attachments).pop();
+            ServerMessage::Welcome(welcome(arena.map(|arena| ProbeOffer { arena, read_at, write_at })))
+        });
+        self.probing = Some(Probing { hello, planned: (rung, reason), memory, slot, nonce });
+        Ok(())
+    }
+
+    fn features(&self) -> Features {
+        let Abilities { descriptors, same_process, .. } = self.connection.abilities();
+        let mut features = Features::NAMED_SEGMENTS;
+        if descriptors && cfg!(target_os = "linux") && !self.state.config.named_segments {
+            features = features.union(Features::HANDLES);
+        }
+        if same_process {
+            features = features.union(Features::SAME_PROCESS);
+        }
+        features
+    }
+
+    fn make_memory(&self, rung: Rung, features: Features) -> Arc<SessionMemory> {
+        let device: Arc<dyn Device> = match rung {
+            Rung::Local | Rung::Inline => Arc::new(InProcessDevice),
+            Rung::Shm if features.contains(Features::HANDLES) => Arc::new(HostDevice::new(HostSharing::Memfd)),
+            Rung::Shm => Arc::new(HostDevice::new(HostSharing::Named)),
+        };
+        let limits = Limits { arena: self.state.config.arena_bytes, session: self.state.config.session_bytes };
+        let (id, epoch) = (self.link.id(), self.state.epoch);
+        let exported = rung != Rung::Inline;
+        SessionMemory::new(id, epoch, device, exported, limits, Arc::clone(&self.state.arena_ids))
+    }
+
+    fn opened(&self, arena: crate::id::ArenaId) {
+        if let Some(probing) = &self.probing {
+            probing.memory.opened(arena);
+        } else if let Ok(memory) = self.memory() {
+            memory.opened(arena);
+        }
+    }
+
+    fn settle(&mut self, answer: &ProbeAnswer) -> Result<()> {
+        let Some(Probing { hello, planned, memory, slot, nonce }) = self.probing.take() else { return Ok(()) };
+        let mut both = [0; 2 * NONCE_BYTES];
+        slot.span().read(&mut both)?;
+        let found: [u8; NONCE_BYTES] = std::array::from_fn(|at| both[NONCE_BYTES + at]);
+        drop(slot);
+        let (rung, reason) = settle(planned, &nonce, &answer.outcome, &found);
+        if rung != Rung::Inline {
+            return self.open(hello, memory, rung, reason);
+        }
+        if let ProbeOutcome::Failed(what) = &answer.outcome {
+            tracing::warn!(session = %self.link.id(), what, "shared memory failed the probe; bytes cross in frames");
+        }
+        memory.reap();
+        if let Some(forced) = hello.forced.filter(|&forced| forced != rung) {
+            return Err(Error::new(
+                ErrorKind::Refused,
+                format!("rung {forced} was forced, but {reason}"),
+                "unset LUNA_BROKER_TRANSPORT or force another rung",
+            ));
+        }
+        let memory = self.make_memory(rung, Features::default());
+        self.open(hello, memory, rung, reason)
+    }
+
+    fn open(&mut self, hello: Hello, memory: Arc<SessionMemory>, rung: Rung, reason: Reason) -> Result<()> {
+        tracing::info!(session = %self.link.id(), name = hello.name, %rung, %reason, "session opened");
+        let rung = DeviceRung { device: "cpu".to_owned(), rung, reason };
+        let rungs = vec![rung.clone()];
+        let open = OpenSession { name: hello.name, rung, memory };
+        if self.link.open.set(open).is_err() {
+            return Err(Error::new(ErrorKind::Internal, "a session was opened twice", ""));
+        }
+        self.link.outbox.post(None, |_| ServerMessage::Accepted(Accepted { rungs }));
+        Ok(())
+    }
+
+    fn reject(&self, id: RequestId, releases: &[crate::id::LeaseRef], limit: usize) -> Result<()> {
+        self.memory()?.release(releases);
+        let message = format!("the session has {limit} requests in flight; this one was not started");
+        let remedy = "wait for an answer before sending more, or raise --session-in-flight";
+        Responder::new(&self.state, &self.link, id).fail(Fault::new(ErrorKind::Busy, message, remedy));
+        Ok(())
+    }
+
+    fn start(&mut self, responder: Responder, timeout_ms: Option<u32>, operation: Operation) {
+        let deadline = timeout_ms.and_then(|ms| Instant::now().checked_add(Duration::from_millis(ms.into())));
+        match operation {
+            Operation::Ping => responder.answer(Outcome::Done),
+            Operation::Vae(request) => self.vae(responder, deadline, request),
+            Operation::Allocate { size_bytes } => {
+                let allocated = self.allocate(size_bytes);
+                responder.settle(allocated);
+            }
+            Operation::Describe { model } => {
+                let described = self.state.registry.resolve(&model);
+                responder.settle(described.map(|model| Outcome::Model(model.report())).map_err(Error::from));
+            }
+            Operation::Load { model } => match self.state.registry.resolve(&model) {
+                Ok(model) => self.submit(responder.session(), responder.request(), deadline, VaeWork::Load { responder, model }),
+                Err(error) => responder.fail(error),
+            },
+            Operation::Unload { model } => match self.state.registry.resolve(&model) {
+                Ok(model) => self.submit(responder.session(), responder.request(), deadline, VaeWork::Unload { responder, model }),
+                Err(error) => responder.fail(error),
+            },
+            Operation::Models => responder.answer(Outcome::Models(self.state.registry.list())),
+            Operation::Status => responder.answer(Outcome::Status(Box::new(self.state.status()))),
+        }
+    }
+
+    fn submit(&self, session: SessionId, request: RequestId, deadline: Option<Instant>, job: VaeWork) {
+        self.state.vae_lane.submit(Entry { session, request, deadline, job });
+    }
+
+    fn allocate(&self, size_bytes: u64) -> Result<Outcome> {
+        let memory = self.memory()?;
+        let held = memory.lease(size_bytes)?;
+        let length = held.span().length() as u64;
+        let descriptor = held.hand_over(TensorMeta::contiguous(crate::tensor::DType::U8, crate::tensor::Dims::of([length])))?;
+        Ok(Outcome::Allocated { descriptor })
+    }
+
+    fn vae(&mut self, responder: Responder, deadline: Option<Instant>, request: VaeRequest) {
+        let (session, id) = (responder.session(), responder.request());
+        // The responder moves into the job only once everything that can be refused early has been.
+        match self.prepare(request) {
+            Err(error) => responder.fail(error),
+            Ok(prepared) => {
+                let job = prepared.with(responder);
+                if job.model.facts().runs_inline {
+                    // The do-nothing model fails in no way that concerns the registry.
+                    _ = job.run_on(&mut self.inline_vae as &mut dyn Vae, &|| false);
+                } else {
+                    self.submit(session, id, deadline, VaeWork::Call(job));
+                }
+            }
+        }
+    }
+
+    fn prepare(&mut self, request: VaeRequest) -> Result<Prepared> {
+        let VaeRequest { model, call, input } = request;
+        let model = self.state.registry.resolve(&model)?;
+        let meta = match &input {
+            TensorSource::Leased(descriptor) => descriptor.meta,
+            TensorSource::Inline(meta) => *meta,
+        };
+        meta.validate()?;
+        let plan = model.facts().plan(&call, &meta, self.state.config.vae_budget_bytes)?;
+        let memory = Arc::clone(self.memory()?);
+        let input = match input {
+            TensorSource::Leased(descriptor) => memory.resolve(&descriptor)?,
+            TensorSource::Inline(meta) => self.receive(&memory, &meta)?,
+        };
+        let output = memory.lease(plan.output.size_bytes()? as u64)?;
+        let inline = self.link.open.get().is_some_and(|open| open.rung.rung == Rung::Inline);
+        Ok(Prepared { model, plan, input, meta, output, inline })
+    }
+
+    /// Takes the bytes behind the frame into a slot.
+    fn receive(&mut self, memory: &Arc<SessionMemory>, meta: &TensorMeta) -> Result<Held> {
+        let length = meta.span_bytes()?;
+        let mut held = memory.lease(length as u64)?;
+        let target = held.span_mut().bytes_mut(length)?;
+        self.reader.read_payload(&*self.connection, target)?;
+        Ok(held)
+    }
+}
+
+/// A VAE call that only lacks who is answered.
+struct Prepared {
+    model: Arc<super::registry::ModelEntry>,
+    plan: crate::model::VaePlan,
+    input: Held,
+    meta: TensorMeta,
+    output: Held,
+    inline: bool,
+}
+
+impl Prepared {
+    fn with(self, responder: Responder) -> VaeCallJob {
+        let Self { model, plan, input, meta, output, inline } = self;
+        VaeCallJob { responder, model, plan, input, input_meta: meta, output, inline }
+    }
+}
+
+/// Tells a peer that is still there why there is no session; one that is gone is not told.
+fn refuse_or_ignore(link: &SessionLink, error: Error) {
+    let gone = matches!(&error, Error::Transport(TransportError::Closed | TransportError::Os { .. }));
+    if !gone && link.machine.lock().phase() == Phase::Closed {
+        let fault = error.into_fault();
+        link.outbox.post(None, |_| ServerMessage::Refused(fault));
+    }
+}
+
+/// Workers of one user trust each other with their tensors; nobody else gets in.
+///
+/// # Errors
+/// [`ErrorKind::Refused`] for a process of another user.
+fn admit(peer: Peer) -> Result<()> {
+    #[cfg(unix)]
+    {
+        let owner = rustix::process::geteuid().as_raw();
+        if peer.uid != Some(owner) {
+            return Err(Error::new(
+                ErrorKind::Refused,
+                format!("this broker belongs to user {owner} and serves no process of user {:?}", peer.uid),
+                "start a broker of your own",
+            ));
+        }
+    }
+    #[cfg(not(unix))]
+    let _ = peer;
+    Ok(())
+}

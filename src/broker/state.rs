@@ -1,0 +1,79 @@
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+
+use parking_lot::{Condvar, Mutex};
+
+use super::clock::Clock;
+use super::jobs::VaeWork;
+use super::registry::Registry;
+use super::responder::SessionLink;
+use crate::config::BrokerConfig;
+use crate::id::{Epoch, SessionId};
+use crate::lane::Lane;
+
+/// What every session and lane of one broker shares.
+#[derive(Debug)]
+pub(super) struct State {
+    pub(super) config: BrokerConfig,
+    pub(super) address: String,
+    pub(super) epoch: Epoch,
+    pub(super) clock: Clock,
+    pub(super) registry: Arc<Registry>,
+    pub(super) vae_lane: Lane<VaeWork>,
+    pub(super) sessions: Sessions,
+    pub(super) counters: Counters,
+    pub(super) arena_ids: Arc<AtomicU32>,
+    pub(super) stopping: AtomicBool,
+}
+
+/// Numbers for `status`.
+#[derive(Debug, Default)]
+pub(super) struct Counters {
+    pub(super) requests: AtomicU64,
+    pub(super) faults: AtomicU64,
+    pub(super) refused: AtomicU64,
+    pub(super) sessions_lost: AtomicU64,
+}
+
+/// The connections being served, negotiated or not.
+#[derive(Debug, Default)]
+pub(super) struct Sessions {
+    next: AtomicU64,
+    open: Mutex<HashMap<SessionId, Arc<SessionLink>>>,
+    changed: Condvar,
+}
+
+impl Sessions {
+    pub(super) fn next_id(&self) -> SessionId {
+        SessionId(self.next.fetch_add(1, Ordering::Relaxed) + 1)
+    }
+
+    pub(super) fn add(&self, link: &Arc<SessionLink>) {
+        self.open.lock().insert(link.id(), Arc::clone(link));
+    }
+
+    pub(super) fn remove(&self, id: SessionId) {
+        self.open.lock().remove(&id);
+        self.changed.notify_all();
+    }
+
+    /// The sessions at this moment, oldest first.
+    pub(super) fn all(&self) -> Vec<Arc<SessionLink>> {
+        let mut all: Vec<_> = self.open.lock().values().cloned().collect();
+        all.sort_by_key(|link| link.id());
+        all
+    }
+
+    /// Waits until no session is left, or `limit` has passed.
+    pub(super) fn wait_empty(&self, limit: std::time::Duration) {
+        let deadline = std::time::Instant::now() + limit;
+        let mut open = self.open.lock();
+        while !open.is_empty() {
+            if self.changed.wait_until(&mut open, deadline).timed_out() {
+                tracing::warn!(left = open.len(), "sessions were still open when the broker stopped");
+                return;
+            }
+        }
+    }
+}

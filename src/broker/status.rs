@@ -1,0 +1,54 @@
+use std::sync::atomic::Ordering;
+
+use super::responder::SessionLink;
+use super::state::State;
+use crate::protocol::{LaneReport, SessionReport, Status};
+use crate::service::Service;
+
+impl State {
+    pub(super) fn status(&self) -> Status {
+        let count = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
+        Status {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            pid: std::process::id(),
+            uptime_s: self.clock.uptime_s(),
+            address: self.address.clone(),
+            sessions: self.sessions.all().iter().filter_map(|link| session_report(link)).collect(),
+            models: self.registry.known_reports(),
+            lanes: vec![self.vae_lane_report()],
+            requests: count(&self.counters.requests),
+            faults: count(&self.counters.faults),
+            refused: count(&self.counters.refused),
+            sessions_lost: count(&self.counters.sessions_lost),
+        }
+    }
+
+    fn vae_lane_report(&self) -> LaneReport {
+        let counts = self.vae_lane.counts();
+        LaneReport {
+            service: Service::Vae,
+            device: "cpu".to_owned(),
+            queued: counts.queued as u64,
+            capacity: counts.capacity as u64,
+            busy: counts.busy,
+            completed: counts.completed,
+        }
+    }
+}
+
+fn session_report(link: &SessionLink) -> Option<SessionReport> {
+    let open = link.open.get()?;
+    let memory = open.memory.counts();
+    Some(SessionReport {
+        id: link.id(),
+        name: open.name.clone(),
+        pid: link.peer.pid,
+        uid: link.peer.uid,
+        rungs: vec![open.rung.clone()],
+        leases: memory.leases,
+        leased_bytes: memory.leased_bytes,
+        arena_bytes: memory.arena_bytes,
+        in_flight: link.machine.lock().in_flight() as u64,
+        requests: link.answered.load(Ordering::Relaxed),
+    })
+}

@@ -1,0 +1,264 @@
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+
+use super::input::{allocate, unexpected_outcome};
+use super::link::Link;
+use super::session::SessionInfo;
+use super::tensor::{Storage, Tensor};
+use super::vae::Vae;
+use crate::config::{ClientConfig, address_from_environment, rung_from_environment};
+use crate::error::{Error, ErrorKind, Result, Retry};
+use crate::protocol::{ModelReport, Operation, Outcome, Rung, Status};
+use crate::tensor::TensorMeta;
+use crate::transport::{Connection, LocalConnection};
+
+/// How one call waits.
+#[derive(Clone, Copy, Default)]
+pub struct CallOptions<'a> {
+    /// How long the answer may take; the request is taken back then. `None`: as long as it takes.
+    pub timeout: Option<Duration>,
+    /// Asked about ten times a second while waiting; `true` takes the request back.
+    pub interrupted: Option<&'a dyn Fn() -> bool>,
+}
+
+impl fmt::Debug for CallOptions<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("CallOptions").field("timeout", &self.timeout).finish_non_exhaustive()
+    }
+}
+
+type Connector = Box<dyn Fn() -> Result<Arc<dyn Connection>> + Send + Sync>;
+
+/// A connection to a broker, for any number of threads. It comes back by itself after a restart of the broker.
+#[derive(Clone)]
+pub struct Client {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    connector: Connector,
+    address: String,
+    config: ClientConfig,
+    link: Mutex<Arc<Link>>,
+    closed: AtomicBool,
+}
+
+impl fmt::Debug for Client {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Client").field("address", &self.inner.address).finish_non_exhaustive()
+    }
+}
+
+impl Client {
+    /// Connects to the broker at `address`; `None` for `$LUNA_BROKER`, else this user's default socket.
+    ///
+    /// # Errors
+    /// [`ErrorKind::ConnectionLost`] where nobody listens, [`ErrorKind::Refused`], [`ErrorKind::Timeout`],
+    /// [`ErrorKind::Configuration`] for a rung in `LUNA_BROKER_TRANSPORT` that does not exist.
+    pub fn connect(address: Option<&str>) -> Result<Self> {
+        Self::connect_with(address, ClientConfig::default())
+    }
+
+    /// As [`Client::connect`], with settings.
+    ///
+    /// # Errors
+    /// As [`Client::connect`].
+    pub fn connect_with(address: Option<&str>, mut config: ClientConfig) -> Result<Self> {
+        if config.rung.is_none() {
+            config.rung = rung_from_environment()?;
+        }
+        let address = address.map_or_else(address_from_environment, str::to_owned);
+        let target = address.clone();
+        let connector = move || Ok(Arc::new(LocalConnection::connect(&target)?) as Arc<dyn Connection>);
+        Self::start(address, config, Box::new(connector))
+    }
+
+    /// A client over connections that `connector` makes; called again after a connection is lost.
+    ///
+    /// # Errors
+    /// As [`Client::connect`], and what `connector` returns.
+    pub fn over<C: Connection + 'static>(
+        config: ClientConfig,
+        connector: impl Fn() -> Result<C> + Send + Sync + 'static,
+    ) -> Result<Self> {
+        let connector = move || connector().map(|connection| Arc::new(connection) as Arc<dyn Connection>);
+        Self::start("in-process".to_owned(), config, Box::new(connector))
+    }
+
+    fn start(address: String, config: ClientConfig, connector: Connector) -> Result<Self> {
+        let link = Mutex::new(Link::open(connector()?, &address, &config)?);
+        Ok(Self { inner: Arc::new(Inner { connector, address, config, link, closed: AtomicBool::new(false) }) })
+    }
+
+    /// What negotiation settled: rung per device and why, broker version, name.
+    #[must_use]
+    pub fn session(&self) -> SessionInfo {
+        self.inner.link.lock().session.clone()
+    }
+
+    /// The client's settings.
+    #[must_use]
+    pub fn config(&self) -> &ClientConfig {
+        &self.inner.config
+    }
+
+    /// The options calls have when given none.
+    #[must_use]
+    pub fn default_options(&self) -> CallOptions<'static> {
+        CallOptions { timeout: self.inner.config.timeout, interrupted: None }
+    }
+
+    /// An empty round trip, and how long it took.
+    ///
+    /// # Errors
+    /// [`ErrorKind::ConnectionLost`], [`ErrorKind::Timeout`].
+    pub fn ping(&self) -> Result<Duration> {
+        self.ping_with(&self.default_options())
+    }
+
+    /// As [`Client::ping`], waiting as `options` say.
+    ///
+    /// # Errors
+    /// As [`Client::ping`].
+    pub fn ping_with(&self, options: &CallOptions<'_>) -> Result<Duration> {
+        let started = Instant::now();
+        self.ask(Operation::Ping, options)?;
+        Ok(started.elapsed())
+    }
+
+    /// The VAE of that name or path. Looks at the file; its weights are loaded with the first call.
+    ///
+    /// # Errors
+    /// [`ErrorKind::ModelNotFound`], [`ErrorKind::InvalidModel`], [`ErrorKind::Unsupported`].
+    pub fn vae(&self, model: &str) -> Result<Vae> {
+        let name = resolve_locally(model);
+        match self.ask(Operation::Describe { model: name.clone() }, &self.default_options())? {
+            Outcome::Model(info) => Ok(Vae::new(self.clone(), name, info)),
+            _ => Err(unexpected_outcome()),
+        }
+    }
+
+    /// Memory shared with the broker for a tensor that is built in place; sending it copies nothing.
+    /// Its content is undetermined.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] on the rung `inline`, which shares no memory; [`ErrorKind::OutOfMemory`].
+    pub fn empty(&self, meta: TensorMeta) -> Result<Tensor> {
+        let options = self.default_options();
+        let length = meta.span_bytes()?.max(1);
+        self.with_link(|link| {
+            if link.session.host_rung() == Rung::Inline {
+                return Err(Error::new(
+                    ErrorKind::Unsupported,
+                    "this session shares no memory with the broker: its tensors cross as bytes",
+                    "build the tensor in your own memory and pass it",
+                ));
+            }
+            let lease = allocate(link, length, &options)?;
+            Ok(Tensor::new(meta, Storage::Leased(lease)))
+        })
+    }
+
+    /// Everything about the broker at this moment.
+    ///
+    /// # Errors
+    /// [`ErrorKind::ConnectionLost`], [`ErrorKind::Timeout`].
+    pub fn status(&self) -> Result<Status> {
+        match self.ask(Operation::Status, &self.default_options())? {
+            Outcome::Status(status) => Ok(*status),
+            _ => Err(unexpected_outcome()),
+        }
+    }
+
+    /// Models that were asked for, and those in the broker's model folders.
+    ///
+    /// # Errors
+    /// [`ErrorKind::ConnectionLost`], [`ErrorKind::Timeout`].
+    pub fn models(&self) -> Result<Vec<ModelReport>> {
+        match self.ask(Operation::Models, &self.default_options())? {
+            Outcome::Models(models) => Ok(models),
+            _ => Err(unexpected_outcome()),
+        }
+    }
+
+    /// Loads a model now instead of with its first call.
+    ///
+    /// # Errors
+    /// As [`Client::vae`], and what loading runs into.
+    pub fn load(&self, model: &str) -> Result<ModelReport> {
+        match self.ask(Operation::Load { model: resolve_locally(model) }, &self.default_options())? {
+            Outcome::Model(info) => Ok(info),
+            _ => Err(unexpected_outcome()),
+        }
+    }
+
+    /// Forgets a model; its memory is free once the calls before this one are done. The next call loads it anew.
+    ///
+    /// # Errors
+    /// As [`Client::vae`].
+    pub fn unload(&self, model: &str) -> Result<()> {
+        self.ask(Operation::Unload { model: resolve_locally(model) }, &self.default_options()).map(|_| ())
+    }
+
+    /// Ends the session. Tensors already received stay readable; further calls fail. Repeating it is harmless.
+    pub fn close(&self) {
+        self.inner.closed.store(true, Ordering::Release);
+        self.inner.link.lock().close();
+    }
+
+    fn ask(&self, operation: Operation, options: &CallOptions<'_>) -> Result<Outcome> {
+        self.with_link(|link| Ok(link.call(operation.clone(), &[], options)?.reply.outcome))
+    }
+
+    /// Runs a call that may be repeated: once more, over a new connection, where the first one was lost.
+    pub(super) fn with_link<T>(&self, call: impl Fn(&Link) -> Result<T>) -> Result<T> {
+        let link = self.inner.live_link()?;
+        match call(&link) {
+            Err(error) if error.retry() == Retry::Reconnect && !self.inner.is_closed() => match self.inner.live_link() {
+                Ok(link) => call(&link),
+                Err(_) => Err(error),
+            },
+            done => done,
+        }
+    }
+}
+
+impl Inner {
+    fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::Acquire)
+    }
+
+    /// The current session, or a new one where it is over.
+    fn live_link(&self) -> Result<Arc<Link>> {
+        if self.is_closed() {
+            return Err(Error::new(ErrorKind::ConnectionLost, "the client is closed", "connect again"));
+        }
+        let mut link = self.link.lock();
+        if link.is_over() {
+            let fresh = Link::open((self.connector)()?, &self.address, &self.config)?;
+            tracing::info!(address = self.address, session = %fresh.session.id, "connected anew");
+            link.close();
+            *link = fresh;
+        }
+        Ok(Arc::clone(&link))
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.link.lock().close();
+    }
+}
+
+/// A file the caller can see is named by its full path: the broker has another working directory.
+fn resolve_locally(model: &str) -> String {
+    let path = std::path::Path::new(model);
+    if path.is_absolute() || model.starts_with("builtin:") || !path.exists() {
+        return model.to_owned();
+    }
+    std::path::absolute(path).map_or_else(|_| model.to_owned(), |path| path.to_string_lossy().into_owned())
+}

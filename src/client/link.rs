@@ -1,0 +1,324 @@
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Sender, bounded};
+use parking_lot::Mutex;
+
+use super::connect::CallOptions;
+use super::janitor;
+use super::leases::Leases;
+use super::memory::ImportedMemory;
+use super::router::{Answer, Router, Turn};
+use super::session::{Negotiation, SessionInfo};
+use crate::config::ClientConfig;
+use crate::error::{Error, ErrorKind, Fault, Result};
+use crate::id::{LeaseRef, RequestId};
+use crate::protocol::{
+    ArenaHandle, ClientMessage, Operation, Outcome, ProtocolError, Reply, Request, ServerMessage, codec,
+};
+use crate::transport::{
+    Connection, FrameReader, FrameWriter, TransportError, Wait, begin_frame, finish_frame,
+};
+
+/// How often a waiting caller looks at its deadline and whether it was interrupted.
+const TICK: Duration = Duration::from_millis(100);
+
+/// More than any result: the client asked for it, so its size is no surprise.
+const MAX_PAYLOAD_BYTES: u64 = 1 << 40;
+
+/// One session over one connection.
+#[derive(Debug)]
+pub(super) struct Link {
+    connection: Arc<dyn Connection>,
+    address: String,
+    reader: Mutex<FrameReader>,
+    writer: Mutex<Outgoing>,
+    router: Router,
+    next: AtomicU64,
+    closing: AtomicBool,
+    pub(super) session: SessionInfo,
+    pub(super) memory: ImportedMemory,
+    /// Dropped to end the janitor.
+    end: Mutex<Option<Sender<()>>>,
+}
+
+/// Reused from request to request.
+#[derive(Debug, Default)]
+struct Outgoing {
+    frame: Vec<u8>,
+    releases: Vec<LeaseRef>,
+}
+
+impl Link {
+    /// Negotiates a session over `connection`.
+    ///
+    /// # Errors
+    /// As [`Negotiation::run`].
+    pub(super) fn open(connection: Arc<dyn Connection>, address: &str, config: &ClientConfig) -> Result<Arc<Self>> {
+        let mut reader = FrameReader::new(codec::MAX_MESSAGE_BYTES, MAX_PAYLOAD_BYTES);
+        let (leases, rings) = Leases::new();
+        let memory = ImportedMemory::new(leases, config.idle_input_bytes);
+        let deadline = Instant::now() + config.connect_timeout;
+        let negotiation = Negotiation { connection: &*connection, reader: &mut reader, deadline };
+        let session = negotiation.run(config, &memory).inspect_err(|_| connection.close())?;
+        let (end, ended) = bounded(1);
+        let timed_reads = connection.abilities().timed_reads;
+        let link = Arc::new(Self {
+            connection,
+            address: address.to_owned(),
+            reader: Mutex::new(reader),
+            writer: Mutex::default(),
+            router: Router::default(),
+            next: AtomicU64::new(1),
+            closing: AtomicBool::new(false),
+            session,
+            memory,
+            end: Mutex::new(Some(end)),
+        });
+        let weak = Arc::downgrade(&link);
+        spawn("luna-janitor", move || janitor::run(&weak, &rings, &ended))?;
+        if !timed_reads {
+            link.router.read_for_ever();
+            let reader = Arc::clone(&link);
+            spawn("luna-reader", move || while reader.read_and_deliver(None, None).is_ok() {})?;
+        }
+        Ok(link)
+    }
+
+    /// Whether a new session is needed.
+    pub(super) fn is_over(&self) -> bool {
+        self.closing.load(Ordering::Acquire) || self.router.is_lost()
+    }
+
+    /// Sends a request, with `payload` behind it, and waits for its answer. A fault is an error.
+    ///
+    /// # Errors
+    /// The broker's fault, [`ErrorKind::ConnectionLost`], [`ErrorKind::Timeout`], [`ErrorKind::Cancelled`].
+    pub(super) fn call(&self, operation: Operation, payload: &[u8], options: &CallOptions<'_>) -> Result<Answer> {
+        let started = Instant::now();
+        let id = RequestId(self.next.fetch_add(1, Ordering::Relaxed));
+        self.router.expect(id)?;
+        let timeout_ms = options.timeout.map(|timeout| u32::try_from(timeout.as_millis()).unwrap_or(u32::MAX));
+        if let Err(error) = self.send_request(id, timeout_ms, operation, payload) {
+            self.router.leave(id, false);
+            return Err(error);
+        }
+        let deadline = options.timeout.and_then(|timeout| started.checked_add(timeout));
+        let answer = self.wait(id, deadline, options)?;
+        match answer.reply.outcome {
+            Outcome::Fault(fault) => Err(fault.into()),
+            _ => Ok(answer),
+        }
+    }
+
+    fn send_request(&self, id: RequestId, timeout_ms: Option<u32>, operation: Operation, payload: &[u8]) -> Result<()> {
+        let mut writer = self.writer.lock();
+        let mut releases = std::mem::take(&mut writer.releases);
+        self.memory.leases.take_released(&mut releases);
+        let message = ClientMessage::Request(Request { id, timeout_ms, releases, operation });
+        let sent = self.write(&mut writer.frame, &message, payload);
+        if let ClientMessage::Request(Request { mut releases, .. }) = message {
+            match &sent {
+                // The message was too long, and nothing left: what it would have given back goes with the next one.
+                Err(Error::Codec(_)) => {}
+                _ => releases.clear(),
+            }
+            writer.releases = releases;
+        }
+        sent
+    }
+
+    fn write(&self, frame: &mut Vec<u8>, message: &ClientMessage, payload: &[u8]) -> Result<()> {
+        begin_frame(frame);
+        codec::encode(message, frame)?;
+        finish_frame(frame, payload.len() as u64);
+        let written = FrameWriter::default().write(&*self.connection, frame, payload, &mut Vec::new(), Wait::Block);
+        written.map(|_| ()).map_err(|error| self.lose(error.into()))
+    }
+
+    fn wait(&self, id: RequestId, deadline: Option<Instant>, options: &CallOptions<'_>) -> Result<Answer> {
+        loop {
+            match self.router.turn(id) {
+                Turn::Answered(answer) => return Ok(*answer),
+                Turn::Lost(fault) => return Err(fault.into()),
+                Turn::Read => {
+                    let read = self.read_until_answered(id, deadline, options);
+                    self.router.leave(id, true);
+                    return read;
+                }
+                Turn::Sleep => {
+                    std::thread::park_timeout(patience(deadline));
+                    if let Some(given_up) = given_up(deadline, options) {
+                        // The answer may have come in the same moment.
+                        if let Turn::Answered(answer) = self.router.turn(id) {
+                            return Ok(*answer);
+                        }
+                        self.router.leave(id, false);
+                        self.cancel(id);
+                        return Err(given_up);
+                    }
+                }
+            }
+        }
+    }
+
+    fn read_until_answered(&self, id: RequestId, deadline: Option<Instant>, options: &CallOptions<'_>) -> Result<Answer> {
+        loop {
+            match self.read_and_deliver(Some(id), Some(patience(deadline))) {
+                Ok(Some(answer)) => return Ok(answer),
+                Ok(None) => {}
+                Err(error) => return Err(error),
+            }
+            if let Some(given_up) = given_up(deadline, options) {
+                self.cancel(id);
+                return Err(given_up);
+            }
+        }
+    }
+
+    /// Reads one message. The answer to `mine` is returned, any other goes to its caller.
+    ///
+    /// # Errors
+    /// Why the connection is gone; everybody else has been told too.
+    fn read_and_deliver(&self, mine: Option<RequestId>, timeout: Option<Duration>) -> Result<Option<Answer>> {
+        match self.read_answer(timeout) {
+            Ok(Some(answer)) if Some(answer.reply.id) == mine => Ok(Some(answer)),
+            Ok(Some(answer)) => {
+                if let Err(unwanted) = self.router.deliver(answer) {
+                    self.dispose(&unwanted);
+                }
+                Ok(None)
+            }
+            Ok(None) | Err(Error::Transport(TransportError::TimedOut)) => Ok(None),
+            Err(error) => Err(self.lose(error)),
+        }
+    }
+
+    fn read_answer(&self, timeout: Option<Duration>) -> Result<Option<Answer>> {
+        let mut reader = self.reader.lock();
+        let header = reader.next(&*self.connection, timeout)?;
+        let reply = match codec::decode(reader.message())? {
+            ServerMessage::Reply(reply) => reply,
+            ServerMessage::Closing => {
+                self.closing.store(true, Ordering::Release);
+                return Ok(None);
+            }
+            ServerMessage::Refused(fault) => return Err(fault.into()),
+            other => return Err(ProtocolError::Unexpected { message: other.name() }.into()),
+        };
+        let opened = self.import(&mut reader, &reply)?;
+        let payload = match usize::try_from(header.payload) {
+            Ok(0) => None,
+            Ok(length) => {
+                let mut received = self.memory.pool.take(length);
+                let target = received.bytes.get_mut(..length).unwrap_or_default();
+                reader.read_payload(&*self.connection, target)?;
+                Some(received)
+            }
+            Err(_) => return Err(TransportError::FrameTooLong { length: header.payload, limit: usize::MAX as u64 }.into()),
+        };
+        drop(reader);
+        for arena in opened {
+            self.send(&ClientMessage::Opened { arena })?;
+        }
+        Ok(Some(Answer { reply, payload }))
+    }
+
+    fn import(&self, reader: &mut FrameReader, reply: &Reply) -> Result<Vec<crate::id::ArenaId>> {
+        let mut opened = Vec::new();
+        for offer in &reply.arenas {
+            let attached = usize::from(offer.handle == ArenaHandle::Attached);
+            let attachment = reader.take_attachments(attached).pop();
+            self.memory.import(offer, attachment)?;
+            opened.push(offer.arena);
+        }
+        Ok(opened)
+    }
+
+    /// Gives back what came with an answer that nobody waits for.
+    fn dispose(&self, answer: &Answer) {
+        if let Outcome::Tensor { descriptor, .. } | Outcome::Allocated { descriptor } = &answer.reply.outcome {
+            self.memory.leases.give_back(descriptor.lease);
+        }
+    }
+
+    fn cancel(&self, id: RequestId) {
+        // A connection that is gone needs no cancelling.
+        _ = self.send(&ClientMessage::Cancel { id });
+    }
+
+    fn send(&self, message: &ClientMessage) -> Result<()> {
+        let mut writer = self.writer.lock();
+        self.write(&mut writer.frame, message, &[])
+    }
+
+    /// Gives back leases that no request has taken along.
+    pub(super) fn release_now(&self) {
+        let mut released = Vec::new();
+        self.memory.leases.take_released(&mut released);
+        if !released.is_empty() && !self.router.is_lost() {
+            // A connection that is gone has given everything back already.
+            _ = self.send(&ClientMessage::Release(released));
+        }
+    }
+
+    /// Notes why the connection is gone and tells everybody.
+    fn lose(&self, error: Error) -> Error {
+        let fault = match error {
+            Error::Fault(fault) => fault,
+            other => Fault::new(
+                ErrorKind::ConnectionLost,
+                format!("the broker at {} went away: {other}; tensors already received stay readable", self.address),
+                "start it again; the next call connects anew",
+            ),
+        };
+        self.router.lose(fault.clone());
+        self.connection.close();
+        self.memory.end();
+        fault.into()
+    }
+
+    /// Ends the session in order. Tensors already received stay readable.
+    pub(super) fn close(&self) {
+        if !self.router.is_lost() {
+            _ = self.send(&ClientMessage::Goodbye);
+            let fault = Fault::new(ErrorKind::ConnectionLost, "the client was closed", "connect again");
+            self.router.lose(fault);
+        }
+        self.memory.end();
+        self.connection.close();
+        self.end.lock().take();
+    }
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> Result<()> {
+    let thread = std::thread::Builder::new().name(name.to_owned()).spawn(run);
+    thread.map(|_| ()).map_err(|error| {
+        Error::new(ErrorKind::Io, format!("a thread could not be started: {error}"), "raise the limit of processes")
+    })
+}
+
+/// How long to wait before looking at the deadline again. The same value nearly always: changing a socket's timeout
+/// costs a system call.
+fn patience(deadline: Option<Instant>) -> Duration {
+    let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+    left.map_or(TICK, |left| left.clamp(Duration::from_millis(1), TICK))
+}
+
+fn given_up(deadline: Option<Instant>, options: &CallOptions<'_>) -> Option<Error> {
+    if options.interrupted.is_some_and(|interrupted| interrupted()) {
+        return Some(Error::new(ErrorKind::Cancelled, "the caller was interrupted; the request was taken back", ""));
+    }
+    if deadline.is_some_and(|deadline| deadline <= Instant::now()) {
+        let message = "no answer came within the time allowed; the request was taken back";
+        return Some(Error::new(ErrorKind::Timeout, message, "allow more time, or look at `luna-broker status`"));
+    }
+    None
+}

@@ -1,0 +1,135 @@
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+
+use super::leases::Lease;
+use crate::device::DeviceError;
+use crate::error::Result;
+use crate::tensor::TensorMeta;
+
+/// A tensor that came from the broker, or that is being built for it. Cloning shares it; dropping the last clone
+/// gives its slot back.
+#[derive(Debug, Clone)]
+pub struct Tensor {
+    meta: TensorMeta,
+    storage: Arc<Storage>,
+}
+
+#[derive(Debug)]
+pub(super) enum Storage {
+    /// In a slot of a shared arena.
+    Leased(Lease),
+    /// In memory of this process, where bytes crossed in frames.
+    Received(PooledBytes),
+}
+
+impl Tensor {
+    pub(super) fn new(meta: TensorMeta, storage: Storage) -> Self {
+        Self { meta, storage: Arc::new(storage) }
+    }
+
+    pub(super) fn storage(&self) -> &Storage {
+        &self.storage
+    }
+
+    /// Element type, shape and strides.
+    #[must_use]
+    pub fn meta(&self) -> &TensorMeta {
+        &self.meta
+    }
+
+    /// Address of the first element; valid while any clone of the tensor lives.
+    #[must_use]
+    pub fn address(&self) -> usize {
+        match &*self.storage {
+            Storage::Leased(lease) => lease.span().address(),
+            Storage::Received(bytes) => bytes.bytes.as_ptr() as usize,
+        }
+    }
+
+    /// The bytes from the first to the last element.
+    ///
+    /// # Errors
+    /// [`DeviceError::NotHost`] for a tensor in GPU memory.
+    pub fn bytes(&self) -> Result<&[u8]> {
+        let length = self.meta.span_bytes()?;
+        Ok(match &*self.storage {
+            Storage::Leased(lease) => lease.span().bytes(length)?,
+            Storage::Received(bytes) => bytes.bytes.get(..length).unwrap_or_default(),
+        })
+    }
+
+    /// The elements of a contiguous float32 tensor, in order.
+    ///
+    /// # Errors
+    /// [`DeviceError::NotHost`] for a tensor in GPU memory; another element type or layout is an error too.
+    pub fn floats(&self) -> Result<std::borrow::Cow<'_, [f32]>> {
+        use crate::tensor::{DType, TensorError};
+        let TensorMeta { dtype, shape, strides } = self.meta;
+        if dtype != DType::F32 || strides != shape.contiguous_strides() {
+            let expected = "a contiguous float32 tensor".to_owned();
+            return Err(TensorError::Unexpected { tensor: "tensor", expected, shape, dtype }.into());
+        }
+        let count = self.meta.elements()?;
+        Ok(match &*self.storage {
+            Storage::Leased(lease) => lease.span().floats(count)?.into(),
+            Storage::Received(_) => {
+                let (elements, _) = self.bytes()?.as_chunks::<4>();
+                elements.iter().map(|bytes| f32::from_ne_bytes(*bytes)).collect::<Vec<_>>().into()
+            }
+        })
+    }
+
+    /// Copies `bytes` to the start of the tensor's memory. For tensors from [`crate::client::Client::empty`].
+    ///
+    /// # Errors
+    /// [`DeviceError::OutOfBounds`] where they do not fit, or where the tensor is not in shared memory.
+    pub fn write(&self, bytes: &[u8]) -> Result<()> {
+        match &*self.storage {
+            Storage::Leased(lease) => Ok(lease.span().write(bytes)?),
+            Storage::Received(_) => {
+                Err(DeviceError::OutOfBounds { offset: 0, length: bytes.len(), size_bytes: 0 }.into())
+            }
+        }
+    }
+}
+
+/// Memory for bytes behind frames, kept from call to call.
+#[derive(Debug)]
+pub(super) struct BytePool {
+    idle: Mutex<Vec<Vec<u8>>>,
+    limit: u64,
+}
+
+impl BytePool {
+    pub(super) fn new(limit: u64) -> Self {
+        Self { idle: Mutex::default(), limit }
+    }
+
+    /// At least `length` bytes of undetermined content.
+    pub(super) fn take(self: &Arc<Self>, length: usize) -> PooledBytes {
+        let mut idle = self.idle.lock();
+        let fitting = idle.iter().position(|bytes| bytes.len() >= length);
+        let bytes = fitting.map(|at| idle.swap_remove(at));
+        drop(idle);
+        PooledBytes { bytes: bytes.unwrap_or_else(|| vec![0; length]), pool: Arc::clone(self) }
+    }
+}
+
+/// Bytes that go back to their pool.
+#[derive(Debug)]
+pub(super) struct PooledBytes {
+    pub(super) bytes: Vec<u8>,
+    pool: Arc<BytePool>,
+}
+
+impl Drop for PooledBytes {
+    fn drop(&mut self) {
+        let mut idle = self.pool.idle.lock();
+        let kept: usize = idle.iter().map(Vec::len).sum();
+        // One result of any size is always kept: a client that asks for large images asks again.
+        if idle.is_empty() || (kept + self.bytes.len()) as u64 <= self.pool.limit {
+            idle.push(std::mem::take(&mut self.bytes));
+        }
+    }
+}

@@ -1,0 +1,145 @@
+//! Settings of broker and client: unit, default, bound and cost of each.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::protocol::Rung;
+
+/// Why a configuration cannot be used.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{setting}: {reason}")]
+pub struct ConfigError {
+    /// The setting.
+    pub setting: &'static str,
+    /// What is wrong with it.
+    pub reason: String,
+}
+
+/// Settings of a broker.
+#[derive(Debug, Clone)]
+pub struct BrokerConfig {
+    /// Folders in which model names are looked up. None by default: models are then named by path.
+    pub model_folders: Vec<PathBuf>,
+    /// Whether the do-nothing VAE `builtin:hand-off` is served. Off by default.
+    pub bench_models: bool,
+    /// Requests that may wait in one lane; more are refused as busy. Default 64.
+    pub lane_capacity: usize,
+    /// Requests one session may have in flight; more are refused as busy. Default 32.
+    pub session_in_flight: usize,
+    /// Bytes of one session's first arena, and the least a further one has. Default 64 MiB.
+    ///
+    /// Address space only: a page costs memory once it is used.
+    pub arena_bytes: u64,
+    /// Bytes of tensors one session may hold. Default 4 GiB. A request beyond it is refused as out of memory.
+    pub session_bytes: u64,
+    /// Working memory one VAE call may use before it is cut into tiles, in bytes. Default 4 GiB.
+    pub vae_budget_bytes: u64,
+    /// Whether the weights of a model are copied into memory of the broker's own instead of used from the mapped
+    /// file. Off by default: a copy costs its size once, and survives whatever happens to the file.
+    pub copy_weights: bool,
+    /// Threads a lane computes with on the CPU. Default 0: as many as libtorch chooses.
+    pub threads: usize,
+    /// How long a new connection may take to negotiate. Default 5 s.
+    pub negotiation_timeout: Duration,
+    /// Whether named segments are used where sealed memory could be. Off by default.
+    pub named_segments: bool,
+}
+
+impl Default for BrokerConfig {
+    fn default() -> Self {
+        Self {
+            model_folders: Vec::new(),
+            bench_models: false,
+            lane_capacity: 64,
+            session_in_flight: 32,
+            arena_bytes: 64 << 20,
+            session_bytes: 4 << 30,
+            vae_budget_bytes: 4 << 30,
+            copy_weights: false,
+            threads: 0,
+            negotiation_timeout: Duration::from_secs(5),
+            named_segments: false,
+        }
+    }
+}
+
+impl BrokerConfig {
+    /// Checks bounds and relations.
+    ///
+    /// # Errors
+    /// The first setting that is out of bounds, and why.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        let refuse = |setting, reason: &str| Err(ConfigError { setting, reason: reason.to_owned() });
+        if self.lane_capacity == 0 {
+            return refuse("lane capacity", "at least one request must be able to wait");
+        }
+        if self.session_in_flight == 0 {
+            return refuse("requests in flight", "at least one request must be possible");
+        }
+        if self.arena_bytes == 0 || self.arena_bytes > self.session_bytes {
+            return refuse("arena size", "it must be positive and at most the session's bytes");
+        }
+        Ok(())
+    }
+}
+
+/// Settings of a client.
+#[derive(Debug, Clone)]
+pub struct ClientConfig {
+    /// What the client calls itself in `status` and logs. Default: program name and process id.
+    pub name: String,
+    /// How long a call may take before it is cancelled; `None` for as long as it takes. Default 10 minutes.
+    pub timeout: Option<Duration>,
+    /// How long connecting and negotiating may take. Default 5 s.
+    pub connect_timeout: Duration,
+    /// The only rung to use. Default: `LUNA_BROKER_TRANSPORT`, else the best that passes the probe.
+    pub rung: Option<Rung>,
+    /// Bytes of input slots kept for the next call. Default 64 MiB.
+    pub idle_input_bytes: u64,
+}
+
+impl Default for ClientConfig {
+    fn default() -> Self {
+        let program = std::env::current_exe().ok();
+        let program = program.as_deref().and_then(|path| path.file_name()).map(|name| name.to_string_lossy());
+        Self {
+            name: format!("{}-{}", program.as_deref().unwrap_or("client"), std::process::id()),
+            timeout: Some(Duration::from_secs(600)),
+            connect_timeout: Duration::from_secs(5),
+            rung: None,
+            idle_input_bytes: 64 << 20,
+        }
+    }
+}
+
+/// Environment variable that names the broker's socket.
+pub const ADDRESS_VARIABLE: &str = "LUNA_BROKER";
+
+/// Environment variable that forces a rung.
+pub const TRANSPORT_VARIABLE: &str = "LUNA_BROKER_TRANSPORT";
+
+/// The address to use when the caller names none: `$LUNA_BROKER`, else this user's default.
+#[must_use]
+pub fn address_from_environment() -> String {
+    match std::env::var(ADDRESS_VARIABLE) {
+        Ok(address) if !address.is_empty() => address,
+        _ => crate::transport::default_address(),
+    }
+}
+
+/// The rung that `LUNA_BROKER_TRANSPORT` forces.
+///
+/// # Errors
+/// [`ConfigError`] where it names no rung.
+pub fn rung_from_environment() -> Result<Option<Rung>, ConfigError> {
+    match std::env::var(TRANSPORT_VARIABLE) {
+        Ok(name) if !name.is_empty() => match Rung::from_name(&name) {
+            Some(rung) => Ok(Some(rung)),
+            None => {
+                let reason = format!("{name:?} is not a rung; use local, shm or inline");
+                Err(ConfigError { setting: TRANSPORT_VARIABLE, reason })
+            }
+        },
+        _ => Ok(None),
+    }
+}

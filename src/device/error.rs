@@ -1,0 +1,80 @@
+use std::io;
+
+use crate::error::ErrorKind;
+
+/// Why memory could not be allocated, exported, imported or reached.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DeviceError {
+    /// The operating system or driver has no memory left.
+    #[error("cannot allocate {size_bytes} bytes of {what}: {cause}")]
+    OutOfMemory {
+        /// The kind of memory.
+        what: &'static str,
+        /// Bytes asked for.
+        size_bytes: usize,
+        /// The system's answer.
+        cause: io::Error,
+    },
+    /// The operating system refused a call.
+    #[error("{call} failed: {cause}")]
+    Os {
+        /// The call.
+        call: &'static str,
+        /// The system's answer.
+        cause: io::Error,
+    },
+    /// A handle of another kind of device.
+    #[error("a {device} device cannot import this kind of handle")]
+    WrongHandle {
+        /// The importing device.
+        device: &'static str,
+    },
+    /// The memory behind the handle is smaller than announced.
+    #[error("the region holds {actual} bytes but {announced} were announced")]
+    TooSmall {
+        /// Bytes announced.
+        announced: usize,
+        /// Bytes found.
+        actual: usize,
+    },
+    /// A peer could shrink the memory under the mapping.
+    #[error("the region's memory is not sealed against shrinking")]
+    NotSealed,
+    /// Only the process that allocated a region exports it.
+    #[error("the region was imported; only its owner exports it")]
+    Imported,
+    /// A range reaches beyond the region.
+    #[error("bytes {offset}..{offset}+{length} lie outside a region of {size_bytes} bytes")]
+    OutOfBounds {
+        /// Start of the range.
+        offset: usize,
+        /// Length of the range.
+        length: usize,
+        /// Size of the region.
+        size_bytes: usize,
+    },
+    /// The awaited write has not been published.
+    #[error("sequence {awaited} was awaited but only {recorded} is published")]
+    NotRecorded {
+        /// The sequence number in the descriptor.
+        awaited: u64,
+        /// The newest published number.
+        recorded: u64,
+    },
+    /// The CPU cannot reach this memory.
+    #[error("the region is not in host memory")]
+    NotHost,
+}
+
+impl DeviceError {
+    pub(crate) fn kind(&self) -> ErrorKind {
+        match self {
+            Self::OutOfMemory { .. } => ErrorKind::OutOfMemory,
+            Self::Os { .. } => ErrorKind::Io,
+            Self::WrongHandle { .. } | Self::NotHost => ErrorKind::Unsupported,
+            Self::TooSmall { .. } | Self::NotSealed | Self::Imported | Self::OutOfBounds { .. } => ErrorKind::Protocol,
+            Self::NotRecorded { .. } => ErrorKind::Stale,
+        }
+    }
+}

@@ -1,0 +1,252 @@
+use std::collections::BTreeMap;
+use std::fs::{File, Metadata, OpenOptions};
+use std::io;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use memmap2::Mmap;
+use safetensors::SafeTensors;
+use safetensors::tensor::SafeTensorError;
+
+use super::ModelError;
+use crate::tensor::DType;
+
+/// Element type as a file stores it; wider than [`DType`], which lists what can be computed with.
+pub type StoredDType = safetensors::Dtype;
+
+/// Bytes before the header: its length as a little-endian 64-bit integer.
+const LENGTH_BYTES: usize = 8;
+/// Longest piece of a file's own text that is repeated in a message.
+const MAX_QUOTED_CHARS: usize = 120;
+/// Endings under which pickle checkpoints are published.
+const PICKLE_ENDINGS: [&str; 5] = ["ckpt", "pt", "pth", "bin", "pkl"];
+
+/// One tensor of a model file, as the header describes it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoredTensor {
+    /// Element type.
+    pub dtype: StoredDType,
+    /// Extents.
+    pub shape: Vec<usize>,
+    /// Place in the file, in bytes from its start. Not necessarily aligned to the element type.
+    pub bytes: Range<usize>,
+}
+
+impl StoredTensor {
+    /// Element type, where it is one that can be computed with.
+    #[must_use]
+    pub fn computable(&self) -> Option<DType> {
+        Some(match self.dtype {
+            StoredDType::BOOL => DType::Bool,
+            StoredDType::U8 => DType::U8,
+            StoredDType::I8 => DType::I8,
+            StoredDType::I16 => DType::I16,
+            StoredDType::I32 => DType::I32,
+            StoredDType::I64 => DType::I64,
+            StoredDType::F16 => DType::F16,
+            StoredDType::BF16 => DType::Bf16,
+            StoredDType::F32 => DType::F32,
+            StoredDType::F64 => DType::F64,
+            _ => return None,
+        })
+    }
+
+    /// Number of elements; the header's own check rules out an overflow.
+    #[must_use]
+    pub fn elements(&self) -> u64 {
+        self.shape.iter().map(|&extent| extent as u64).product()
+    }
+}
+
+/// An open safetensors file: header parsed and checked, data mapped read-only.
+///
+/// The mapping shows the file itself. Whoever shortens the file in place takes the process down with it; replacing
+/// it by renaming another over it is harmless, and [`ModelFile::check_unchanged`] notices both.
+#[derive(Debug)]
+pub struct ModelFile {
+    path: PathBuf,
+    mapping: Mmap,
+    tensors: BTreeMap<String, StoredTensor>,
+    identity: Identity,
+}
+
+/// What tells one state of a file from another without reading it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Identity {
+    #[cfg(unix)]
+    device: u64,
+    #[cfg(unix)]
+    inode: u64,
+    size_bytes: u64,
+    modified: Option<SystemTime>,
+}
+
+impl Identity {
+    fn of(metadata: &Metadata) -> Self {
+        #[cfg(unix)]
+        use std::os::unix::fs::MetadataExt;
+        Self {
+            #[cfg(unix)]
+            device: metadata.dev(),
+            #[cfg(unix)]
+            inode: metadata.ino(),
+            size_bytes: metadata.len(),
+            modified: metadata.modified().ok(),
+        }
+    }
+}
+
+impl ModelFile {
+    /// Opens and checks the file at `path`. Reads the header only.
+    ///
+    /// # Errors
+    /// [`ModelError::Unreadable`] for a missing or forbidden file and for what is no regular file,
+    /// [`ModelError::Directory`], [`ModelError::Pickle`], and [`ModelError::Malformed`] for all else that is not a
+    /// safetensors file whose tensors fill it exactly.
+    pub fn open(path: &Path) -> Result<Self, ModelError> {
+        let (file, metadata) = open_regular(path)?;
+        if metadata.len() < LENGTH_BYTES as u64 {
+            return Err(refuse(path, &[], format!("{} bytes are too few for a header", metadata.len())));
+        }
+        // SAFETY: the mapping is read-only and private to this type. The file may change while it is mapped: the
+        // bytes are then other numbers or, where it was shortened, the documented end of the process; no Rust
+        // value other than plain numbers is ever read from them.
+        let mapping =
+            unsafe { Mmap::map(&file) }.map_err(|cause| ModelError::Unreadable { path: path.to_owned(), cause })?;
+        let (header_bytes, header) =
+            SafeTensors::read_metadata(&mapping).map_err(|error| refuse(path, &mapping, explain(&error, &mapping)))?;
+        let data_start = LENGTH_BYTES + header_bytes;
+        let tensors = header
+            .tensors()
+            .into_iter()
+            .map(|(name, stored)| {
+                let (start, end) = stored.data_offsets;
+                let bytes = data_start + start..data_start + end;
+                (name, StoredTensor { dtype: stored.dtype, shape: stored.shape.clone(), bytes })
+            })
+            .collect();
+        Ok(Self { path: path.to_owned(), mapping, tensors, identity: Identity::of(&metadata) })
+    }
+
+    /// The path the file was opened by.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Bytes of the whole file when it was opened.
+    #[must_use]
+    pub fn size_bytes(&self) -> u64 {
+        self.identity.size_bytes
+    }
+
+    /// All tensors, by name in alphabetical order.
+    pub fn tensors(&self) -> impl ExactSizeIterator<Item = (&str, &StoredTensor)> {
+        self.tensors.iter().map(|(name, stored)| (name.as_str(), stored))
+    }
+
+    /// The tensor called `name`.
+    #[must_use]
+    pub fn tensor(&self, name: &str) -> Option<&StoredTensor> {
+        self.tensors.get(name)
+    }
+
+    /// The mapped bytes of a tensor of this file.
+    ///
+    /// # Errors
+    /// [`ModelError::Malformed`] where `stored` is not of this file and reaches beyond it.
+    pub fn bytes(&self, stored: &StoredTensor) -> Result<&[u8], ModelError> {
+        self.mapping.get(stored.bytes.clone()).ok_or_else(|| ModelError::Malformed {
+            path: self.path.clone(),
+            reason: "a tensor reaches beyond the end of the file".to_owned(),
+        })
+    }
+
+    /// Checks that the path still names the file that was opened, in the same state. One `stat`.
+    ///
+    /// # Errors
+    /// [`ModelError::Changed`] where it does not or is gone, [`ModelError::Unreadable`] where it cannot be told.
+    pub fn check_unchanged(&self) -> Result<(), ModelError> {
+        match std::fs::metadata(&self.path) {
+            Ok(metadata) if Identity::of(&metadata) == self.identity => Ok(()),
+            Ok(_) => Err(ModelError::Changed { path: self.path.clone() }),
+            Err(cause) if cause.kind() == io::ErrorKind::NotFound => {
+                Err(ModelError::Changed { path: self.path.clone() })
+            }
+            Err(cause) => Err(ModelError::Unreadable { path: self.path.clone(), cause }),
+        }
+    }
+
+    /// What is in the file, in a few words for a message: how many tensors, and the first of them.
+    #[must_use]
+    pub fn summary(&self) -> String {
+        match self.tensors.keys().next() {
+            None => "no tensors".to_owned(),
+            Some(first) => format!("{} tensors, first: {}", self.tensors.len(), quote(first)),
+        }
+    }
+}
+
+/// Opens what must be a regular file, without ever waiting for a writer at the other end of a pipe.
+fn open_regular(path: &Path) -> Result<(File, Metadata), ModelError> {
+    let unreadable = |cause| ModelError::Unreadable { path: path.to_owned(), cause };
+    let mut options = OpenOptions::new();
+    options.read(true);
+    #[cfg(unix)]
+    std::os::unix::fs::OpenOptionsExt::custom_flags(&mut options, rustix::fs::OFlags::NONBLOCK.bits().cast_signed());
+    // Some systems refuse to open a directory at all, with an answer that does not say why.
+    if path.is_dir() {
+        return Err(ModelError::Directory { path: path.to_owned() });
+    }
+    let file = options.open(path).map_err(unreadable)?;
+    let metadata = file.metadata().map_err(unreadable)?;
+    if metadata.is_dir() {
+        return Err(ModelError::Directory { path: path.to_owned() });
+    }
+    if !metadata.is_file() {
+        return Err(unreadable(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file")));
+    }
+    Ok((file, metadata))
+}
+
+/// The error for bytes that are not safetensors: a pickle is named as one, whatever it is called.
+fn refuse(path: &Path, bytes: &[u8], reason: String) -> ModelError {
+    let zipped = bytes.starts_with(b"PK\x03\x04");
+    let pickled = matches!(bytes, [0x80, 2..=5, ..]);
+    let named = path
+        .extension()
+        .and_then(|ending| ending.to_str())
+        .is_some_and(|ending| PICKLE_ENDINGS.iter().any(|known| ending.eq_ignore_ascii_case(known)));
+    if zipped || pickled || named {
+        return ModelError::Pickle { path: path.to_owned() };
+    }
+    ModelError::Malformed { path: path.to_owned(), reason }
+}
+
+/// The library's complaint in terms of what the user has, with the file's own text cut short.
+fn explain(error: &SafeTensorError, bytes: &[u8]) -> String {
+    if bytes.starts_with(b"version https://git-lfs") {
+        return "it is a Git LFS pointer, not the file it points to".to_owned();
+    }
+    match error {
+        SafeTensorError::InvalidHeaderLength => "the header is longer than the file".to_owned(),
+        SafeTensorError::MetadataIncompleteBuffer => {
+            "the tensors do not end where the file ends; it is truncated or has bytes appended".to_owned()
+        }
+        other => shorten(&other.to_string()),
+    }
+}
+
+/// `text` up to a length that is fit for a message.
+fn shorten(text: &str) -> String {
+    match text.char_indices().nth(MAX_QUOTED_CHARS) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text.to_owned(),
+    }
+}
+
+/// A tensor's name fit for a message: quoted, escaped, shortened.
+pub(super) fn quote(name: &str) -> String {
+    format!("{:?}", shorten(name))
+}

@@ -1,0 +1,95 @@
+use std::path::PathBuf;
+
+use half::{bf16, f16};
+
+use crate::device::{DeviceError, Span};
+use crate::service::VaeOperation;
+use crate::tensor::{DType, TensorMeta};
+
+use super::{ModelError, Vae, VaeFacts, VaeInput, VaePlan};
+
+/// Elements that are handed over.
+const MARKS: usize = 16;
+/// Bytes of a result element.
+const F32_BYTES: usize = 4;
+
+/// A VAE that computes nothing: it shows what handing a latent in and an image out costs by itself.
+///
+/// A decode takes the latent's first 16 elements in row-major order and writes element `i`, as float32, at element
+/// `i · ⌊n / 16⌋` of the `n` of the image. It reads and writes nothing else and allocates nothing.
+#[derive(Debug, Default)]
+pub struct HandOff;
+
+impl HandOff {
+    /// The name it is asked for by.
+    pub const NAME: &'static str = "builtin:hand-off";
+
+    /// Its facts: shaped like a Stable Diffusion VAE that can only decode.
+    #[must_use]
+    pub fn facts() -> VaeFacts {
+        VaeFacts {
+            path: PathBuf::from(Self::NAME),
+            family: "hand-off",
+            latent_channels: 4,
+            ratio: 8,
+            can_decode: true,
+            can_encode: false,
+            weight_bytes: 0,
+            decode_bytes_per_pixel: 0,
+            encode_bytes_per_pixel: 0,
+            runs_inline: true,
+        }
+    }
+}
+
+impl Vae for HandOff {
+    fn run(
+        &mut self,
+        plan: &VaePlan,
+        input: VaeInput<'_>,
+        output: &Span,
+        _stop: &dyn Fn() -> bool,
+    ) -> Result<(), ModelError> {
+        if plan.operation == VaeOperation::Encode {
+            return Err(ModelError::Unsupported {
+                path: PathBuf::from(Self::NAME),
+                what: "encoding with the do-nothing VAE".to_owned(),
+            });
+        }
+        input.meta.check_fits(input.memory.length())?;
+        plan.output.check_fits(output.length())?;
+        let source = input.memory.bytes(input.meta.span_bytes()?).map_err(executor)?;
+        let count = plan.output.elements()?;
+        let step = count / MARKS;
+        for at in 0..MARKS.min(input.meta.elements()?).min(count) {
+            let value = element(source, &input.meta, at);
+            if let Some(value) = value {
+                output.write_at(at * step * F32_BYTES, &value.to_ne_bytes()).map_err(executor)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn executor(cause: DeviceError) -> ModelError {
+    ModelError::Executor { what: "hand-off", cause: cause.to_string() }
+}
+
+/// Element `at` in row-major order, whatever the strides.
+fn element(source: &[u8], meta: &TensorMeta, at: usize) -> Option<f32> {
+    let mut rest = at as u64;
+    let mut offset = 0u64;
+    for (&extent, &stride) in meta.shape.as_slice().iter().zip(meta.strides.as_slice()).rev() {
+        offset += rest.checked_rem(extent)? * stride;
+        rest /= extent;
+    }
+    let start = usize::try_from(offset).ok()? * meta.dtype.size_bytes();
+    let bytes = source.get(start..start + meta.dtype.size_bytes())?;
+    Some(match meta.dtype {
+        DType::F16 => f16::from_ne_bytes(bytes.try_into().ok()?).to_f32(),
+        DType::Bf16 => bf16::from_ne_bytes(bytes.try_into().ok()?).to_f32(),
+        DType::F32 => f32::from_ne_bytes(bytes.try_into().ok()?),
+        DType::F64 => f64::from_ne_bytes(bytes.try_into().ok()?) as f32,
+        _ => return None,
+    })
+}

@@ -1,0 +1,19 @@
+//! Models: open a file, tell from its keys and shapes what it holds, load it, run it.
+//!
+//! Opening and recognising need no libtorch; running does (feature `torch`), except for the do-nothing model.
+
+mod detect;
+mod error;
+mod executor;
+mod file;
+mod hand_off;
+mod layout;
+mod plan;
+#[cfg(feature = "torch")]
+pub mod torch;
+
+pub use detect::vae_facts;
+pub use error::ModelError;
+pub use executor::{Vae, VaeFacts, VaeInput, VaePlan, WeightStorage};
+pub use file::{ModelFile, StoredDType, StoredTensor};
+pub use hand_off::HandOff;

@@ -1,0 +1,23 @@
+//! What client and broker say to each other. Pure: no sockets, no clock, no threads.
+//!
+//! A frame is a message in MessagePack plus, on the `inline` rung only, raw bytes behind it. The framing itself is
+//! the transport's; here bytes become types ([`codec`]) and types are checked against the order in which they may
+//! come ([`SessionMachine`]).
+
+pub mod codec;
+mod message;
+mod negotiate;
+mod report;
+mod session;
+
+pub use codec::CodecError;
+pub use message::{
+    ArenaHandle, ArenaOffer, ClientMessage, Descriptor, Operation, Outcome, Reply, Request, ServerMessage,
+    TensorSource, Times, VaeRequest,
+};
+pub use negotiate::{
+    Accepted, DeviceRung, Features, Hello, NONCE_BYTES, PROTOCOL_VERSION, ProbeAnswer, ProbeOffer, ProbeOutcome, Reason, Rung,
+    Welcome, negotiate, settle,
+};
+pub use report::{LaneReport, ModelReport, SessionReport, Status};
+pub use session::{Action, Phase, ProtocolError, SessionMachine};

@@ -1,0 +1,99 @@
+//! What `status` and `models` tell.
+
+use serde::{Deserialize, Serialize};
+
+use super::negotiate::DeviceRung;
+use crate::id::SessionId;
+use crate::service::Service;
+
+/// Everything about a broker at one moment.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Status {
+    /// Crate version of the broker.
+    pub version: String,
+    /// Process id of the broker.
+    pub pid: u32,
+    /// Seconds since it started.
+    pub uptime_s: f64,
+    /// Where it listens.
+    pub address: String,
+    /// Negotiated sessions.
+    pub sessions: Vec<SessionReport>,
+    /// Models loaded, and models known but not loaded.
+    pub models: Vec<ModelReport>,
+    /// Lanes.
+    pub lanes: Vec<LaneReport>,
+    /// Requests answered since the start, faults included.
+    pub requests: u64,
+    /// Faults among them.
+    pub faults: u64,
+    /// Connections that ended before they became sessions.
+    pub refused: u64,
+    /// Sessions that ended without a goodbye.
+    pub sessions_lost: u64,
+}
+
+/// One session.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct SessionReport {
+    /// Its id.
+    pub id: SessionId,
+    /// The name the client gave itself.
+    pub name: String,
+    /// Process id of the client, where the system tells.
+    pub pid: Option<u32>,
+    /// User id of the client, where the system tells.
+    pub uid: Option<u32>,
+    /// Rung per device, and why.
+    pub rungs: Vec<DeviceRung>,
+    /// Leases it holds.
+    pub leases: u64,
+    /// Bytes of those leases.
+    pub leased_bytes: u64,
+    /// Bytes of address space of its arenas; pages that were never used cost nothing.
+    pub arena_bytes: u64,
+    /// Requests not yet answered.
+    pub in_flight: u64,
+    /// Requests answered.
+    pub requests: u64,
+}
+
+/// One model.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ModelReport {
+    /// Name to use in requests.
+    pub name: String,
+    /// File it comes from; empty for a built-in model.
+    pub path: String,
+    /// Service that runs it.
+    pub service: Service,
+    /// Architecture.
+    pub family: String,
+    /// Whether its weights are in memory.
+    pub loaded: bool,
+    /// Bytes of weights held once for everybody; what loading would take while it is not loaded.
+    pub bytes: u64,
+    /// Device it runs on.
+    pub device: String,
+    /// Channels of the latent.
+    pub latent_channels: u64,
+    /// Pixels per latent element in each direction.
+    pub ratio: u64,
+}
+
+/// One lane.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LaneReport {
+    /// Service it runs.
+    pub service: Service,
+    /// Device it runs on.
+    pub device: String,
+    /// Requests waiting.
+    pub queued: u64,
+    /// Most requests that may wait.
+    pub capacity: u64,
+    /// Whether one is running.
+    pub busy: bool,
+    /// Requests it has run.
+    pub completed: u64,
+}

@@ -1,0 +1,62 @@
+//! What can be asked of a model service: the vocabulary shared by the wire, the lanes and the executors.
+
+use serde::{Deserialize, Serialize};
+
+/// A kind of model that the broker serves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[non_exhaustive]
+pub enum Service {
+    /// Latents to images and back.
+    Vae,
+}
+
+/// Direction of a VAE call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum VaeOperation {
+    /// Latent `[N, C, h, w]` to image `[N, h·ratio, w·ratio, 3]`.
+    Decode,
+    /// Image `[N, H, W, 3]` to latent `[N, C, H/ratio, W/ratio]`, the mean of the posterior.
+    Encode,
+}
+
+/// Whether a VAE call may be cut into tiles.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Tiling {
+    /// In one piece where the byte budget allows it, else in tiles of the default size.
+    Auto,
+    /// Always in tiles of this size.
+    Tiles(TileShape),
+}
+
+/// Size and overlap of tiles: in latent elements for a decode, in pixels for an encode.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct TileShape {
+    /// Columns of the first of the three passes.
+    pub width: u32,
+    /// Rows of the first of the three passes.
+    pub height: u32,
+    /// Columns and rows that neighbouring tiles share.
+    pub overlap: u32,
+}
+
+/// One call to a VAE, without its tensors.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VaeCall {
+    /// Direction.
+    pub operation: VaeOperation,
+    /// Tiling asked for.
+    pub tiling: Tiling,
+}
+
+/// How a VAE call was run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum VaeMode {
+    /// In one piece.
+    Full,
+    /// In tiles of this size, three passes averaged.
+    Tiled(TileShape),
+}

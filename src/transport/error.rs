@@ -1,0 +1,88 @@
+use std::io;
+use std::path::PathBuf;
+
+use crate::error::ErrorKind;
+
+/// Why bytes could not be moved, or no connection made.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum TransportError {
+    /// The peer closed the connection, or died.
+    #[error("the peer closed the connection")]
+    Closed,
+    /// Nothing came in time.
+    #[error("nothing came within the time allowed")]
+    TimedOut,
+    /// Nobody listens at the address.
+    #[error("no broker answers at {address}: {cause}")]
+    NoListener {
+        /// The address.
+        address: String,
+        /// The system's answer.
+        cause: io::Error,
+    },
+    /// Somebody already listens there.
+    #[error("another broker already serves {address}")]
+    AlreadyServed {
+        /// The address.
+        address: String,
+    },
+    /// The path is taken by something that is not a socket; it was left alone.
+    #[error("{} exists and is not a socket; it was left alone", path.display())]
+    NotASocket {
+        /// The path.
+        path: PathBuf,
+    },
+    /// The socket belongs to another user.
+    #[error("the broker at {address} belongs to user {owner}, not to user {user}")]
+    ForeignOwner {
+        /// The address.
+        address: String,
+        /// The owner's user id.
+        owner: u32,
+        /// The caller's user id.
+        user: u32,
+    },
+    /// A frame is longer than frames may be.
+    #[error("a frame of {length} bytes exceeds the limit of {limit}")]
+    FrameTooLong {
+        /// Announced length.
+        length: u64,
+        /// The limit.
+        limit: u64,
+    },
+    /// The operating system refused a call.
+    #[error("{call} failed: {cause}")]
+    Os {
+        /// The call.
+        call: &'static str,
+        /// The system's answer.
+        cause: io::Error,
+    },
+}
+
+impl TransportError {
+    pub(crate) fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Closed | Self::NoListener { .. } => ErrorKind::ConnectionLost,
+            Self::TimedOut => ErrorKind::Timeout,
+            Self::AlreadyServed { .. } | Self::NotASocket { .. } => ErrorKind::Configuration,
+            Self::ForeignOwner { .. } => ErrorKind::Refused,
+            Self::FrameTooLong { .. } => ErrorKind::Protocol,
+            Self::Os { .. } => ErrorKind::Io,
+        }
+    }
+
+    /// Folds an error of a read or write into what it means for the connection.
+    pub(crate) fn from_stream(call: &'static str, cause: io::Error) -> Self {
+        match cause.kind() {
+            io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock => Self::TimedOut,
+            io::ErrorKind::BrokenPipe
+            | io::ErrorKind::ConnectionReset
+            | io::ErrorKind::ConnectionAborted
+            | io::ErrorKind::NotConnected
+            | io::ErrorKind::UnexpectedEof => Self::Closed,
+            _ => Self::Os { call, cause },
+        }
+    }
+}
