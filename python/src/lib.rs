@@ -1,1 +1,23 @@
-//! x
+//! Python extension of luna-broker: types and errors translated, nothing decided.
+#![deny(unsafe_code)]
+
+use pyo3::prelude::*;
+
+mod call;
+mod client;
+mod dlpack;
+mod errors;
+mod session;
+mod tensor;
+mod vae;
+
+/// The compiled client; `luna_broker` re-exports it.
+#[pymodule]
+#[pyo3(name = "_native")]
+fn native(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    errors::register(module)?;
+    session::register(module)?;
+    vae::register(module)?;
+    client::register(module)
+}

@@ -68,6 +68,7 @@ impl VaeCallJob {
 }
 
 /// What the VAE lane is given.
+#[expect(clippy::large_enum_variant, reason = "moved a few times; a box would be an allocation per call")]
 #[derive(Debug)]
 pub(super) enum VaeWork {
     Call(VaeCallJob),

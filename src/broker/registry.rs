@@ -10,9 +10,6 @@ use crate::model::{HandOff, ModelError, ModelFile, Vae, VaeFacts, WeightStorage,
 use crate::protocol::ModelReport;
 use crate::service::Service;
 
-/// The do-nothing VAE's name.
-const HAND_OFF: &str = "builtin:hand-off";
-
 /// More files than anybody keeps in a model folder; bounds what a listing opens.
 const MAX_LISTED: usize = 4096;
 
@@ -87,8 +84,8 @@ impl Registry {
         if let Some(entry) = self.known.lock().get(name) {
             return Ok(Arc::clone(entry));
         }
-        if name == HAND_OFF && self.bench_models {
-            return Ok(self.add(name, Source::HandOff, HandOff::facts()));
+        if let Some(facts) = HandOff::facts(name).filter(|_| self.bench_models) {
+            return Ok(self.add(name, Source::HandOff, facts));
         }
         let path = self.find(name)?;
         let file = ModelFile::open(&path)?;
@@ -201,6 +198,8 @@ impl Registry {
 pub(super) struct Loader {
     pub(super) storage: WeightStorage,
     pub(super) threads: usize,
+    /// Bytes of the model being loaded that are in place.
+    pub(super) loading: Arc<AtomicU64>,
 }
 
 impl Loader {

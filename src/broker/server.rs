@@ -1,5 +1,5 @@
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -80,7 +80,8 @@ fn make_state(config: BrokerConfig, address: String) -> Result<State> {
     getrandom::fill(&mut epoch).map_err(|error| Error::new(ErrorKind::Internal, error.to_string(), ""))?;
     let registry = Arc::new(Registry::new(config.model_folders.clone(), config.bench_models));
     let storage = if config.copy_weights { WeightStorage::Copied } else { WeightStorage::Mapped };
-    let loader = Loader { storage, threads: config.threads };
+    let loading = Arc::new(AtomicU64::new(0));
+    let loader = Loader { storage, threads: config.threads, loading: Arc::clone(&loading) };
     let lane_registry = Arc::clone(&registry);
     let queue = Queue::new(Policy::Fifo, config.lane_capacity);
     let vae_lane = Lane::spawn("luna-vae", queue, move || VaeExecutor::new(loader, lane_registry)).map_err(no_thread)?;
@@ -91,6 +92,7 @@ fn make_state(config: BrokerConfig, address: String) -> Result<State> {
         clock: Clock::start(),
         registry,
         vae_lane,
+        loading,
         sessions: Sessions::default(),
         counters: Counters::default(),
         arena_ids: Arc::new(AtomicU32::new(0)),
@@ -167,6 +169,12 @@ impl Broker {
     /// [`ErrorKind::ModelNotFound`], [`ErrorKind::InvalidModel`], [`ErrorKind::Unsupported`].
     pub fn describe(&self, model: &str) -> Result<ModelReport> {
         Ok(self.state.registry.resolve(model)?.report())
+    }
+
+    /// Bytes of weights of the model being loaded that are in place.
+    #[must_use]
+    pub fn loading_bytes(&self) -> u64 {
+        self.state.loading.load(Ordering::Relaxed)
     }
 
     /// Stops in order: no new connections, the running jobs finish, everything that waits is answered, sessions end.

@@ -21,6 +21,8 @@ pub(super) struct State {
     pub(super) clock: Clock,
     pub(super) registry: Arc<Registry>,
     pub(super) vae_lane: Lane<VaeWork>,
+    /// Bytes of the model being loaded that are in place.
+    pub(super) loading: Arc<AtomicU64>,
     pub(super) sessions: Sessions,
     pub(super) counters: Counters,
     pub(super) arena_ids: Arc<AtomicU32>,

@@ -185,7 +185,7 @@ impl Link {
         match self.read_answer(timeout) {
             Ok(Some(answer)) if Some(answer.reply.id) == mine => Ok(Some(answer)),
             Ok(Some(answer)) => {
-                if let Err(unwanted) = self.router.deliver(answer) {
+                if let Some(unwanted) = self.router.deliver(answer) {
                     self.dispose(&unwanted);
                 }
                 Ok(None)

@@ -79,15 +79,15 @@ impl Router {
     }
 
     /// Hands an answer to its caller; gives it back where nobody waits for it any more.
-    pub(super) fn deliver(&self, answer: Answer) -> Result<(), Answer> {
+    pub(super) fn deliver(&self, answer: Answer) -> Option<Answer> {
         let mut state = self.state.lock();
         match state.waiting.get_mut(&answer.reply.id) {
             Some(waiting) => {
                 waiting.answer = Some(Box::new(answer));
                 waiting.thread.unpark();
-                Ok(())
+                None
             }
-            None => Err(answer),
+            None => Some(answer),
         }
     }
 

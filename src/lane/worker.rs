@@ -166,10 +166,8 @@ impl<J: Job> Lane<J> {
             entry.job.refuse(Refusal::ShuttingDown);
         }
         let thread = self.thread.lock().take();
-        if let Some(thread) = thread {
-            if thread.join().is_err() {
-                tracing::error!("a lane's executor panicked while it was made or dropped");
-            }
+        if thread.is_some_and(|thread| thread.join().is_err()) {
+            tracing::error!("a lane's executor panicked while it was made or dropped");
         }
     }
 

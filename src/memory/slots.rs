@@ -52,12 +52,12 @@ impl SlotAllocator {
     pub fn free(&mut self, offset: u64) -> bool {
         let Some(mut length) = self.used.remove(&offset) else { return false };
         let mut start = offset;
-        if let Some((&before, &before_length)) = self.free.range(..start).next_back() {
-            if before + before_length == start {
-                self.free.remove(&before);
-                start = before;
-                length += before_length;
-            }
+        if let Some((&before, &before_length)) = self.free.range(..start).next_back()
+            && before + before_length == start
+        {
+            self.free.remove(&before);
+            start = before;
+            length += before_length;
         }
         if let Some(after_length) = self.free.remove(&(start + length)) {
             length += after_length;

@@ -7,8 +7,9 @@ use super::{ModelError, ModelFile, StoredDType, StoredTensor, VaeFacts};
 const PREFIXES: [&str; 3] = ["first_stage_model.", "vae.", ""];
 /// Bytes of the element type computed in.
 const COMPUTED_BYTES: u64 = 4;
-/// Head-room over the activations alone, in percent: the convolutions' own scratch and the allocator's slack.
-const HEAD_ROOM_PERCENT: u64 = 130;
+/// Head-room over the activations alone, in percent: convolutions need scratch and reordered weights of their own.
+/// Measured peaks on a CPU lie at 130 to 140.
+const HEAD_ROOM_PERCENT: u64 = 150;
 /// Scale and shift of the tiny autoencoders whose files do not carry them: part of the file's name, latent
 /// channels, scale, shift. The first that fits is taken.
 const KNOWN_SCALES: [(&str, u64, f64, f64); 4] = [

@@ -9,6 +9,7 @@ use super::negotiate::{Accepted, Hello, ProbeAnswer, Welcome};
 use super::report::{ModelReport, Status};
 
 /// Everything a client says.
+#[expect(clippy::large_enum_variant, reason = "moved a few times; a box would be an allocation per call")]
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum ClientMessage {
     /// The first message: who is there and what it can do.
@@ -64,6 +65,7 @@ pub struct Request {
 }
 
 /// What a request asks for.
+#[expect(clippy::large_enum_variant, reason = "moved a few times; a box would be an allocation per call")]
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Operation {
     /// An empty round trip.

@@ -52,6 +52,7 @@ pub enum ProtocolError {
 }
 
 /// What the broker does about a message.
+#[expect(clippy::large_enum_variant, reason = "moved a few times; a box would be an allocation per call")]
 #[derive(Debug, PartialEq)]
 pub enum Action {
     /// Negotiate, then tell [`SessionMachine::welcomed`] whether a probe was offered.

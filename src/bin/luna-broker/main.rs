@@ -1,1 +1,28 @@
-fn main() {}
+//! The `luna-broker` binary: arguments to settings, settings to a broker or a client, the outcome to an exit code.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+mod args;
+mod bench;
+mod control;
+mod exit;
+mod serve;
+mod show;
+
+use args::{Args, Command};
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    args.start_logging();
+    let outcome = match args.command {
+        Command::Serve(serve) => serve::run(&args.connection, serve),
+        Command::Status { json } => control::status(&args.connection, json),
+        Command::Models { json } => control::models(&args.connection, json),
+        Command::Load { model } => control::load(&args.connection, &model),
+        Command::Unload { model } => control::unload(&args.connection, &model),
+        Command::Bench(bench) => bench::run(&args.connection, &bench),
+    };
+    exit::code(outcome)
+}

@@ -78,10 +78,10 @@ impl SharedMemory for Segment {
         let mut map = self.map.lock();
         // On Windows a segment has no name of its own: it goes with its last user.
         #[cfg(unix)]
-        if map.set_owner(false) {
-            if let Err(errno) = rustix::shm::unlink(self.name.as_str()) {
-                tracing::warn!(%errno, "the name of a shared segment could not be removed");
-            }
+        if map.set_owner(false)
+            && let Err(errno) = rustix::shm::unlink(self.name.as_str())
+        {
+            tracing::warn!(%errno, "the name of a shared segment could not be removed");
         }
         #[cfg(not(unix))]
         let _ = map.set_owner(true);

@@ -1,0 +1,1 @@
+"""The machinery of `compare.py` and `steady_state.py`: programs, peers, rounds, bars."""

@@ -1,0 +1,71 @@
+"""One broker process holds the diffusion models of a machine; this is how a worker uses them.
+
+    import luna_broker
+
+    client = luna_broker.connect()              # $LUNA_BROKER, else this user's default socket
+    vae = client.vae("sdxl-vae.safetensors")    # a name the broker knows, or a path
+    image = vae.decode(latent)                  # torch [N, C, h, w] to [N, H, W, 3] in 0..1
+    latent = vae.encode(image)                  # numpy arrays in give numpy arrays out
+
+Results are views on memory shared with the broker: nothing is copied, and dropping the last view
+gives the memory back. A client may be used from many threads. Every error is a `LunaBrokerError`
+whose class says what kind it is and whose `remedy` says what to do about it.
+"""
+
+from ._native import (
+    Busy,
+    Call,
+    Cancelled,
+    Client,
+    ConfigurationError,
+    ConnectionLost,
+    InvalidModel,
+    InvalidTensor,
+    LunaBrokerError,
+    ModelNotFound,
+    ProtocolError,
+    Refused,
+    Rung,
+    Session,
+    ShuttingDown,
+    Stale,
+    Timeout,
+    Unsupported,
+    Vae,
+    __version__,
+    connect,
+)
+
+from . import _native
+
+__all__ = [
+    "Busy",
+    "Call",
+    "Cancelled",
+    "Client",
+    "ConfigurationError",
+    "ConnectionLost",
+    "InvalidModel",
+    "InvalidTensor",
+    "LunaBrokerError",
+    "ModelNotFound",
+    "OutOfMemory",
+    "ProtocolError",
+    "Refused",
+    "Rung",
+    "Session",
+    "ShuttingDown",
+    "Stale",
+    "Timeout",
+    "Unsupported",
+    "Vae",
+    "__version__",
+    "connect",
+]
+
+
+def __getattr__(name: str) -> object:
+    # Looked up each time: once torch is loaded the class is a torch.OutOfMemoryError too.
+    if name == "OutOfMemory":
+        return _native.out_of_memory_class()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

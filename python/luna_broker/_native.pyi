@@ -1,0 +1,296 @@
+"""The compiled client. Import its names from `luna_broker`."""
+
+from collections.abc import Sequence
+from os import PathLike
+from types import TracebackType
+from typing import Any, Literal, final, overload
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+__version__: str
+
+class LunaBrokerError(Exception):
+    """Base of every error of this package.
+
+    The text says what happened, naming the input, and what was left intact. Failures without a
+    class of their own (an operating system call refused, an executor that failed on valid input)
+    are raised as this class.
+    """
+
+    @property
+    def kind(self) -> str:
+        """Name of the kind of failure, such as `"ModelNotFound"`; stable, fit for logs."""
+
+    @property
+    def remedy(self) -> str:
+        """What to do about it; empty where nothing sensible can be said."""
+
+class ConnectionLost(LunaBrokerError):
+    """The broker is not there, went away during the call, or this client was closed.
+
+    Results already held stay valid. Unless it was closed, the client connects again by itself on
+    its next call.
+    """
+
+class Refused(LunaBrokerError):
+    """The broker ended the negotiation: another user, another protocol version, a rung that was
+    asked for by force and cannot be had."""
+
+class Busy(LunaBrokerError):
+    """A bounded queue is full. The request never entered it; it can be sent again later."""
+
+class OutOfMemory(LunaBrokerError):
+    """A byte budget or an allocator said no; what was allocated for the request was given back.
+
+    Where torch is loaded this class derives from `torch.OutOfMemoryError` too, so that code which
+    catches that one and falls back to tiles keeps working.
+    """
+
+class ModelNotFound(LunaBrokerError):
+    """No model of that name, or no such file."""
+
+class InvalidModel(LunaBrokerError):
+    """The path exists but is nothing that can be used: a folder, a truncated file, a pickle
+    checkpoint (which would run code and is never opened), a file without the part asked for."""
+
+class InvalidTensor(LunaBrokerError):
+    """A tensor does not fit the operation: its rank, a side, its channels or its element type.
+    It was not sent."""
+
+class Stale(LunaBrokerError):
+    """Something refers to an earlier life: a restarted broker, a model file that was overwritten.
+    Obtain it anew and send the request again."""
+
+class Unsupported(LunaBrokerError):
+    """Recognised, but nothing this build or device can do."""
+
+class Timeout(LunaBrokerError):
+    """The deadline passed before the answer came. The client stays usable."""
+
+class Cancelled(LunaBrokerError):
+    """The request was taken back before it was done."""
+
+class ShuttingDown(LunaBrokerError):
+    """The broker is stopping and answers what is still queued with this."""
+
+class ProtocolError(LunaBrokerError):
+    """The peer broke the protocol. The connection was given up."""
+
+class ConfigurationError(LunaBrokerError):
+    """A setting is wrong: an address that cannot be read, a value out of range."""
+
+@final
+class Rung:
+    """How tensors cross between this process and the broker for one device."""
+
+    @property
+    def device(self) -> str:
+        """`"cpu"`, or the UUID of a GPU."""
+
+    @property
+    def rung(self) -> str:
+        """Name of the rung: `"shm"` (no copy on the CPU), `"inline"` (bytes behind the frame)."""
+
+    @property
+    def reason(self) -> str:
+        """Why this rung and no better one, as a sentence."""
+
+@final
+class Session:
+    """What the broker and this client agreed on. A reconnect replaces it."""
+
+    @property
+    def name(self) -> str:
+        """Name of this client in the broker's status and logs."""
+
+    @property
+    def broker_version(self) -> str:
+        """Version of the broker."""
+
+    @property
+    def rungs(self) -> list[Rung]:
+        """One entry per device, with the reason for the choice."""
+
+@final
+class Call:
+    """How one VAE call went."""
+
+    @property
+    def mode(self) -> Literal["full", "tiled"]:
+        """Whether it was run in one piece or in tiles."""
+
+    @property
+    def queued_s(self) -> float:
+        """Seconds between the request's arrival at the broker and its start."""
+
+    @property
+    def run_s(self) -> float:
+        """Seconds the model ran."""
+
+    @property
+    def bytes_copied_in(self) -> int:
+        """Bytes this client copied to get the input across; 0 for a tensor born shared."""
+
+    @property
+    def bytes_copied_out(self) -> int:
+        """Bytes this client copied to hand out the result; 0 where the result is a view."""
+
+@final
+class Vae:
+    """A VAE that lives in the broker. Obtained from `Client.vae`; may be used from many threads.
+
+    Tensors may have any strides; float16, bfloat16 and float32 are accepted. An input that does
+    not lie in shared memory already (see `Client.empty`) is copied there once. A result is a view
+    on shared memory: writable, not shared with any other result, given back when the last view of
+    it is dropped, valid after the client was closed and after the broker is gone.
+
+    Every call can raise `InvalidTensor`, `OutOfMemory`, `Busy`, `Timeout`, `Stale`,
+    `ShuttingDown` and `ConnectionLost`.
+    """
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """Facts about the model, among them:
+
+        `name`; `family` (`"autoencoder-kl"`, `"taesd"`, ...); `latent_channels`; `ratio` (pixels
+        per latent element in each direction); `bytes` (of weights).
+        """
+
+    @property
+    def last(self) -> Call:
+        """How the last call through this object went; of several threads, whichever ended last."""
+
+    @overload
+    def decode(self, latent: torch.Tensor) -> torch.Tensor: ...
+    @overload
+    def decode(self, latent: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.float32]:
+        """The image of a latent.
+
+        `latent`: [N, C, h, w], unscaled, C as in `info["latent_channels"]`.
+        Returns float32 [N, h * ratio, w * ratio, 3] in 0..1. Where the byte budget of the broker
+        does not allow the call in one piece, it is run in tiles; `last.mode` tells.
+        """
+
+    @overload
+    def encode(self, image: torch.Tensor) -> torch.Tensor: ...
+    @overload
+    def encode(self, image: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.float32]:
+        """The latent of an image: the mean of the posterior, unscaled.
+
+        `image`: [N, H, W, 3] in 0..1. Sides that are no multiple of `info["ratio"]` are cropped to
+        one around the centre. Returns float32 [N, C, H // ratio, W // ratio].
+        """
+
+    @overload
+    def decode_tiled(
+        self, latent: torch.Tensor, tile_x: int = 64, tile_y: int = 64, overlap: int = 16
+    ) -> torch.Tensor: ...
+    @overload
+    def decode_tiled(
+        self,
+        latent: npt.NDArray[np.floating[Any]],
+        tile_x: int = 64,
+        tile_y: int = 64,
+        overlap: int = 16,
+    ) -> npt.NDArray[np.float32]:
+        """As `decode`, always in tiles: three passes with tiles of different proportions, averaged.
+
+        `tile_x`, `tile_y`, `overlap`: columns, rows and common border, in latent elements.
+        """
+
+    @overload
+    def encode_tiled(
+        self, image: torch.Tensor, tile_x: int = 512, tile_y: int = 512, overlap: int = 64
+    ) -> torch.Tensor: ...
+    @overload
+    def encode_tiled(
+        self,
+        image: npt.NDArray[np.floating[Any]],
+        tile_x: int = 512,
+        tile_y: int = 512,
+        overlap: int = 64,
+    ) -> npt.NDArray[np.float32]:
+        """As `encode`, always in tiles: three passes with tiles of different proportions, averaged.
+
+        `tile_x`, `tile_y`, `overlap`: columns, rows and common border, in pixels.
+        """
+
+@final
+class Client:
+    """A connection to a broker. Obtained from `connect`; may be used from many threads.
+
+    A client whose broker was restarted connects again by itself on its next call. As a context
+    manager it is closed on leaving the block.
+    """
+
+    @property
+    def session(self) -> Session:
+        """What was agreed on with the broker: name, version, and the rung per device."""
+
+    def vae(self, name: str) -> Vae:
+        """The VAE of that name or path, loaded by the broker if it is not yet.
+
+        Raises `ModelNotFound`, `InvalidModel`, `Unsupported`, `OutOfMemory`.
+        """
+
+    @overload
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor: ...
+    @overload
+    def empty(self, shape: Sequence[int], dtype: type[np.generic]) -> npt.NDArray[Any]:
+        """A writable tensor in shared memory; its content is undefined.
+
+        What is written into it reaches the broker without a copy. It may be used for any number
+        of calls and must not be changed while one of them runs. Raises `OutOfMemory`.
+        """
+
+    def status(self) -> dict[str, Any]:
+        """What the broker is doing, among it `sessions`: a list, each with `name` and `leases`."""
+
+    def models(self) -> list[dict[str, Any]]:
+        """The models the broker knows, each with at least its `name`."""
+
+    def load(self, name: str) -> None:
+        """Has the broker load a model now, so that the first call need not wait for it.
+
+        Raises `ModelNotFound`, `InvalidModel`, `Unsupported`, `OutOfMemory`.
+        """
+
+    def unload(self, name: str) -> None:
+        """Has the broker give up a model's memory. The next call to it loads it again.
+
+        Raises `ModelNotFound`.
+        """
+
+    def ping(self) -> float:
+        """Seconds that a request which does nothing took, there and back."""
+
+    def close(self) -> None:
+        """Ends the session. Results already held stay valid. Closing twice is harmless.
+
+        Every later call through this client or its models raises `ConnectionLost`.
+        """
+
+    def __enter__(self) -> Client: ...
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+def connect(
+    address: str | PathLike[str] | None = None,
+    timeout: float | None = None,
+    name: str | None = None,
+) -> Client:
+    """Connects to a broker on this machine.
+
+    `address`: path of its socket; `None` means `$LUNA_BROKER`, else the default socket of this
+    user. `timeout`: seconds that connecting, and later each call, may wait for the broker; `None`
+    means the default of the client. `name`: how this client appears in the broker's status and
+    logs; `None` means one made of the process id.
+
+    Raises `ConnectionLost` if nobody listens there, `Refused`, `Timeout`, `ConfigurationError`.
+    """

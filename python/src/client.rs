@@ -1,0 +1,131 @@
+use std::path::PathBuf;
+use std::time::Duration;
+
+use luna_broker::client;
+use luna_broker::config::ClientConfig;
+use luna_broker::tensor::{Dims, TensorMeta};
+use luna_broker::{Error, ErrorKind};
+use pyo3::prelude::*;
+use serde::Serialize;
+
+use crate::call::{quick, released};
+use crate::errors::raise;
+use crate::session::Session;
+use crate::tensor::{dtype, hand_out};
+use crate::vae::Vae;
+
+/// A connection to a broker.
+#[pyclass(frozen, module = "luna_broker")]
+pub(crate) struct Client {
+    client: client::Client,
+    timeout: Option<Duration>,
+}
+
+/// Connects to a broker on this machine.
+#[pyfunction]
+#[pyo3(signature = (address=None, timeout=None, name=None))]
+fn connect(py: Python<'_>, address: Option<PathBuf>, timeout: Option<f64>, name: Option<String>) -> PyResult<Client> {
+    let mut config = ClientConfig::default();
+    if let Some(seconds) = timeout {
+        let timeout = Duration::try_from_secs_f64(seconds).map_err(|error| {
+            let message = format!("timeout={seconds}: {error}");
+            raise(py, Error::new(ErrorKind::Configuration, message, "give seconds above 0, or None"))
+        })?;
+        config.timeout = Some(timeout);
+        config.connect_timeout = timeout;
+    }
+    config.name = name.unwrap_or_else(|| format!("python-{}-{}", std::process::id(), serial()));
+    let timeout = config.timeout;
+    let address = address.map(|path| path.to_string_lossy().into_owned());
+    let client = quick(py, || client::Client::connect_with(address.as_deref(), config))?;
+    Ok(Client { client, timeout })
+}
+
+/// Tells the clients of one process apart.
+fn serial() -> u64 {
+    use std::sync::atomic::{AtomicU64, Ordering};
+    static NEXT: AtomicU64 = AtomicU64::new(1);
+    NEXT.fetch_add(1, Ordering::Relaxed)
+}
+
+/// Plain data as Python builds it from JSON: dictionaries, lists, numbers, strings.
+pub(crate) fn to_python<'py>(py: Python<'py>, value: &impl Serialize) -> PyResult<Bound<'py, PyAny>> {
+    let text = serde_json::to_string(value)
+        .map_err(|error| raise(py, Error::new(ErrorKind::Internal, format!("no JSON could be made: {error}"), "")))?;
+    py.import("json")?.call_method1("loads", (text,))
+}
+
+#[pymethods]
+impl Client {
+    /// What was agreed on with the broker.
+    #[getter]
+    fn session(&self) -> Session {
+        self.client.session().into()
+    }
+
+    /// The VAE of that name or path.
+    fn vae(&self, py: Python<'_>, name: PathBuf) -> PyResult<Vae> {
+        let vae = quick(py, || self.client.vae(&name.to_string_lossy()))?;
+        Ok(Vae::new(vae, self.timeout))
+    }
+
+    /// A writable tensor in shared memory.
+    fn empty<'py>(&self, shape: Vec<u64>, dtype: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
+        let py = dtype.py();
+        let (library, dtype) = self::dtype(dtype)?;
+        let shape = Dims::new(&shape).map_err(|error| raise(py, error))?;
+        let tensor = quick(py, || self.client.empty(TensorMeta::contiguous(dtype, shape)))?;
+        hand_out(py, tensor, library)
+    }
+
+    /// What the broker is doing.
+    fn status<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        let status = quick(py, || self.client.status())?;
+        to_python(py, &status)
+    }
+
+    /// The models the broker knows.
+    fn models<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        let models = quick(py, || self.client.models())?;
+        to_python(py, &models)
+    }
+
+    /// Has the broker load a model now.
+    fn load(&self, py: Python<'_>, name: PathBuf) -> PyResult<()> {
+        quick(py, || self.client.load(&name.to_string_lossy())).map(|_| ())
+    }
+
+    /// Has the broker give up a model's memory.
+    fn unload(&self, py: Python<'_>, name: PathBuf) -> PyResult<()> {
+        quick(py, || self.client.unload(&name.to_string_lossy()))
+    }
+
+    /// Seconds that an empty round trip took.
+    fn ping(&self, py: Python<'_>) -> PyResult<f64> {
+        released(py, self.timeout, |options| self.client.ping_with(options)).map(|taken| taken.as_secs_f64())
+    }
+
+    /// Ends the session.
+    fn close(&self, py: Python<'_>) {
+        py.detach(|| self.client.close());
+    }
+
+    fn __enter__(slf: Py<Self>) -> Py<Self> {
+        slf
+    }
+
+    #[pyo3(signature = (*_raised))]
+    fn __exit__(&self, py: Python<'_>, _raised: &Bound<'_, PyAny>) {
+        self.close(py);
+    }
+
+    fn __repr__(&self) -> String {
+        let session = self.client.session();
+        format!("<Client {} on {}>", session.name, session.host_rung())
+    }
+}
+
+pub(crate) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add_function(wrap_pyfunction!(connect, module)?)?;
+    module.add_class::<Client>()
+}

@@ -1,0 +1,238 @@
+//! DLPack, the one place where this extension touches raw memory.
+//!
+//! Structures as in the DLPack 1.x header. Capsules made here own their tensor through `manager_ctx`; a capsule that
+//! nobody consumed frees it in its destructor, as consumers rename the capsules they take.
+#![allow(unsafe_code, reason = "DLPack is a C interface")]
+
+use std::ffi::{CStr, c_int, c_void};
+use std::ptr::NonNull;
+
+use luna_broker::client::Tensor;
+use luna_broker::tensor::{DType, Dims, TensorMeta};
+use luna_broker::{Error, ErrorKind};
+use pyo3::ffi;
+use pyo3::prelude::*;
+use pyo3::types::{PyCapsule, PyCapsuleMethods};
+
+const LEGACY: &CStr = c"dltensor";
+const VERSIONED: &CStr = c"dltensor_versioned";
+/// Device type of host memory.
+pub(crate) const CPU: c_int = 1;
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct DlDevice {
+    kind: c_int,
+    id: i32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct DlDataType {
+    code: u8,
+    bits: u8,
+    lanes: u16,
+}
+
+#[repr(C)]
+struct DlTensor {
+    data: *mut c_void,
+    device: DlDevice,
+    rank: i32,
+    dtype: DlDataType,
+    shape: *mut i64,
+    strides: *mut i64,
+    byte_offset: u64,
+}
+
+#[repr(C)]
+struct Legacy {
+    tensor: DlTensor,
+    owner: *mut c_void,
+    deleter: Option<unsafe extern "C" fn(*mut Legacy)>,
+}
+
+#[repr(C)]
+struct Versioned {
+    major: u32,
+    minor: u32,
+    owner: *mut c_void,
+    deleter: Option<unsafe extern "C" fn(*mut Versioned)>,
+    flags: u64,
+    tensor: DlTensor,
+}
+
+/// What a managed tensor of ours owns: the memory behind it and the arrays it points to.
+struct Owner {
+    _tensor: Tensor,
+    shape: Vec<i64>,
+    strides: Vec<i64>,
+}
+
+const DTYPES: [(DType, u8, u8); 10] = [
+    (DType::I8, 0, 8),
+    (DType::I16, 0, 16),
+    (DType::I32, 0, 32),
+    (DType::I64, 0, 64),
+    (DType::U8, 1, 8),
+    (DType::F16, 2, 16),
+    (DType::F32, 2, 32),
+    (DType::F64, 2, 64),
+    (DType::Bf16, 4, 16),
+    (DType::Bool, 6, 8),
+];
+
+/// A tensor borrowed from another library for the length of a call.
+pub(crate) struct Borrowed<'py> {
+    meta: TensorMeta,
+    data: *const u8,
+    length: usize,
+    /// Keeps the memory alive; never consumed, so its own destructor frees it.
+    _capsule: Bound<'py, PyCapsule>,
+}
+
+impl<'py> Borrowed<'py> {
+    /// The tensor in `capsule`, made by `__dlpack__` of another library.
+    ///
+    /// # Errors
+    /// `InvalidTensor` for an element type or layout that cannot cross, `Unsupported` for memory of a GPU.
+    pub(crate) fn new(capsule: Bound<'py, PyCapsule>) -> PyResult<Self> {
+        let py = capsule.py();
+        // SAFETY: a capsule of this name holds a valid pointer to the structure of that name, by the DLPack protocol;
+        // it stays valid while the capsule is neither consumed nor dropped, and the borrow ends before that.
+        let tensor = unsafe {
+            if let Ok(pointer) = capsule.pointer_checked(Some(VERSIONED)) {
+                &pointer.cast::<Versioned>().as_ref().tensor
+            } else {
+                &capsule.pointer_checked(Some(LEGACY))?.cast::<Legacy>().as_ref().tensor
+            }
+        };
+        let (meta, data, length) = describe(tensor).map_err(|error| crate::errors::raise(py, error))?;
+        Ok(Self { meta, data, length, _capsule: capsule })
+    }
+
+    pub(crate) fn meta(&self) -> TensorMeta {
+        self.meta
+    }
+
+    /// The bytes from the first to the last element.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        if self.length == 0 {
+            return &[];
+        }
+        // SAFETY: the library that made the capsule promises memory for shape and strides at `data`, alive while the
+        // capsule is; `length` is the span of those. Python code that writes to it meanwhile changes values only.
+        unsafe { std::slice::from_raw_parts(self.data, self.length) }
+    }
+}
+
+fn describe(tensor: &DlTensor) -> Result<(TensorMeta, *const u8, usize), Error> {
+    let refuse = |kind, message: String, remedy: &str| Err(Error::new(kind, message, remedy));
+    if tensor.device.kind != CPU {
+        let message = format!("the tensor is in memory of device type {}", tensor.device.kind);
+        return refuse(ErrorKind::Unsupported, message, "move it to the CPU first: tensor.cpu()");
+    }
+    let DlDataType { code, bits, lanes } = tensor.dtype;
+    let known = DTYPES.iter().find(|(_, known_code, known_bits)| (*known_code, *known_bits, 1) == (code, bits, lanes));
+    let Some((dtype, ..)) = known else {
+        let message = format!("elements of DLPack type {code}, {bits} bits, {lanes} lanes cannot cross");
+        return refuse(ErrorKind::InvalidTensor, message, "convert the tensor to float32");
+    };
+    let rank = usize::try_from(tensor.rank).unwrap_or(usize::MAX);
+    let extents = |pointer: *mut i64| -> Option<Vec<u64>> {
+        if rank == 0 || pointer.is_null() || rank > luna_broker::tensor::MAX_RANK {
+            return (rank == 0).then(Vec::new);
+        }
+        // SAFETY: the protocol promises `rank` elements at a pointer that is not null.
+        let values = unsafe { std::slice::from_raw_parts(pointer, rank) };
+        values.iter().map(|value| u64::try_from(*value).ok()).collect()
+    };
+    let Some(shape) = extents(tensor.shape) else {
+        return refuse(ErrorKind::InvalidTensor, format!("a tensor of {rank} dimensions cannot cross"), "");
+    };
+    let shape = Dims::new(&shape)?;
+    let strides = match extents(tensor.strides) {
+        Some(strides) => Dims::new(&strides)?,
+        None if tensor.strides.is_null() => shape.contiguous_strides(),
+        None => return refuse(ErrorKind::InvalidTensor, "a tensor with negative strides cannot cross".to_owned(), "copy it first"),
+    };
+    let meta = TensorMeta::strided(*dtype, shape, strides)?;
+    let length = meta.span_bytes()?;
+    let offset = usize::try_from(tensor.byte_offset).unwrap_or(0);
+    Ok((meta, tensor.data.cast_const().cast::<u8>().wrapping_add(offset), length))
+}
+
+/// A capsule that hands `tensor` to another library without a copy: versioned where the consumer knows that.
+pub(crate) fn export<'py>(py: Python<'py>, tensor: &Tensor, versioned: bool) -> PyResult<Bound<'py, PyAny>> {
+    let meta = tensor.meta();
+    let signed = |dims: &Dims| dims.as_slice().iter().map(|extent| *extent as i64).collect::<Vec<_>>();
+    let address = tensor.address();
+    let mut owner =
+        Box::new(Owner { _tensor: tensor.clone(), shape: signed(&meta.shape), strides: signed(&meta.strides) });
+    let (_, code, bits) = DTYPES.iter().find(|(dtype, ..)| *dtype == meta.dtype).copied().unwrap_or((DType::U8, 1, 8));
+    let described = DlTensor {
+        data: address as *mut c_void,
+        device: DlDevice { kind: CPU, id: 0 },
+        rank: owner.shape.len() as i32,
+        dtype: DlDataType { code, bits, lanes: 1 },
+        // Heap memory of the vectors: it stays where it is when the box becomes a pointer.
+        shape: owner.shape.as_mut_ptr(),
+        strides: owner.strides.as_mut_ptr(),
+        byte_offset: 0,
+    };
+    let owner = Box::into_raw(owner).cast::<c_void>();
+    let (pointer, name, destructor): (*mut c_void, &CStr, ffi::PyCapsule_Destructor) = if versioned {
+        let managed =
+            Versioned { major: 1, minor: 0, owner, deleter: Some(delete_versioned), flags: 0, tensor: described };
+        (Box::into_raw(Box::new(managed)).cast(), VERSIONED, drop_versioned)
+    } else {
+        let managed = Legacy { tensor: described, owner, deleter: Some(delete_legacy) };
+        (Box::into_raw(Box::new(managed)).cast(), LEGACY, drop_legacy)
+    };
+    // SAFETY: the pointer is not null, the name is static, the destructor has the right signature, and the thread is
+    // attached to the interpreter.
+    unsafe { Bound::from_owned_ptr_or_err(py, ffi::PyCapsule_New(pointer, name.as_ptr(), Some(destructor))) }
+}
+
+/// Called once by whoever consumed the capsule, on any thread, perhaps without the interpreter: touches no Python.
+unsafe extern "C" fn delete_versioned(managed: *mut Versioned) {
+    // SAFETY: made by `Box::into_raw` in `export`; the protocol promises a single call.
+    let managed = unsafe { Box::from_raw(managed) };
+    // SAFETY: as above.
+    drop(unsafe { Box::from_raw(managed.owner.cast::<Owner>()) });
+}
+
+/// As [`delete_versioned`].
+unsafe extern "C" fn delete_legacy(managed: *mut Legacy) {
+    // SAFETY: made by `Box::into_raw` in `export`; the protocol promises a single call.
+    let managed = unsafe { Box::from_raw(managed) };
+    // SAFETY: as above.
+    drop(unsafe { Box::from_raw(managed.owner.cast::<Owner>()) });
+}
+
+/// The pointer in a capsule that still has the name it was made with: nobody consumed it.
+unsafe fn unconsumed(capsule: *mut ffi::PyObject, name: &CStr) -> Option<NonNull<c_void>> {
+    // SAFETY: called by the interpreter with a valid capsule while it is being destroyed.
+    unsafe {
+        (ffi::PyCapsule_IsValid(capsule, name.as_ptr()) == 1)
+            .then(|| NonNull::new(ffi::PyCapsule_GetPointer(capsule, name.as_ptr())))?
+    }
+}
+
+unsafe extern "C" fn drop_versioned(capsule: *mut ffi::PyObject) {
+    // SAFETY: the interpreter passes the capsule it destroys; an unconsumed one still owns its tensor.
+    unsafe {
+        if let Some(managed) = unconsumed(capsule, VERSIONED) {
+            delete_versioned(managed.as_ptr().cast());
+        }
+    }
+}
+
+unsafe extern "C" fn drop_legacy(capsule: *mut ffi::PyObject) {
+    // SAFETY: the interpreter passes the capsule it destroys; an unconsumed one still owns its tensor.
+    unsafe {
+        if let Some(managed) = unconsumed(capsule, LEGACY) {
+            delete_legacy(managed.as_ptr().cast());
+        }
+    }
+}

@@ -1,0 +1,132 @@
+use std::time::Duration;
+
+use luna_broker::client::{self, Input, VaeOutput};
+use luna_broker::service::{TileShape, Tiling, VaeCall, VaeMode, VaeOperation};
+use parking_lot::Mutex;
+use pyo3::prelude::*;
+
+use crate::call::released;
+use crate::client::to_python;
+use crate::errors::raise;
+use crate::tensor::{borrow, hand_out};
+
+/// A VAE that lives in the broker.
+#[pyclass(frozen, module = "luna_broker")]
+pub(crate) struct Vae {
+    vae: client::Vae,
+    timeout: Option<Duration>,
+    last: Mutex<Option<Call>>,
+}
+
+/// How one call went.
+#[pyclass(frozen, get_all, module = "luna_broker")]
+#[derive(Clone, Copy)]
+pub(crate) struct Call {
+    mode: &'static str,
+    queued_s: f64,
+    run_s: f64,
+    bytes_copied_in: u64,
+    bytes_copied_out: u64,
+}
+
+impl From<&VaeOutput> for Call {
+    fn from(output: &VaeOutput) -> Self {
+        let seconds = |from: u64, to: u64| to.saturating_sub(from) as f64 / 1e9;
+        let times = output.times;
+        Self {
+            mode: match output.mode {
+                VaeMode::Full => "full",
+                VaeMode::Tiled(_) => "tiled",
+            },
+            queued_s: seconds(times.enqueued_ns, times.started_ns),
+            run_s: seconds(times.started_ns, times.finished_ns),
+            bytes_copied_in: output.copied_in_bytes,
+            bytes_copied_out: output.copied_out_bytes,
+        }
+    }
+}
+
+impl Vae {
+    pub(crate) fn new(vae: client::Vae, timeout: Option<Duration>) -> Self {
+        Self { vae, timeout, last: Mutex::new(None) }
+    }
+
+    fn run<'py>(
+        &self,
+        input: &Bound<'py, PyAny>,
+        operation: VaeOperation,
+        tiling: Tiling,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let py = input.py();
+        let (library, borrowed) = borrow(input)?;
+        let call = VaeCall { operation, tiling };
+        let input = Input::new(borrowed.meta(), borrowed.bytes()).map_err(|error| raise(py, error))?;
+        let output = released(py, self.timeout, |options| self.vae.call(call, input, options))?;
+        *self.last.lock() = Some(Call::from(&output));
+        hand_out(py, output.tensor, library)
+    }
+}
+
+fn tiles(tile_x: u32, tile_y: u32, overlap: u32) -> Tiling {
+    Tiling::Tiles(TileShape { width: tile_x, height: tile_y, overlap })
+}
+
+#[pymethods]
+impl Vae {
+    /// Facts about the model.
+    #[getter]
+    fn info<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        to_python(py, self.vae.info())
+    }
+
+    /// How the last call through this object went.
+    #[getter]
+    fn last(&self, py: Python<'_>) -> PyResult<Option<Py<Call>>> {
+        let last = *self.last.lock();
+        last.map(|call| Py::new(py, call)).transpose()
+    }
+
+    /// The image of a latent.
+    fn decode<'py>(&self, latent: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
+        self.run(latent, VaeOperation::Decode, Tiling::Auto)
+    }
+
+    /// The latent of an image.
+    fn encode<'py>(&self, image: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
+        self.run(image, VaeOperation::Encode, Tiling::Auto)
+    }
+
+    /// As `decode`, always in tiles; sizes in latent elements.
+    #[pyo3(signature = (latent, tile_x=64, tile_y=64, overlap=16))]
+    fn decode_tiled<'py>(
+        &self,
+        latent: &Bound<'py, PyAny>,
+        tile_x: u32,
+        tile_y: u32,
+        overlap: u32,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        self.run(latent, VaeOperation::Decode, tiles(tile_x, tile_y, overlap))
+    }
+
+    /// As `encode`, always in tiles; sizes in pixels.
+    #[pyo3(signature = (image, tile_x=512, tile_y=512, overlap=64))]
+    fn encode_tiled<'py>(
+        &self,
+        image: &Bound<'py, PyAny>,
+        tile_x: u32,
+        tile_y: u32,
+        overlap: u32,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        self.run(image, VaeOperation::Encode, tiles(tile_x, tile_y, overlap))
+    }
+
+    fn __repr__(&self) -> String {
+        let info = self.vae.info();
+        format!("<Vae {} ({})>", info.name, info.family)
+    }
+}
+
+pub(crate) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add_class::<Vae>()?;
+    module.add_class::<Call>()
+}

@@ -1,0 +1,104 @@
+"""What a client can ask of a broker besides work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import luna_broker
+import pytest
+import torch
+from conftest import HAND_OFF
+
+
+def test_everything_promised_is_exported() -> None:
+    assert len(set(luna_broker.__all__)) == len(luna_broker.__all__)
+    for name in luna_broker.__all__:
+        assert hasattr(luna_broker, name)
+    assert luna_broker.__version__
+
+
+def test_session_tells_name_version_and_why_each_rung_was_chosen(broker: Any) -> None:
+    with luna_broker.connect(broker.address, name="a name with spaces, ü") as client:
+        assert client.session.name == "a name with spaces, ü"
+        assert client.session.broker_version
+        assert client.session.rungs
+        for rung in client.session.rungs:
+            assert rung.device
+            assert rung.rung
+            assert rung.reason
+
+
+def test_cpu_tensors_of_one_machine_cross_in_shared_memory(client: Any) -> None:
+    assert [rung.rung for rung in client.session.rungs if rung.device == "cpu"] == ["shm"]
+
+
+def test_address_comes_from_the_environment_if_none_is_given(
+    broker: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LUNA_BROKER", broker.address)
+    with luna_broker.connect() as client:
+        assert client.ping() >= 0
+
+
+def test_sessions_are_listed_by_name(broker: Any, client: Any) -> None:
+    with luna_broker.connect(broker.address, name="other"):
+        names = [session["name"] for session in client.status()["sessions"]]
+        assert {"other", client.session.name} <= set(names)
+
+
+def test_ping_is_a_duration_in_seconds(client: Any) -> None:
+    took_s = client.ping()
+    assert isinstance(took_s, float)
+    assert 0 < took_s < 5
+
+
+def test_leaving_the_block_closes_the_client(broker: Any) -> None:
+    with luna_broker.connect(broker.address) as client:
+        client.ping()
+    with pytest.raises(luna_broker.ConnectionLost):
+        client.ping()
+
+
+def test_models_are_listed_by_name(client: Any, constructed_vae: str) -> None:
+    names = [model["name"] for model in client.models()]
+    assert HAND_OFF in names
+    assert any("constructed" in name for name in names)
+
+
+def test_unloaded_model_is_loaded_again_by_the_next_call(client: Any, constructed_vae: str) -> None:
+    vae = client.vae(constructed_vae)
+    latent = torch.randn(1, 4, 4, 4)
+    before = vae.decode(latent).clone()
+    client.unload(constructed_vae)
+    assert torch.equal(vae.decode(latent), before)
+    client.unload(constructed_vae)
+    client.load(constructed_vae)
+    assert torch.equal(client.vae(constructed_vae).decode(latent), before)
+
+
+def test_unknown_model_can_be_neither_loaded_nor_unloaded(client: Any) -> None:
+    with pytest.raises(luna_broker.ModelNotFound):
+        client.load("no-such-model")
+    with pytest.raises(luna_broker.ModelNotFound):
+        client.unload("no-such-model")
+
+
+def test_empty_tensor_has_the_shape_and_type_asked_for_and_is_writable(client: Any) -> None:
+    tensor = client.empty((2, 3, 5), torch.float16)
+    assert tensor.shape == (2, 3, 5)
+    assert tensor.dtype == torch.float16
+    tensor.fill_(1.5)
+    assert (tensor == 1.5).all()
+
+
+def test_two_clients_of_one_process_are_two_sessions(broker: Any) -> None:
+    with luna_broker.connect(broker.address, name="one") as one:
+        two = luna_broker.connect(broker.address, name="two")
+        two.close()
+        vae = one.vae(HAND_OFF)
+        vae.decode(torch.randn(1, vae.info["latent_channels"], 4, 4))
+
+
+def test_objects_name_themselves(client: Any) -> None:
+    assert client.session.name in repr(client)
+    assert HAND_OFF in repr(client.vae(HAND_OFF))

@@ -1,0 +1,249 @@
+use std::io::IsTerminal;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
+use luna_broker::config::{BrokerConfig, ClientConfig, address_from_environment};
+use luna_broker::{Error, ErrorKind};
+use tracing_subscriber::EnvFilter;
+
+const AFTER_HELP: &str = "\
+Examples:
+  luna-broker serve --vae vae.safetensors       hold one VAE for every worker of this machine
+  luna-broker serve --models ~/ComfyUI/models/vae
+  luna-broker status                            who is connected, on which rung, with which models
+  luna-broker serve --bench-models & luna-broker bench
+
+Exit codes:
+  0  done
+  1  something failed that is not listed here
+  2  a setting or a request that this build cannot serve
+  3  no broker answers, or it went away
+  4  the broker refused the connection
+  5  no such model, or not a model
+  6  busy, out of memory or out of time: the same command may succeed later";
+
+/// One process holds the diffusion models; every worker on the machine uses them through shared memory.
+#[derive(Debug, Parser)]
+#[command(version, about, after_help = AFTER_HELP)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    pub(crate) connection: ConnectionArgs,
+
+    /// Say more: -v for every session and model, -vv for every fault. $LUNA_BROKER_LOG takes a filter instead.
+    #[arg(short, long, action = clap::ArgAction::Count, global = true)]
+    verbose: u8,
+
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+impl Args {
+    pub(crate) fn start_logging(&self) {
+        let default = match (self.verbose, &self.command) {
+            (0, Command::Serve(_)) => "info",
+            (0, _) => "warn",
+            (1, _) => "info",
+            _ => "debug",
+        };
+        let filter = EnvFilter::try_from_env("LUNA_BROKER_LOG").unwrap_or_else(|_| EnvFilter::new(default));
+        let colours = std::io::stderr().is_terminal();
+        tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colours).with_writer(std::io::stderr).with_target(false).init();
+    }
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct ConnectionArgs {
+    /// The broker's socket: a path, on Windows the name of a pipe. Default: luna-broker.sock in $XDG_RUNTIME_DIR, else
+    /// in a folder of this user's in the temporary folder.
+    #[arg(long, env = "LUNA_BROKER", global = true, value_name = "PATH")]
+    pub(crate) socket: Option<String>,
+
+    /// How long a request may take, in seconds.
+    #[arg(long, default_value_t = 600.0, global = true, value_name = "SECONDS")]
+    timeout: f64,
+}
+
+impl ConnectionArgs {
+    pub(crate) fn address(&self) -> String {
+        self.socket.clone().unwrap_or_else(address_from_environment)
+    }
+
+    pub(crate) fn client_config(&self) -> Result<ClientConfig, Error> {
+        let timeout = Duration::try_from_secs_f64(self.timeout).map_err(|error| {
+            Error::new(ErrorKind::Configuration, format!("--timeout {}: {error}", self.timeout), "give seconds above 0")
+        })?;
+        Ok(ClientConfig { timeout: Some(timeout), ..ClientConfig::default() })
+    }
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Hold models and serve them until stopped with Ctrl-C or SIGTERM.
+    Serve(ServeArgs),
+    /// Show sessions with their rung and why, models with their bytes, and lanes.
+    Status {
+        /// As JSON, for programs.
+        #[arg(long)]
+        json: bool,
+    },
+    /// List models: loaded ones, and those found in the broker's model folders.
+    Models {
+        /// As JSON, for programs.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Load a model now instead of with its first use.
+    Load {
+        /// Name in a model folder, or path.
+        model: String,
+    },
+    /// Give a model's memory back; the next use loads it again.
+    Unload {
+        /// Name in a model folder, or path.
+        model: String,
+    },
+    /// Measure the round trip to a broker that serves --bench-models.
+    Bench(BenchArgs),
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct ServeArgs {
+    /// A VAE, or a checkpoint that holds one, to load at once. May be given several times.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) vae: Vec<PathBuf>,
+
+    /// A folder of models that clients may name without a path. May be given several times.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) models: Vec<PathBuf>,
+
+    /// Device that models run on.
+    #[arg(long, default_value = "cpu")]
+    device: String,
+
+    /// Where weights live on the CPU.
+    #[arg(long, value_enum, default_value_t = Weights::Mapped)]
+    weights: Weights,
+
+    /// Working memory one VAE call may take before it is cut into tiles; accepts K, M, G.
+    #[arg(long, default_value = "4G", value_parser = bytes, value_name = "BYTES")]
+    vae_budget: u64,
+
+    /// Bytes of tensors one session may hold; accepts K, M, G.
+    #[arg(long, default_value = "4G", value_parser = bytes, value_name = "BYTES")]
+    session_bytes: u64,
+
+    /// Requests that may wait in the VAE lane; more are refused as busy.
+    #[arg(long, default_value_t = 64, value_name = "N")]
+    lane_capacity: usize,
+
+    /// Requests one session may have in flight; more are refused as busy.
+    #[arg(long, default_value_t = 32, value_name = "N")]
+    session_in_flight: usize,
+
+    /// Threads to compute with; 0 for as many as libtorch chooses.
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    threads: usize,
+
+    /// Also serve the do-nothing model builtin:hand-off, for measuring.
+    #[arg(long)]
+    bench_models: bool,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Weights {
+    /// The mapped file itself where its element type allows; nothing is copied. Replace model files by renaming.
+    Mapped,
+    /// A copy in memory of the broker's own.
+    Copy,
+}
+
+impl TryFrom<&ServeArgs> for BrokerConfig {
+    type Error = Error;
+
+    fn try_from(args: &ServeArgs) -> Result<Self, Error> {
+        if args.device != "cpu" {
+            let message = format!("device {:?} is not one this build runs models on", args.device);
+            return Err(Error::new(ErrorKind::Unsupported, message, "use --device cpu"));
+        }
+        if let Some(missing) = args.models.iter().find(|folder| !folder.is_dir()) {
+            let message = format!("--models {}: no such folder", missing.display());
+            return Err(Error::new(ErrorKind::Configuration, message, "name an existing folder"));
+        }
+        let folders = args.models.iter().map(|folder| std::path::absolute(folder).unwrap_or_else(|_| folder.clone()));
+        let config = Self {
+            model_folders: folders.collect(),
+            bench_models: args.bench_models,
+            lane_capacity: args.lane_capacity,
+            session_in_flight: args.session_in_flight,
+            session_bytes: args.session_bytes,
+            arena_bytes: Self::default().arena_bytes.min(args.session_bytes),
+            vae_budget_bytes: args.vae_budget,
+            copy_weights: matches!(args.weights, Weights::Copy),
+            threads: args.threads,
+            ..Self::default()
+        };
+        config.validate()?;
+        Ok(config)
+    }
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct BenchArgs {
+    /// As JSON, for programs.
+    #[arg(long)]
+    pub(crate) json: bool,
+
+    /// Measured round trips per figure.
+    #[arg(long, default_value_t = 2000, value_name = "N")]
+    pub(crate) iterations: usize,
+
+    /// Round trips before measuring.
+    #[arg(long, default_value_t = 200, value_name = "N")]
+    pub(crate) warm_up: usize,
+
+    /// Size of a latent to hand off, as HEIGHTxWIDTH; the image has 8 times the sides. May be given several times.
+    #[arg(long, value_name = "HxW", value_parser = latent)]
+    pub(crate) latent: Vec<(u64, u64)>,
+
+    /// Run on this core only.
+    #[arg(long, value_name = "CORE")]
+    pub(crate) core: Option<usize>,
+}
+
+fn bytes(text: &str) -> Result<u64, String> {
+    let (number, unit) = match text.trim().to_ascii_uppercase() {
+        text if text.ends_with('K') => (text.trim_end_matches('K').to_owned(), 1u64 << 10),
+        text if text.ends_with('M') => (text.trim_end_matches('M').to_owned(), 1 << 20),
+        text if text.ends_with('G') => (text.trim_end_matches('G').to_owned(), 1 << 30),
+        text => (text, 1),
+    };
+    let number: u64 = number.parse().map_err(|_| format!("{text:?} is not a number of bytes such as 512M or 4G"))?;
+    number.checked_mul(unit).ok_or_else(|| format!("{text:?} is more than any machine has"))
+}
+
+fn latent(text: &str) -> Result<(u64, u64), String> {
+    let sides = text.split_once('x').and_then(|(height, width)| Some((height.parse().ok()?, width.parse().ok()?)));
+    sides.filter(|(height, width)| *height > 0 && *width > 0).ok_or_else(|| format!("{text:?} is not HEIGHTxWIDTH"))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn byte_counts_take_units_and_refuse_nonsense() {
+        assert_eq!(bytes("512"), Ok(512));
+        assert_eq!(bytes("2k"), Ok(2048));
+        assert_eq!(bytes("4G"), Ok(4 << 30));
+        assert!(bytes("4 bananas").is_err());
+        assert!(bytes("99999999999G").is_err());
+    }
+}
