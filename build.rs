@@ -1,7 +1,6 @@
 //! With the feature `torch`: lets binaries and tests find libtorch where it was found at build time.
 
 use std::env;
-use std::path::Path;
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
@@ -12,11 +11,4 @@ fn main() {
     // torch-sys announces the folder on the systems that have run-time search paths; elsewhere PATH must name it.
     let Ok(folder) = env::var("DEP_TCH_LIBTORCH_LIB") else { return };
     println!("cargo::rustc-link-arg=-Wl,-rpath,{folder}");
-    if Path::new(&folder).join("libtorch_cuda.so").exists() {
-        // No symbol of it is named anywhere: without this the linker drops it and torch knows no GPU.
-        println!("cargo::rustc-link-arg=-L{folder}");
-        for argument in ["-Wl,--push-state,--no-as-needed", "-ltorch_cuda", "-Wl,--pop-state"] {
-            println!("cargo::rustc-link-arg={argument}");
-        }
-    }
 }

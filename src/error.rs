@@ -167,12 +167,8 @@ impl Error {
         match self {
             Self::Fault(fault) => &fault.remedy,
             Self::Model(error) => error.remedy(),
-            Self::Tensor(_)
-            | Self::Ledger(_)
-            | Self::Device(_)
-            | Self::Transport(_)
-            | Self::Codec(_)
-            | Self::Protocol(_) => "",
+            Self::Transport(error) => error.remedy(),
+            Self::Tensor(_) | Self::Ledger(_) | Self::Device(_) | Self::Codec(_) | Self::Protocol(_) => "",
         }
     }
 

@@ -144,10 +144,7 @@ impl Dims {
     /// [`TensorError::RankTooHigh`] for more than [`MAX_RANK`] values.
     pub fn new(values: &[u64]) -> Result<Self, TensorError> {
         let mut extents = [0; MAX_RANK];
-        extents
-            .get_mut(..values.len())
-            .ok_or(TensorError::RankTooHigh { rank: values.len() })?
-            .copy_from_slice(values);
+        extents.get_mut(..values.len()).ok_or(TensorError::RankTooHigh { rank: values.len() })?.copy_from_slice(values);
         Ok(Self { rank: values.len() as u8, extents })
     }
 
@@ -270,10 +267,7 @@ impl TensorMeta {
     /// As [`TensorMeta::strided`].
     pub fn validate(&self) -> Result<(), TensorError> {
         if self.shape.rank() != self.strides.rank() {
-            return Err(TensorError::StrideCount {
-                shape: self.shape.rank(),
-                strides: self.strides.rank(),
-            });
+            return Err(TensorError::StrideCount { shape: self.shape.rank(), strides: self.strides.rank() });
         }
         self.span_bytes().map(|_| ())?;
         self.size_bytes().map(|_| ())

@@ -76,8 +76,8 @@ fn a_result_is_read_in_place_and_its_slot_is_free_when_the_last_clone_is_dropped
     let third = vae.decode(latent.input()).unwrap();
     assert_eq!(third.address(), address, "a free slot is used again");
     drop((second, third));
-    // What is left is the input slot, kept for the next call.
-    eventually("the release of both results", || broker.status().sessions[0].leases == 1);
+    eventually("the release of both results", || broker.status().sessions[0].leases == 0);
+    assert_eq!(broker.status().sessions[0].input_slots, 1, "kept for the next call");
 }
 
 #[test]

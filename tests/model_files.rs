@@ -398,7 +398,7 @@ fn impossible_tiles_are_refused() {
 
 #[test]
 fn the_hand_off_writes_sixteen_marks_and_nothing_else() {
-    let facts = HandOff::facts();
+    let facts = HandOff::facts("builtin:hand-off").expect("a built-in name");
     // Channels last: the first row-major elements are 4 apart in memory.
     let meta =
         TensorMeta::strided(DType::F16, Dims::of([1, 4, 3, 8]), Dims::of([96, 1, 32, 4])).expect("valid strides");

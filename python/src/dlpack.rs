@@ -154,7 +154,13 @@ fn describe(tensor: &DlTensor) -> Result<(TensorMeta, *const u8, usize), Error> 
     let strides = match extents(tensor.strides) {
         Some(strides) => Dims::new(&strides)?,
         None if tensor.strides.is_null() => shape.contiguous_strides(),
-        None => return refuse(ErrorKind::InvalidTensor, "a tensor with negative strides cannot cross".to_owned(), "copy it first"),
+        None => {
+            return refuse(
+                ErrorKind::InvalidTensor,
+                "a tensor with negative strides cannot cross".to_owned(),
+                "copy it first",
+            );
+        }
     };
     let meta = TensorMeta::strided(*dtype, shape, strides)?;
     let length = meta.span_bytes()?;

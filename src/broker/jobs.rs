@@ -58,7 +58,8 @@ impl VaeCallJob {
                 Ok(length) => length,
                 Err(error) => return responder.fail(error),
             };
-            return responder.answer_with_payload(Outcome::InlineTensor { meta, mode }, Payload { held: output, length });
+            return responder
+                .answer_with_payload(Outcome::InlineTensor { meta, mode }, Payload { held: output, length });
         }
         match output.hand_over(meta) {
             Ok(descriptor) => responder.answer(Outcome::Tensor { descriptor, mode }),

@@ -1,4 +1,4 @@
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -43,12 +43,15 @@ struct Table {
     regions: HashMap<ArenaId, Arc<dyn Region>>,
     /// Arenas the client has not been told of.
     unannounced: Vec<ArenaId>,
+    /// Leases that the client keeps for its inputs.
+    inputs: HashSet<LeaseRef>,
 }
 
 /// What `status` tells of a session's memory.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct MemoryCounts {
     pub(super) leases: u64,
+    pub(super) input_slots: u64,
     pub(super) leased_bytes: u64,
     pub(super) arena_bytes: u64,
 }
@@ -117,6 +120,11 @@ impl SessionMemory {
         )
     }
 
+    /// The client keeps this lease for its inputs.
+    pub(super) fn note_input(&self, lease: LeaseRef) {
+        self.table.lock().inputs.insert(lease);
+    }
+
     /// The memory a client's descriptor refers to, held for a job.
     ///
     /// # Errors
@@ -157,6 +165,7 @@ impl SessionMemory {
         }
         let mut table = self.table.lock();
         for &lease in leases {
+            table.inputs.remove(&lease);
             if let Err(error) = table.ledger.release(self.session, lease) {
                 tracing::debug!(session = %self.session, %error, "a release was ignored");
             }
@@ -168,6 +177,7 @@ impl SessionMemory {
         let mut table = self.table.lock();
         table.regions.clear();
         table.unannounced.clear();
+        table.inputs.clear();
         table.ledger.reap(self.session)
     }
 
@@ -191,7 +201,9 @@ impl SessionMemory {
     pub(super) fn counts(&self) -> MemoryCounts {
         let table = self.table.lock();
         let (leases, leased_bytes) = table.ledger.held(self.session);
-        MemoryCounts { leases, leased_bytes, arena_bytes: table.ledger.arena_bytes() }
+        let input_slots = table.inputs.len() as u64;
+        let leases = leases.saturating_sub(input_slots);
+        MemoryCounts { leases, input_slots, leased_bytes, arena_bytes: table.ledger.arena_bytes() }
     }
 }
 

@@ -5,8 +5,8 @@ use std::time::Duration;
 use parking_lot::{Condvar, Mutex};
 
 use super::memory::Held;
-use crate::protocol::codec;
 use crate::protocol::ServerMessage;
+use crate::protocol::codec;
 use crate::transport::{Attachment, Connection, FrameWriter, Wait, begin_frame, finish_frame};
 
 /// One session's way out. Whoever answers writes at once if there is room; what does not fit is left to a thread of

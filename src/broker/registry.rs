@@ -178,7 +178,9 @@ impl Registry {
                 let path = entry.path();
                 if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
                     folders.push(path);
-                } else if path.extension().is_some_and(|extension| extension == "safetensors") && files.len() < MAX_LISTED {
+                } else if path.extension().is_some_and(|extension| extension == "safetensors")
+                    && files.len() < MAX_LISTED
+                {
                     files.push(path);
                 }
             }
@@ -195,6 +197,7 @@ impl Registry {
 
 /// Turns an entry into something that runs, on the lane's thread.
 #[derive(Debug, Clone)]
+#[cfg_attr(not(feature = "torch"), expect(dead_code, reason = "only executors look at the settings"))]
 pub(super) struct Loader {
     pub(super) storage: WeightStorage,
     pub(super) threads: usize,
@@ -220,8 +223,23 @@ impl Loader {
             #[cfg(not(feature = "torch"))]
             Source::File(file) => Err(ModelError::Unsupported {
                 path: file.path().to_owned(),
-                what: "running models, as this broker was built without the feature torch, this file's VAE".to_owned(),
+                what: "running a VAE in a broker that was built without the feature torch".to_owned(),
             }),
         }
+    }
+
+    #[cfg(feature = "torch")]
+    fn load_file(&self, file: &Arc<ModelFile>) -> Result<Box<dyn Vae>, ModelError> {
+        use crate::model::torch::{LoadOptions, load_vae};
+        let started = std::time::Instant::now();
+        let progress = |done: u64, _total: u64| self.loading.store(done, Ordering::Relaxed);
+        let memory = crate::device::HostDevice::default();
+        let options = LoadOptions { storage: self.storage, memory: &memory, progress: &progress };
+        let loaded = load_vae(Arc::clone(file), options);
+        self.loading.store(0, Ordering::Relaxed);
+        if loaded.is_ok() {
+            tracing::info!(model = %file.path().display(), seconds = started.elapsed().as_secs_f64(), "model loaded");
+        }
+        loaded
     }
 }

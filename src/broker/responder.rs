@@ -130,7 +130,8 @@ impl Responder {
 impl Drop for Responder {
     fn drop(&mut self) {
         if !self.answered {
-            let message = "the executor stopped in the middle of this request; the model and all other requests are intact";
+            let message =
+                "the executor stopped in the middle of this request; the model and all other requests are intact";
             let remedy = "send it again; if it fails again, the broker's log has the cause";
             self.send(Outcome::Fault(Fault::new(ErrorKind::Internal, message, remedy)), None);
         }

@@ -84,7 +84,8 @@ fn make_state(config: BrokerConfig, address: String) -> Result<State> {
     let loader = Loader { storage, threads: config.threads, loading: Arc::clone(&loading) };
     let lane_registry = Arc::clone(&registry);
     let queue = Queue::new(Policy::Fifo, config.lane_capacity);
-    let vae_lane = Lane::spawn("luna-vae", queue, move || VaeExecutor::new(loader, lane_registry)).map_err(no_thread)?;
+    let vae_lane =
+        Lane::spawn("luna-vae", queue, move || VaeExecutor::new(loader, lane_registry)).map_err(no_thread)?;
     Ok(State {
         config,
         address,

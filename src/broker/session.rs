@@ -13,8 +13,9 @@ use crate::id::{RequestId, SessionId};
 use crate::lane::Entry;
 use crate::model::{HandOff, Vae};
 use crate::protocol::{
-    Accepted, Action, DeviceRung, Features, Hello, NONCE_BYTES, Operation, Outcome, PROTOCOL_VERSION, Phase, ProbeAnswer,
-    ProbeOffer, ProbeOutcome, Reason, Rung, ServerMessage, TensorSource, VaeRequest, Welcome, codec, negotiate, settle,
+    Accepted, Action, DeviceRung, Features, Hello, NONCE_BYTES, Operation, Outcome, PROTOCOL_VERSION, Phase,
+    ProbeAnswer, ProbeOffer, ProbeOutcome, Reason, Rung, ServerMessage, TensorSource, VaeRequest, Welcome, codec,
+    negotiate, settle,
 };
 use crate::tensor::TensorMeta;
 use crate::transport::{Abilities, Connection, FrameReader, Peer, TransportError};
@@ -80,7 +81,8 @@ impl Session {
 
     fn memory(&self) -> Result<&Arc<SessionMemory>> {
         let open = self.link.open.get();
-        open.map(|open| &open.memory).ok_or_else(|| Error::new(ErrorKind::Protocol, "the session is not negotiated", ""))
+        open.map(|open| &open.memory)
+            .ok_or_else(|| Error::new(ErrorKind::Protocol, "the session is not negotiated", ""))
     }
 
     fn end(self, ended: Result<()>) {
@@ -226,8 +228,8 @@ impl Session {
         match operation {
             Operation::Ping => responder.answer(Outcome::Done),
             Operation::Vae(request) => self.vae(responder, deadline, request),
-            Operation::Allocate { size_bytes } => {
-                let allocated = self.allocate(size_bytes);
+            Operation::Allocate { size_bytes, kept } => {
+                let allocated = self.allocate(size_bytes, kept);
                 responder.settle(allocated);
             }
             Operation::Describe { model } => {
@@ -235,11 +237,18 @@ impl Session {
                 responder.settle(described.map(|model| Outcome::Model(model.report())).map_err(Error::from));
             }
             Operation::Load { model } => match self.state.registry.resolve(&model) {
-                Ok(model) => self.submit(responder.session(), responder.request(), deadline, VaeWork::Load { responder, model }),
+                Ok(model) => {
+                    self.submit(responder.session(), responder.request(), deadline, VaeWork::Load { responder, model })
+                }
                 Err(error) => responder.fail(error),
             },
             Operation::Unload { model } => match self.state.registry.resolve(&model) {
-                Ok(model) => self.submit(responder.session(), responder.request(), deadline, VaeWork::Unload { responder, model }),
+                Ok(model) => self.submit(
+                    responder.session(),
+                    responder.request(),
+                    deadline,
+                    VaeWork::Unload { responder, model },
+                ),
                 Err(error) => responder.fail(error),
             },
             Operation::Models => responder.answer(Outcome::Models(self.state.registry.list())),
@@ -251,11 +260,15 @@ impl Session {
         self.state.vae_lane.submit(Entry { session, request, deadline, job });
     }
 
-    fn allocate(&self, size_bytes: u64) -> Result<Outcome> {
+    fn allocate(&self, size_bytes: u64, kept: bool) -> Result<Outcome> {
         let memory = self.memory()?;
         let held = memory.lease(size_bytes)?;
         let length = held.span().length() as u64;
-        let descriptor = held.hand_over(TensorMeta::contiguous(crate::tensor::DType::U8, crate::tensor::Dims::of([length])))?;
+        let descriptor =
+            held.hand_over(TensorMeta::contiguous(crate::tensor::DType::U8, crate::tensor::Dims::of([length])))?;
+        if kept {
+            memory.note_input(descriptor.lease);
+        }
         Ok(Outcome::Allocated { descriptor })
     }
 

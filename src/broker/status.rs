@@ -46,6 +46,7 @@ fn session_report(link: &SessionLink) -> Option<SessionReport> {
         uid: link.peer.uid,
         rungs: vec![open.rung.clone()],
         leases: memory.leases,
+        input_slots: memory.input_slots,
         leased_bytes: memory.leased_bytes,
         arena_bytes: memory.arena_bytes,
         in_flight: link.machine.lock().in_flight() as u64,

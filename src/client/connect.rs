@@ -158,7 +158,7 @@ impl Client {
                     "build the tensor in your own memory and pass it",
                 ));
             }
-            let lease = allocate(link, length, &options)?;
+            let lease = allocate(link, length, false, &options)?;
             Ok(Tensor::new(meta, Storage::Leased(lease)))
         })
     }
@@ -218,10 +218,12 @@ impl Client {
     pub(super) fn with_link<T>(&self, call: impl Fn(&Link) -> Result<T>) -> Result<T> {
         let link = self.inner.live_link()?;
         match call(&link) {
-            Err(error) if error.retry() == Retry::Reconnect && !self.inner.is_closed() => match self.inner.live_link() {
-                Ok(link) => call(&link),
-                Err(_) => Err(error),
-            },
+            Err(error) if error.retry() == Retry::Reconnect && !self.inner.is_closed() => {
+                match self.inner.live_link() {
+                    Ok(link) => call(&link),
+                    Err(_) => Err(error),
+                }
+            }
             done => done,
         }
     }

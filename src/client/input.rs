@@ -69,17 +69,16 @@ impl<'a> Input<'a> {
         let length = self.meta.densified().size_bytes()?;
         let mut slot = match link.memory.idle_input(length) {
             Some(slot) => slot,
-            None => allocate(link, length.max(MIN_SLOT_BYTES), options)?,
+            None => {
+                // Rounded up, so that inputs of different sizes share a slot.
+                let rounded = length.max(MIN_SLOT_BYTES);
+                allocate(link, rounded.checked_next_power_of_two().unwrap_or(rounded), true, options)?
+            }
         };
         let target = slot.span_mut();
         let meta = copy_dense(self.bytes, &self.meta, target.bytes_mut(target.length())?)?;
-        let descriptor = Descriptor {
-            epoch: link.session.epoch,
-            lease: slot.reference(),
-            offset: slot.offset(),
-            sequence: 0,
-            meta,
-        };
+        let descriptor =
+            Descriptor { epoch: link.session.epoch, lease: slot.reference(), offset: slot.offset(), sequence: 0, meta };
         let source = TensorSource::Leased(descriptor);
         Ok(Staged { source, payload: Cow::Borrowed(&[]), slot: Some(slot), copied_bytes: length as u64 })
     }
@@ -108,13 +107,12 @@ impl<'a> Input<'a> {
     }
 }
 
-/// A slot of at least `length` bytes for an input.
+/// A slot of at least `length` bytes for an input; `kept` for one that is used from call to call.
 ///
 /// # Errors
 /// [`ErrorKind::OutOfMemory`] where the session has no room, or as [`Link::call`].
-pub(super) fn allocate(link: &Link, length: usize, options: &CallOptions<'_>) -> Result<Lease> {
-    let size_bytes = length.checked_next_power_of_two().unwrap_or(length) as u64;
-    let answer = link.call(Operation::Allocate { size_bytes }, &[], options)?;
+pub(super) fn allocate(link: &Link, length: usize, kept: bool, options: &CallOptions<'_>) -> Result<Lease> {
+    let answer = link.call(Operation::Allocate { size_bytes: length as u64, kept }, &[], options)?;
     match answer.reply.outcome {
         Outcome::Allocated { descriptor } => link.memory.take_up(&descriptor, link.session.epoch),
         _ => Err(unexpected_outcome()),

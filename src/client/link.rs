@@ -17,9 +17,7 @@ use crate::id::{LeaseRef, RequestId};
 use crate::protocol::{
     ArenaHandle, ClientMessage, Operation, Outcome, ProtocolError, Reply, Request, ServerMessage, codec,
 };
-use crate::transport::{
-    Connection, FrameReader, FrameWriter, TransportError, Wait, begin_frame, finish_frame,
-};
+use crate::transport::{Connection, FrameReader, FrameWriter, TransportError, Wait, begin_frame, finish_frame};
 
 /// How often a waiting caller looks at its deadline and whether it was interrupted.
 const TICK: Duration = Duration::from_millis(100);
@@ -163,7 +161,12 @@ impl Link {
         }
     }
 
-    fn read_until_answered(&self, id: RequestId, deadline: Option<Instant>, options: &CallOptions<'_>) -> Result<Answer> {
+    fn read_until_answered(
+        &self,
+        id: RequestId,
+        deadline: Option<Instant>,
+        options: &CallOptions<'_>,
+    ) -> Result<Answer> {
         loop {
             match self.read_and_deliver(Some(id), Some(patience(deadline))) {
                 Ok(Some(answer)) => return Ok(answer),
@@ -216,7 +219,9 @@ impl Link {
                 reader.read_payload(&*self.connection, target)?;
                 Some(received)
             }
-            Err(_) => return Err(TransportError::FrameTooLong { length: header.payload, limit: usize::MAX as u64 }.into()),
+            Err(_) => {
+                return Err(TransportError::FrameTooLong { length: header.payload, limit: usize::MAX as u64 }.into());
+            }
         };
         drop(reader);
         for arena in opened {

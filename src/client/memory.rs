@@ -39,7 +39,9 @@ impl ImportedMemory {
     pub(super) fn import(&self, offer: &ArenaOffer, attachment: Option<Attachment>) -> Result<Arc<dyn Region>> {
         let size_bytes = usize::try_from(offer.size_bytes).unwrap_or(usize::MAX);
         let region = match (&offer.handle, attachment) {
-            (ArenaHandle::Named(name), _) => HostDevice::default().import(RegionHandle::Name(name.clone()), size_bytes)?,
+            (ArenaHandle::Named(name), _) => {
+                HostDevice::default().import(RegionHandle::Name(name.clone()), size_bytes)?
+            }
             #[cfg(unix)]
             (ArenaHandle::Attached, Some(Attachment::Fd(fd))) => {
                 HostDevice::default().import(RegionHandle::Fd(fd), size_bytes)?
@@ -68,7 +70,11 @@ impl ImportedMemory {
 
     fn reach(&self, descriptor: &Descriptor, epoch: Epoch) -> Result<Span> {
         if descriptor.epoch != epoch {
-            return Err(Error::new(ErrorKind::Stale, "the broker answered from another life", "send the request again"));
+            return Err(Error::new(
+                ErrorKind::Stale,
+                "the broker answered from another life",
+                "send the request again",
+            ));
         }
         descriptor.meta.validate()?;
         let arenas = self.arenas.read();

@@ -91,7 +91,8 @@ impl Negotiation<'_> {
     /// Maps the offered arena and exchanges nonces through it, by the same path that tensors take.
     fn probe(&mut self, offer: &ProbeOffer, memory: &ImportedMemory) -> ProbeOutcome {
         let attachments = self.reader.take_attachments(1);
-        let exchanged = memory.import(&offer.arena, attachments.into_iter().next()).and_then(|region| exchange(offer, region));
+        let exchanged =
+            memory.import(&offer.arena, attachments.into_iter().next()).and_then(|region| exchange(offer, region));
         match exchanged {
             Ok((read, wrote)) => ProbeOutcome::Mapped { read, wrote },
             Err(error) => ProbeOutcome::Failed(error.to_string()),

@@ -27,7 +27,9 @@ pub enum LedgerError {
         slot: SlotId,
     },
     /// A range reaches beyond its slot.
-    #[error("bytes {offset}..{offset}+{length} lie outside slot {slot} of arena {arena} ({slot_offset}..{slot_offset}+{slot_length})")]
+    #[error(
+        "bytes {offset}..{offset}+{length} lie outside slot {slot} of arena {arena} ({slot_offset}..{slot_offset}+{slot_length})"
+    )]
     OutOfBounds {
         /// The arena.
         arena: ArenaId,
@@ -163,8 +165,8 @@ impl Ledger {
     /// [`LedgerError::Stale`], [`LedgerError::NotHolder`], [`LedgerError::OutOfBounds`]; nothing changes then.
     pub fn pin(&mut self, holder: SessionId, address: LeaseRef, offset: u64, length: u64) -> Result<Pin, LedgerError> {
         let used = self.held_use(holder, address)?;
-        let inside = offset >= used.offset
-            && offset.checked_add(length).is_some_and(|end| end <= used.offset + used.length);
+        let inside =
+            offset >= used.offset && offset.checked_add(length).is_some_and(|end| end <= used.offset + used.length);
         if !inside {
             return Err(LedgerError::OutOfBounds {
                 arena: address.arena,

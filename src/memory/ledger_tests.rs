@@ -38,7 +38,9 @@ fn a_pin_must_lie_inside_its_slot() {
     let mut ledger = ledger();
     ledger.acquire(ALICE, 512).unwrap();
     let grant = ledger.acquire(ALICE, 512).unwrap();
-    for (offset, length) in [(0, 512), (grant.offset, 513), (grant.offset + 512, 1), (u64::MAX, 2), (grant.offset, u64::MAX)] {
+    for (offset, length) in
+        [(0, 512), (grant.offset, 513), (grant.offset + 512, 1), (u64::MAX, 2), (grant.offset, u64::MAX)]
+    {
         let refused = ledger.pin(ALICE, grant.address, offset, length);
         assert!(matches!(refused, Err(LedgerError::OutOfBounds { .. })), "{offset} {length}");
     }

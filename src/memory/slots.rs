@@ -78,7 +78,8 @@ mod tests {
 
     impl Naive {
         fn allocate(&mut self, units: usize) -> Option<usize> {
-            let start = (0..self.0.len()).find(|&at| at + units <= self.0.len() && !self.0[at..at + units].contains(&true))?;
+            let start =
+                (0..self.0.len()).find(|&at| at + units <= self.0.len() && !self.0[at..at + units].contains(&true))?;
             self.0[start..start + units].fill(true);
             Some(start)
         }

@@ -74,6 +74,9 @@ pub enum Operation {
     Allocate {
         /// Bytes needed.
         size_bytes: u64,
+        /// Whether the client keeps the slot from call to call; for `status` only.
+        #[serde(default)]
+        kept: bool,
     },
     /// A VAE call.
     Vae(VaeRequest),

@@ -16,8 +16,8 @@ pub use message::{
     TensorSource, Times, VaeRequest,
 };
 pub use negotiate::{
-    Accepted, DeviceRung, Features, Hello, NONCE_BYTES, PROTOCOL_VERSION, ProbeAnswer, ProbeOffer, ProbeOutcome, Reason, Rung,
-    Welcome, negotiate, settle,
+    Accepted, DeviceRung, Features, Hello, NONCE_BYTES, PROTOCOL_VERSION, ProbeAnswer, ProbeOffer, ProbeOutcome,
+    Reason, Rung, Welcome, negotiate, settle,
 };
 pub use report::{LaneReport, ModelReport, SessionReport, Status};
 pub use session::{Action, Phase, ProtocolError, SessionMachine};

@@ -46,9 +46,12 @@ pub struct SessionReport {
     pub uid: Option<u32>,
     /// Rung per device, and why.
     pub rungs: Vec<DeviceRung>,
-    /// Leases it holds.
+    /// Tensors it holds.
     pub leases: u64,
-    /// Bytes of those leases.
+    /// Slots it keeps for its next inputs.
+    #[serde(default)]
+    pub input_slots: u64,
+    /// Bytes of both.
     pub leased_bytes: u64,
     /// Bytes of address space of its arenas; pages that were never used cost nothing.
     pub arena_bytes: u64,

@@ -51,7 +51,12 @@ fn copy_axes(axes: &[Axis], element: usize, source: &[u8], target: &mut [u8]) {
         }
         [axis, inner @ ..] => {
             for at in 0..axis.extent {
-                copy_axes(inner, element, &source[at * axis.source * element..], &mut target[at * axis.target * element..]);
+                copy_axes(
+                    inner,
+                    element,
+                    &source[at * axis.source * element..],
+                    &mut target[at * axis.target * element..],
+                );
             }
         }
     }

@@ -73,6 +73,18 @@ impl TransportError {
         }
     }
 
+    /// What to do about it; empty where nothing sensible can be said.
+    pub(crate) fn remedy(&self) -> &'static str {
+        match self {
+            Self::NoListener { .. } => "start one with `luna-broker serve`, or name its socket with LUNA_BROKER",
+            Self::Closed => "start the broker again; the next call connects anew",
+            Self::AlreadyServed { .. } => "use that broker, stop it, or name another socket with --socket",
+            Self::NotASocket { .. } => "name another path with --socket, or move the file away",
+            Self::ForeignOwner { .. } => "start a broker of your own, or name its socket with LUNA_BROKER",
+            Self::TimedOut | Self::FrameTooLong { .. } | Self::Os { .. } => "",
+        }
+    }
+
     /// Folds an error of a read or write into what it means for the connection.
     pub(crate) fn from_stream(call: &'static str, cause: io::Error) -> Self {
         match cause.kind() {

@@ -61,7 +61,8 @@ impl Connection for MemoryConnection {
     fn write(&self, parts: &[IoSlice<'_>], attachments: &mut Vec<Attachment>, wait: Wait) -> io::Result<usize> {
         let mut stream = self.outgoing.stream.lock();
         while !stream.closed && stream.bytes.len() >= CAPACITY_BYTES {
-            let timed_out = wait == Wait::Never || self.outgoing.changed.wait_for(&mut stream, SEND_TIMEOUT).timed_out();
+            let timed_out =
+                wait == Wait::Never || self.outgoing.changed.wait_for(&mut stream, SEND_TIMEOUT).timed_out();
             if timed_out {
                 return Err(io::ErrorKind::WouldBlock.into());
             }

@@ -138,7 +138,10 @@ suite! {
 fn a_handle_of_another_kind_of_device_is_refused() {
     let local = InProcessDevice.allocate(SIZE).unwrap();
     let shared = HostDevice::default().allocate(SIZE).unwrap();
-    assert!(matches!(HostDevice::default().import(local.export().unwrap(), SIZE), Err(DeviceError::WrongHandle { .. })));
+    assert!(matches!(
+        HostDevice::default().import(local.export().unwrap(), SIZE),
+        Err(DeviceError::WrongHandle { .. })
+    ));
     assert!(matches!(InProcessDevice.import(shared.export().unwrap(), SIZE), Err(DeviceError::WrongHandle { .. })));
 }
 

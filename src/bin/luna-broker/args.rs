@@ -48,7 +48,12 @@ impl Args {
         };
         let filter = EnvFilter::try_from_env("LUNA_BROKER_LOG").unwrap_or_else(|_| EnvFilter::new(default));
         let colours = std::io::stderr().is_terminal();
-        tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colours).with_writer(std::io::stderr).with_target(false).init();
+        tracing_subscriber::fmt()
+            .with_env_filter(filter)
+            .with_ansi(colours)
+            .with_writer(std::io::stderr)
+            .with_target(false)
+            .init();
     }
 }
 

@@ -43,7 +43,8 @@ pub(crate) fn run(connection: &ConnectionArgs, args: &BenchArgs) -> Result<(), E
     }
     let client = Client::connect_with(Some(&connection.address()), connection.client_config()?)?;
     let session = client.session();
-    let (rung, reason) = session.rungs.first().map_or_else(Default::default, |rung| (rung.rung.to_string(), rung.reason.to_string()));
+    let (rung, reason) =
+        session.rungs.first().map_or_else(Default::default, |rung| (rung.rung.to_string(), rung.reason.to_string()));
     let control = measure(args, || client.ping().map(|_| ()))?;
     let vae = client.vae("builtin:hand-off")?;
     let latents = if args.latent.is_empty() { &LATENTS[..] } else { &args.latent };

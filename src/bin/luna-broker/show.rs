@@ -35,7 +35,11 @@ fn table<const N: usize>(header: [&str; N], rows: &[[String; N]]) -> String {
 pub(crate) fn status(status: &Status) -> String {
     let mut text = String::new();
     // Writing to a string cannot fail.
-    _ = writeln!(text, "luna-broker {} at {}, pid {}, up {:.0} s", status.version, status.address, status.pid, status.uptime_s);
+    _ = writeln!(
+        text,
+        "luna-broker {} at {}, pid {}, up {:.0} s",
+        status.version, status.address, status.pid, status.uptime_s
+    );
     _ = writeln!(
         text,
         "{} requests answered, {} of them with a fault; {} connections refused, {} sessions lost",
@@ -46,7 +50,8 @@ pub(crate) fn status(status: &Status) -> String {
         .sessions
         .iter()
         .map(|session| {
-            let rungs: Vec<String> = session.rungs.iter().map(|rung| format!("{} {}", rung.device, rung.rung)).collect();
+            let rungs: Vec<String> =
+                session.rungs.iter().map(|rung| format!("{} {}", rung.device, rung.rung)).collect();
             let reasons: Vec<String> = session.rungs.iter().map(|rung| rung.reason.to_string()).collect();
             let leases = format!("{} ({})", session.leases, bytes(session.leased_bytes));
             let pid = session.pid.map_or_else(|| "?".to_owned(), |pid| pid.to_string());
@@ -63,7 +68,13 @@ pub(crate) fn status(status: &Status) -> String {
         .map(|lane| {
             let service = format!("{:?}", lane.service).to_lowercase();
             let queued = format!("{} of {}", lane.queued, lane.capacity);
-            [service, lane.device.clone(), queued, if lane.busy { "yes" } else { "no" }.to_owned(), lane.completed.to_string()]
+            [
+                service,
+                lane.device.clone(),
+                queued,
+                if lane.busy { "yes" } else { "no" }.to_owned(),
+                lane.completed.to_string(),
+            ]
         })
         .collect();
     text + &table(["service", "device", "waiting", "running", "completed"], &lanes)

@@ -55,12 +55,10 @@ impl Device for HostDevice {
     }
 
     fn allocate(&self, size_bytes: usize) -> Result<Arc<dyn Region>, DeviceError> {
-        let out_of_memory = |what| {
-            move |cause: std::io::Error| DeviceError::OutOfMemory { what, size_bytes, cause }
-        };
-        let total = size_bytes.checked_add(HEADER_BYTES).ok_or_else(|| {
-            out_of_memory("shared memory")(std::io::ErrorKind::OutOfMemory.into())
-        })?;
+        let out_of_memory = |what| move |cause: std::io::Error| DeviceError::OutOfMemory { what, size_bytes, cause };
+        let total = size_bytes
+            .checked_add(HEADER_BYTES)
+            .ok_or_else(|| out_of_memory("shared memory")(std::io::ErrorKind::OutOfMemory.into()))?;
         match self.sharing {
             #[cfg(target_os = "linux")]
             HostSharing::Memfd => {

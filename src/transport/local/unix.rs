@@ -13,8 +13,8 @@ use interprocess::local_socket::{GenericFilePath, Listener, ListenerOptions, Str
 use interprocess::os::unix::local_socket::ListenerOptionsExt;
 use rustix::fs::{FlockOperation, flock};
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, Shutdown,
-    recvmsg, sendmsg, shutdown, sockopt,
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
+    Shutdown, recvmsg, sendmsg, shutdown, sockopt,
 };
 
 use super::SEND_TIMEOUT;
@@ -30,7 +30,8 @@ const SOCKET_BUFFER_BYTES: usize = 1 << 20;
 #[must_use]
 pub fn default_address() -> String {
     let runtime = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from).filter(|dir| dir.is_dir());
-    let folder = runtime.unwrap_or_else(|| std::env::temp_dir().join(format!("luna-broker-{}", rustix::process::getuid().as_raw())));
+    let folder = runtime
+        .unwrap_or_else(|| std::env::temp_dir().join(format!("luna-broker-{}", rustix::process::getuid().as_raw())));
     folder.join("luna-broker.sock").to_string_lossy().into_owned()
 }
 
@@ -173,7 +174,11 @@ impl LocalListener {
         let os = |call| move |cause| TransportError::Os { call, cause };
         let path = PathBuf::from(address);
         if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
-            fs::DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(os("making the socket's folder"))?;
+            fs::DirBuilder::new()
+                .recursive(true)
+                .mode(0o700)
+                .create(folder)
+                .map_err(os("making the socket's folder"))?;
         }
         let lock = Self::lock(&path)?;
         Self::clear(&path)?;

@@ -1,0 +1,83 @@
+# The two commands are `make demo` and `make test`. Everything is installed into .venv and built into target.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(CURDIR)/$(VENV)/bin
+BROKER := $(CURDIR)/target/release/luna-broker
+FEATURES := torch,cli
+
+# torch-sys asks the first `python` on the path where libtorch is.
+export PATH := $(BIN):$(PATH)
+export LIBTORCH_USE_PYTORCH := 1
+export LUNA_BROKER_BIN := $(BROKER)
+export LUNA_BROKER_GOLDEN := $(CURDIR)/target/golden
+export VIRTUAL_ENV := $(CURDIR)/$(VENV)
+export FEATURES
+
+CARGO := cargo
+
+.PHONY: demo test test-long test-rust test-python test-examples test-windows bench lint build extension golden clean
+
+demo: build extension
+	$(BIN)/python examples/demo/main.py --broker $(BROKER) $(if $(VAE),--vae $(VAE)) $(if $(IMAGE),--image $(IMAGE))
+
+# Stages print their time; what cannot run here says why.
+test: $(VENV)/.test
+	@bash tests/stages.sh lint build test-rust test-examples extension test-python test-demo test-windows
+
+test-long: $(VENV)/.test
+	@LUNA_BROKER_SOAK_REQUESTS=10000 LUNA_BROKER_FUZZ_CASES=5000 \
+		bash tests/stages.sh build extension test-rust-long bench
+
+bench: build extension $(VENV)/.test
+	$(BIN)/python benches/compare.py --broker $(BROKER)
+	$(BIN)/python benches/steady_state.py --broker $(BROKER)
+
+build: $(VENV)/.run
+	$(CARGO) build --release --features $(FEATURES)
+
+extension: $(VENV)/.run
+	cd python && $(BIN)/maturin develop --release --quiet
+
+test-rust: $(VENV)/.test golden
+	@bash tests/cargo_test.sh --features $(FEATURES)
+
+test-rust-long: $(VENV)/.test
+	@bash tests/cargo_test.sh --features $(FEATURES) --test soak --test hostile
+
+test-examples: $(VENV)/.run
+	$(CARGO) run --release --quiet --features $(FEATURES) --example embed_broker
+	$(CARGO) run --release --quiet --features $(FEATURES) --example decode
+
+test-python: extension $(VENV)/.test
+	cd python && $(BIN)/python -m pytest -q tests
+
+.PHONY: test-demo test-rust-long
+test-demo: build extension
+	$(BIN)/python examples/demo/main.py --broker $(BROKER) --out target/demo-out
+
+test-windows:
+	@bash tests/windows/run.sh --install
+
+golden: $(VENV)/.test
+	@$(BIN)/python tests/golden/make_vae.py $(LUNA_BROKER_GOLDEN)
+
+lint: $(VENV)/.test
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --release --workspace --all-targets -- -D warnings
+	$(CARGO) clippy --release --features $(FEATURES) --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --release --no-deps --quiet
+	$(BIN)/ruff check --quiet python examples benches tests
+	$(BIN)/ruff format --check --quiet python examples benches tests
+
+$(VENV)/.run: python/requirements/run.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
+$(VENV)/.test: python/requirements/test.txt $(VENV)/.run
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
+clean:
+	rm -rf target $(VENV) demo-out
