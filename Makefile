@@ -32,6 +32,7 @@ test-long: $(VENV)/.test
 bench: build extension $(VENV)/.test
 	$(BIN)/python benches/compare.py --broker $(BROKER)
 	$(BIN)/python benches/steady_state.py --broker $(BROKER)
+	$(CARGO) bench --quiet --features $(FEATURES) --bench remote_call
 
 build: $(VENV)/.run
 	$(CARGO) build --release --features $(FEATURES)

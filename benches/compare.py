@@ -18,18 +18,33 @@ from harness.rounds import Rounds
 from harness.units import Limits
 
 FULL = Limits(rounds=15, seconds=0.15)
-QUICK = Limits(rounds=5, seconds=0.06, iterations=1000, warm_up=100, control_iterations=5000, control_warm_up=500)
+QUICK = Limits(
+    rounds=5,
+    seconds=0.06,
+    iterations=1000,
+    warm_up=100,
+    control_iterations=5000,
+    control_warm_up=500,
+)
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--broker", default=os.environ.get("LUNA_BROKER_BIN"), metavar="PATH",
-                        help="the luna-broker binary (default: $LUNA_BROKER_BIN)")
+    parser.add_argument(
+        "--broker",
+        default=os.environ.get("LUNA_BROKER_BIN"),
+        metavar="PATH",
+        help="the luna-broker binary (default: $LUNA_BROKER_BIN)",
+    )
     parser.add_argument("--baselines-only", action="store_true", help="measure the baselines without a broker")
     parser.add_argument("--quick", action="store_true", help="under a minute, without byte movers at 100 MB")
     parser.add_argument("--rounds", type=int, metavar="N", help="rounds to take medians over")
-    parser.add_argument("--latents", choices=("auto", "fixed", "growing"), default="auto",
-                        help="131,072 bytes at every image size, or growing with the image (auto: fixed where the broker can)")
+    parser.add_argument(
+        "--latents",
+        choices=("auto", "fixed", "growing"),
+        default="auto",
+        help="131,072 bytes at every image size, or growing with the image (auto: fixed where the broker can)",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure here as well")
     parser.add_argument("--strict", action="store_true", help="exit 1 unless every bar was measured and holds")
     chosen = parser.parse_args()
@@ -61,7 +76,9 @@ def main() -> int:
     result = {
         "machine": machine.facts() | watch.facts(),
         "settings": vars(limits) | {"core": core, "seconds_taken": round(time.monotonic() - began, 1)},
-        "sizes": [size.as_json() | {"latent_bytes": size.latent_bytes, "image_bytes": size.image_bytes} for size in sizes],
+        "sizes": [
+            size.as_json() | {"latent_bytes": size.latent_bytes, "image_bytes": size.image_bytes} for size in sizes
+        ],
         "bars": verdicts,
         "figures": rounds.figures.as_json(),
         "peers": peers,

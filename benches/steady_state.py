@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Counts what one decode costs the operating system once everything is warm: nothing but two messages, if all is well."""
+"""Counts what one decode costs the operating system once all is warm: two messages, if all is well."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from harness.programs import PeerProcess, ProgramFailed, Server
 from harness.process_facts import NotTraced, ProcessFacts, SystemCalls
+from harness.programs import PeerProcess, ProgramFailed, Server
 from harness.report import table
 from harness.sizes import GROWING_LATENT, MIDDLE
 
@@ -22,8 +22,12 @@ SIZE = next(size for size in GROWING_LATENT if size.name == MIDDLE)
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--broker", default=os.environ.get("LUNA_BROKER_BIN"), metavar="PATH",
-                        help="the luna-broker binary (default: $LUNA_BROKER_BIN)")
+    parser.add_argument(
+        "--broker",
+        default=os.environ.get("LUNA_BROKER_BIN"),
+        metavar="PATH",
+        help="the luna-broker binary (default: $LUNA_BROKER_BIN)",
+    )
     parser.add_argument("--requests", type=int, default=1000, metavar="N")
     parser.add_argument("--warm-up", type=int, default=200, metavar="N")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every count here as well")
@@ -40,7 +44,13 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="luna-bench-") as name:
         folder = Path(name)
         socket_path = folder / "luna.socket"
-        command = [str(Path(chosen.broker).resolve()), "serve", "--bench-models", "--socket", str(socket_path)]
+        command = [
+            str(Path(chosen.broker).resolve()),
+            "serve",
+            "--bench-models",
+            "--socket",
+            str(socket_path),
+        ]
         try:
             server = Server(command, socket_path, folder / "broker.log")
         except ProgramFailed as failure:
@@ -104,7 +114,9 @@ def faults(change: dict[str, int]) -> int:
 def text(result: dict) -> str:
     changes, calls = result["changes"], result["system_calls"]
     rows = [(f"change over {result['requests']} decodes", *changes)]
-    rows += [(name.replace("_", " "), *(f"{change[name]:+d}" for change in changes.values())) for name in changes["broker"]]
+    rows += [
+        (name.replace("_", " "), *(f"{change[name]:+d}" for change in changes.values())) for name in changes["broker"]
+    ]
     parts = [f"session: {result['session']}", table(rows)]
     parts += [call_lines(role, counts, result["requests"]) for role, counts in calls.items()]
     parts += [f"{what}: {'holds' if held else 'DOES NOT HOLD'}" for what, held in result["verdicts"].items()]

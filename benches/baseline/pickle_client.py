@@ -13,7 +13,6 @@ from multiprocessing.connection import Connection
 
 import numpy
 import torch
-
 from harness.commands import Peer, answer_commands
 from harness.proof import mark, pattern
 from harness.sizes import Size

@@ -9,7 +9,6 @@ from multiprocessing.connection import Connection
 from multiprocessing.shared_memory import SharedMemory
 
 import numpy
-
 from harness.commands import Peer, answer_commands
 from harness.proof import mark, pattern
 from harness.sizes import Size
@@ -27,10 +26,7 @@ def serve(requests: Connection, memory: SharedMemory, size: Size) -> None:
 
 
 def image_views(memory: SharedMemory, size: Size) -> list[numpy.ndarray]:
-    return [
-        numpy.ndarray(size.image_shape, numpy.float32, memory.buf, slot * size.image_bytes)
-        for slot in range(2)
-    ]
+    return [numpy.ndarray(size.image_shape, numpy.float32, memory.buf, slot * size.image_bytes) for slot in range(2)]
 
 
 def latent_view(memory: SharedMemory, size: Size) -> numpy.ndarray:

@@ -1,4 +1,4 @@
-"""Tensor bytes over a Unix socket as fast as a plain client gets them: no framing, large socket queues, memory reused."""
+"""Tensor bytes over a Unix socket as fast as a plain client gets them: no framing, large queues, memory reused."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable
 
 import numpy
-
 from harness.commands import Peer, answer_commands
 from harness.sizes import Size
 

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable
 
 import numpy
-
 from harness.commands import Peer, answer_commands
 from harness.sizes import Size
 

@@ -7,8 +7,21 @@ from dataclasses import dataclass
 
 from .figures import Figures, Key
 from .names import (
-    FLOOR, LUNA, LUNA_INLINE, LUNA_ONE_COPY, LUNA_ONE_CORE, LUNA_PING, NO_SIZE, ONE_COPY, PICKLE, RAW,
-    REFERENCE, REFERENCE_ONE_CORE, RUST, RUST_ONE_CORE, RUST_PING,
+    FLOOR,
+    LUNA,
+    LUNA_INLINE,
+    LUNA_ONE_COPY,
+    LUNA_ONE_CORE,
+    LUNA_PING,
+    NO_SIZE,
+    ONE_COPY,
+    PICKLE,
+    RAW,
+    REFERENCE,
+    REFERENCE_ONE_CORE,
+    RUST,
+    RUST_ONE_CORE,
+    RUST_PING,
 )
 from .sizes import LARGE, MIDDLE, SMALL
 
@@ -44,7 +57,13 @@ class Bar:
 
 
 def _control(name: str, row: str, limit: float, statistic: str) -> Bar:
-    return Bar(f"control round trip, {name}, {statistic[:3]}", (row, NO_SIZE), (FLOOR, NO_SIZE), limit, statistic)
+    return Bar(
+        f"control round trip, {name}, {statistic[:3]}",
+        (row, NO_SIZE),
+        (FLOOR, NO_SIZE),
+        limit,
+        statistic,
+    )
 
 
 BARS = (
@@ -54,9 +73,28 @@ BARS = (
     _control("Python", LUNA_PING, 3.0, "p99_us"),
     Bar("hand-off 12.6 MB in place, Python", (LUNA, MIDDLE), (REFERENCE, MIDDLE), 1.5),
     Bar("hand-off 12.6 MB in place, Rust", (RUST, MIDDLE), (REFERENCE, MIDDLE), 1.5),
-    Bar("the same, one core, Python", (LUNA_ONE_CORE, MIDDLE), (REFERENCE_ONE_CORE, MIDDLE), 1.5, extra=True),
-    Bar("the same, one core, Rust", (RUST_ONE_CORE, MIDDLE), (REFERENCE_ONE_CORE, MIDDLE), 1.5, extra=True),
-    Bar("hand-off against pickle over TCP", (PICKLE, MIDDLE), (LUNA, MIDDLE), 800.0, at_least=True, ours_below=True),
+    Bar(
+        "the same, one core, Python",
+        (LUNA_ONE_CORE, MIDDLE),
+        (REFERENCE_ONE_CORE, MIDDLE),
+        1.5,
+        extra=True,
+    ),
+    Bar(
+        "the same, one core, Rust",
+        (RUST_ONE_CORE, MIDDLE),
+        (REFERENCE_ONE_CORE, MIDDLE),
+        1.5,
+        extra=True,
+    ),
+    Bar(
+        "hand-off against pickle over TCP",
+        (PICKLE, MIDDLE),
+        (LUNA, MIDDLE),
+        800.0,
+        at_least=True,
+        ours_below=True,
+    ),
     Bar("hand-off 100 MB ÷ 1 MB", (LUNA, LARGE), (LUNA, SMALL), 2.5),
     Bar("one unavoidable copy, 12.6 MB", (LUNA_ONE_COPY, MIDDLE), (ONE_COPY, MIDDLE), 1.15),
     Bar("inline rung, 12.6 MB", (LUNA_INLINE, MIDDLE), (RAW, MIDDLE), 1.1),

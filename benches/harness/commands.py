@@ -21,6 +21,7 @@ class Peer(ABC):
 
     # The server laid a known pattern between the marks, so that every element can be compared.
     patterned = True
+
     def open(self) -> dict:
         """Connects; the facts it returns end up in the report."""
         return {}
@@ -97,5 +98,8 @@ class _Conversation:
 
     def _exchange(self, variant: str, size: Size) -> tuple[Callable[[Any], Any], proof.Latents]:
         if (variant, size) not in self._open:
-            self._open[variant, size] = (self._peer.exchange(variant, size), proof.Latents(size, self._peer.wrap))
+            self._open[variant, size] = (
+                self._peer.exchange(variant, size),
+                proof.Latents(size, self._peer.wrap),
+            )
         return self._open[variant, size]

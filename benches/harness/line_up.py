@@ -41,7 +41,12 @@ class LineUp:
 
     def server_of(self, peer: str) -> Server | None:
         """The server a peer was pointed at; None for peers that start their own."""
-        return {REFERENCE: self.c_server, RAW: self.c_server, LUNA: self.broker, INLINE: self.broker}.get(peer)
+        return {
+            REFERENCE: self.c_server,
+            RAW: self.c_server,
+            LUNA: self.broker,
+            INLINE: self.broker,
+        }.get(peer)
 
     def _start(self) -> None:
         self.floor = self._attempt("floor", lambda: build("floor.c", self._folder))

@@ -8,10 +8,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import luna_broker
 import numpy
 import torch
-
-import luna_broker
 
 from .commands import Peer, answer_commands
 from .sizes import Size

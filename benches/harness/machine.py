@@ -52,7 +52,10 @@ def _busy_seconds() -> float:
 
 
 def _own_seconds() -> float:
-    usages = (resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN))
+    usages = (
+        resource.getrusage(resource.RUSAGE_SELF),
+        resource.getrusage(resource.RUSAGE_CHILDREN),
+    )
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 

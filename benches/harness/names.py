@@ -21,7 +21,19 @@ RUST_ONE_CORE = "luna-broker, Rust, in place, one core"
 
 # Rounds shuffle their units; a reader wants the same order every time.
 IN_ORDER = (
-    FLOOR, RUST_PING, LUNA_PING,
-    REFERENCE, RUST, LUNA, PIPE, ONE_COPY, LUNA_ONE_COPY, RAW, LUNA_INLINE, PICKLE,
-    REFERENCE_ONE_CORE, RUST_ONE_CORE, LUNA_ONE_CORE,
+    FLOOR,
+    RUST_PING,
+    LUNA_PING,
+    REFERENCE,
+    RUST,
+    LUNA,
+    PIPE,
+    ONE_COPY,
+    LUNA_ONE_COPY,
+    RAW,
+    LUNA_INLINE,
+    PICKLE,
+    REFERENCE_ONE_CORE,
+    RUST_ONE_CORE,
+    LUNA_ONE_CORE,
 )

@@ -61,7 +61,9 @@ class SystemCalls:
             raise NotTraced("strace is not installed")
         self._process = subprocess.Popen(
             [strace, "-c", "-f", "-p", str(self._pid), "-o", str(self._summary)],
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         until = time.monotonic() + ATTACH_SECONDS
         while not self._attached_everywhere():

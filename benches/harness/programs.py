@@ -34,7 +34,13 @@ def build(source: str, into: Path) -> Path:
 def run_json(command: list[str], env: dict[str, str] | None = None) -> dict:
     """One run of a program that prints one JSON object."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_SECONDS, env=os.environ | (env or {}))
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=ANSWER_SECONDS,
+            env=os.environ | (env or {}),
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ProgramFailed(str(error)) from error
     if done.returncode != 0:
@@ -75,7 +81,9 @@ class Server:
         until = time.monotonic() + LISTEN_SECONDS
         while not self.socket_path.exists():
             if self._process.poll() is not None:
-                raise ProgramFailed(f"the server ended with {self._process.returncode}: {last_lines(self._log.read_text())}")
+                raise ProgramFailed(
+                    f"the server ended with {self._process.returncode}: {last_lines(self._log.read_text())}"
+                )
             if time.monotonic() > until:
                 raise ProgramFailed(f"the server did not listen within {LISTEN_SECONDS:.0f} s")
             time.sleep(0.02)
@@ -91,7 +99,7 @@ class Server:
 
 
 class PeerProcess:
-    """A client in its own process, commanded over its standard input; started once, so that rounds carry no start-up."""
+    """A client in its own process, commanded over standard input; started once, so that rounds carry no start-up."""
 
     def __init__(self, module: str, arguments: list[str], log: Path, env: dict[str, str] | None = None) -> None:
         self._name = module
@@ -101,8 +109,13 @@ class PeerProcess:
         with log.open("wb") as output:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", module, *arguments],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=output,
-                text=True, bufsize=1, cwd=BENCHES, env=os.environ | (env or {}),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=output,
+                text=True,
+                bufsize=1,
+                cwd=BENCHES,
+                env=os.environ | (env or {}),
             )
         self.pid = self._process.pid
 

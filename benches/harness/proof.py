@@ -65,7 +65,11 @@ def verify(call: Callable[[Any], Any], size: Size, latents: Latents, patterned: 
         mark(whole, of_first)
         if not numpy.array_equal(array.reshape(-1), whole):
             raise NotDelivered(f"{size.name}: elements between the marks differ from the server's pattern")
-    return {"image_bytes": array.nbytes, "latent_bytes": size.latent_bytes, "elements_compared": array.size if patterned else MARKS}
+    return {
+        "image_bytes": array.nbytes,
+        "latent_bytes": size.latent_bytes,
+        "elements_compared": array.size if patterned else MARKS,
+    }
 
 
 def verify_two_live(call: Callable[[Any], Any], latents: Latents) -> None:

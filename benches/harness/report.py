@@ -14,7 +14,11 @@ UNMEASURED = "not measured"
 
 def text(result: dict, figures: Figures) -> str:
     """The whole report."""
-    parts = [lines(result["machine"]), lines(result["settings"]), "\n".join(map(size_line, result["sizes"]))]
+    parts = [
+        lines(result["machine"]),
+        lines(result["settings"]),
+        "\n".join(map(size_line, result["sizes"])),
+    ]
     parts += [control_table(figures), hand_off_table(figures)]
     if result["bars"]:
         parts.append(bars_table(result["bars"]))
@@ -59,14 +63,21 @@ def bars_table(verdicts: list[dict]) -> str:
     for verdict in verdicts:
         word = {True: "holds", False: "DOES NOT HOLD", None: UNMEASURED}[verdict["holds"]]
         rows.append(
-            ("  " * verdict["extra"] + verdict["what"], verdict["bar"], number(verdict["ratio"]), number(verdict["baseline_us"]), number(verdict["ours_us"]), word)
+            (
+                "  " * verdict["extra"] + verdict["what"],
+                verdict["bar"],
+                number(verdict["ratio"]),
+                number(verdict["baseline_us"]),
+                number(verdict["ours_us"]),
+                word,
+            )
         )
     return table(rows)
 
 
 def control_table(figures: Figures) -> str:
     rows = [("control round trip", "p50 µs", "p99 µs")]
-    for key in figures.keys():
+    for key in figures.keys():  # noqa: SIM118 (not a dict)
         if key[1] == NO_SIZE:
             rows.append((key[0], cell(figures, key, "p50_us"), cell(figures, key, "p99_us")))
     return table(rows)
@@ -74,7 +85,17 @@ def control_table(figures: Figures) -> str:
 
 def hand_off_table(figures: Figures) -> str:
     """p50 at every size, p99 at the middle one, and the ratios people ask for."""
-    rows = [("hand-off, p50 µs", SMALL, MIDDLE, LARGE, f"p99 at {MIDDLE}", "× reference", f"{LARGE} ÷ {SMALL}")]
+    rows = [
+        (
+            "hand-off, p50 µs",
+            SMALL,
+            MIDDLE,
+            LARGE,
+            f"p99 at {MIDDLE}",
+            "× reference",
+            f"{LARGE} ÷ {SMALL}",
+        )
+    ]
     names = dict.fromkeys(name for name, size in figures.keys() if size != NO_SIZE)
     for name in names:
         reference = REFERENCE_ONE_CORE if name.endswith("one core") else REFERENCE
@@ -112,7 +133,7 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     for row in rows:
         cells = [
             text.ljust(width) if column == 0 or text[:1].isalpha() else text.rjust(width)
-            for column, (text, width) in enumerate(zip(row, widths))
+            for column, (text, width) in enumerate(zip(row, widths, strict=False))
         ]
         lines.append("  ".join(cells).rstrip())
     lines.insert(1, "-" * max(map(len, lines)))

@@ -61,7 +61,11 @@ def hand_off(row: str, peer: PeerProcess, variant: str, size: Size, placement: P
     what = {"variant": variant, "size": size.as_json()}
 
     def measure(limits: Limits) -> dict[Key, dict]:
-        amounts = {"iterations": limits.iterations, "warm_up": limits.warm_up, "seconds": limits.seconds}
+        amounts = {
+            "iterations": limits.iterations,
+            "warm_up": limits.warm_up,
+            "seconds": limits.seconds,
+        }
         if placement is None:
             return {key: peer.ask("hand_off", **what, **amounts)}
         with one_core(placement.pids, placement.core):
@@ -88,13 +92,22 @@ def floor(program: Path, core: int) -> Unit:
     key = (names.FLOOR, NO_SIZE)
 
     def measure(limits: Limits) -> dict[Key, dict]:
-        return {key: run_json([str(program), str(limits.control_iterations), str(limits.control_warm_up), str(core)])}
+        return {
+            key: run_json(
+                [
+                    str(program),
+                    str(limits.control_iterations),
+                    str(limits.control_warm_up),
+                    str(core),
+                ]
+            )
+        }
 
     return Unit((key,), measure)
 
 
 def rust_one_core(program: str, server: Server, size: Size, core: int) -> Unit:
-    """The Rust client measures both of its subjects in one run; its own flag confines it, the broker is confined here."""
+    """The Rust client measures both subjects in one run; its own flag confines it, the broker is confined here."""
     ping, image = (names.RUST_PING, NO_SIZE), (names.RUST_ONE_CORE, size.name)
 
     def measure(limits: Limits) -> dict[Key, dict]:

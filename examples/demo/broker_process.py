@@ -118,8 +118,6 @@ class BrokerProcess:
                 return
             except luna_broker.LunaBrokerError as error:
                 if time.monotonic() > deadline:
-                    message = (
-                        f"no connection to the broker within {START_DEADLINE_S:.0f} s: {error}"
-                    )
+                    message = f"no connection to the broker within {START_DEADLINE_S:.0f} s: {error}"
                     raise BrokerFailed(f"{message}\n{self.log_tail()}") from error
             time.sleep(RETRY_PAUSE_S)

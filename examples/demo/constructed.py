@@ -149,8 +149,6 @@ def _pass_through(rows: int, columns: int) -> torch.Tensor:
     return weight
 
 
-def _convolution(
-    state: State, prefix: str, weight: torch.Tensor, bias: torch.Tensor | None = None
-) -> None:
+def _convolution(state: State, prefix: str, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
     state[f"{prefix}.weight"] = weight
     state[f"{prefix}.bias"] = torch.zeros(weight.shape[0]) if bias is None else bias

@@ -64,12 +64,7 @@ def measure_shared(crew: Crew, broker: BrokerProcess, vae: Path) -> Footprint:
 
 def table(footprints: Iterable[Footprint], weight_bytes: int) -> str:
     """The comparison as text, in MB (10^6 bytes)."""
-    lines = [
-        (
-            f"{'':<26}{'one idle worker':>16}{'all idle':>12}{'all loaded':>12}"
-            f"{'added':>10}{'x weights':>12}"
-        )
-    ]
+    lines = [(f"{'':<26}{'one idle worker':>16}{'all idle':>12}{'all loaded':>12}{'added':>10}{'x weights':>12}")]
     for footprint in footprints:
         lines.append(
             f"{footprint.label:<26}"

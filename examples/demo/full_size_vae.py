@@ -71,9 +71,7 @@ def _middle(state: State, prefix: str, width: int, generator: torch.Generator) -
     _residual(state, f"{prefix}.block_2", width, width, generator)
 
 
-def _residual(
-    state: State, prefix: str, rows: int, columns: int, generator: torch.Generator
-) -> None:
+def _residual(state: State, prefix: str, rows: int, columns: int, generator: torch.Generator) -> None:
     _norm(state, f"{prefix}.norm1", columns)
     _convolution(state, f"{prefix}.conv1", rows, columns, 3, generator)
     _norm(state, f"{prefix}.norm2", rows)

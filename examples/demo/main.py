@@ -110,9 +110,7 @@ def _picture(named: str | None, side_px: int) -> np.ndarray:
     return constructed.picture(side_px)
 
 
-def _same_picture_everywhere(
-    binary: str, vae: Path, picture: np.ndarray, scratch: Path
-) -> dict[str, np.ndarray]:
+def _same_picture_everywhere(binary: str, vae: Path, picture: np.ndarray, scratch: Path) -> dict[str, np.ndarray]:
     """Runs the round trips in all workers at once; the decoded picture of each worker."""
     image_file = scratch / "picture.npy"
     np.save(image_file, picture)

@@ -12,6 +12,7 @@ gives the memory back. A client may be used from many threads. Every error is a 
 whose class says what kind it is and whose `remedy` says what to do about it.
 """
 
+from . import _native
 from ._native import (
     Busy,
     Call,
@@ -35,8 +36,6 @@ from ._native import (
     __version__,
     connect,
 )
-
-from . import _native
 
 __all__ = [
     "Busy",

@@ -17,9 +17,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY / "examples" / "demo"))
 
 # Beside the repository rather than in it; must be set before the first property test is run.
-os.environ.setdefault(
-    "HYPOTHESIS_STORAGE_DIRECTORY", str(Path(tempfile.gettempdir()) / "luna-hypothesis")
-)
+os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(Path(tempfile.gettempdir()) / "luna-hypothesis"))
 
 BINARY_VARIABLE = "LUNA_BROKER_BIN"
 HAND_OFF = "builtin:hand-off"

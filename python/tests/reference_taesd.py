@@ -18,9 +18,7 @@ DOUBLINGS = (7, 12, 17)
 WIDTH = 64
 
 
-def encode(
-    state: State, image: torch.Tensor, scale: float = 1.0, shift: float = 0.0
-) -> torch.Tensor:
+def encode(state: State, image: torch.Tensor, scale: float = 1.0, shift: float = 0.0) -> torch.Tensor:
     """The latent of an image whose sides are multiples of eight."""
     x = image.movedim(-1, 1).float()
     for index in range(15):
@@ -32,9 +30,7 @@ def encode(
     return x / scale + shift
 
 
-def decode(
-    state: State, latent: torch.Tensor, scale: float = 1.0, shift: float = 0.0
-) -> torch.Tensor:
+def decode(state: State, latent: torch.Tensor, scale: float = 1.0, shift: float = 0.0) -> torch.Tensor:
     """The image of a latent, clamped to 0..1."""
     x = torch.tanh((latent.float() - shift) * scale / 3) * 3
     x = _convolve(state, "taesd_decoder.1", x).relu()

@@ -90,9 +90,7 @@ def test_latent_that_does_not_fit_is_an_invalid_tensor(
         pytest.param(torch.zeros(0, 16, 16, 3), id="empty-batch"),
     ],
 )
-def test_image_that_does_not_fit_is_an_invalid_tensor(
-    client: Any, constructed_vae: str, image: torch.Tensor
-) -> None:
+def test_image_that_does_not_fit_is_an_invalid_tensor(client: Any, constructed_vae: str, image: torch.Tensor) -> None:
     with pytest.raises(luna_broker.InvalidTensor):
         client.vae(constructed_vae).encode(image)
 

@@ -79,9 +79,7 @@ def test_writing_into_a_result_changes_no_other(hand_off: Any, latent: torch.Ten
     assert (first == -1.0).all()
 
 
-def test_held_result_is_a_lease_and_a_dropped_one_is_none(
-    client: Any, hand_off: Any, latent: torch.Tensor
-) -> None:
+def test_held_result_is_a_lease_and_a_dropped_one_is_none(client: Any, hand_off: Any, latent: torch.Tensor) -> None:
     assert_no_leases(client)
     image = hand_off.decode(latent)
     assert leases(client) >= 1
@@ -89,9 +87,7 @@ def test_held_result_is_a_lease_and_a_dropped_one_is_none(
     assert_no_leases(client)
 
 
-def test_numpy_result_releases_its_lease_too(
-    client: Any, hand_off: Any, latent: torch.Tensor
-) -> None:
+def test_numpy_result_releases_its_lease_too(client: Any, hand_off: Any, latent: torch.Tensor) -> None:
     image = hand_off.decode(latent.numpy())
     assert leases(client) >= 1
     del image
@@ -105,9 +101,7 @@ def test_shared_input_releases_its_lease(client: Any, hand_off: Any) -> None:
     assert_no_leases(client)
 
 
-def test_view_keeps_the_lease_of_the_whole_result(
-    client: Any, hand_off: Any, latent: torch.Tensor
-) -> None:
+def test_view_keeps_the_lease_of_the_whole_result(client: Any, hand_off: Any, latent: torch.Tensor) -> None:
     corner = hand_off.decode(latent)[0, :2, :2]
     gc.collect()
     assert leases(client) >= 1
@@ -129,9 +123,7 @@ def test_result_in_a_reference_cycle_is_released_once_collected(
     assert_no_leases(client)
 
 
-def test_result_may_be_dropped_in_another_thread(
-    client: Any, hand_off: Any, latent: torch.Tensor
-) -> None:
+def test_result_may_be_dropped_in_another_thread(client: Any, hand_off: Any, latent: torch.Tensor) -> None:
     held = [hand_off.decode(latent)]
     thread = threading.Thread(target=held.clear)
     thread.start()

@@ -25,9 +25,7 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, limit: float = TO
     assert difference <= limit, f"largest difference {difference:.3g}, allowed {limit:.3g}"
 
 
-def test_round_trip_of_the_constructed_model_keeps_the_colours_of_blocks(
-    client: Any, constructed_vae: str
-) -> None:
+def test_round_trip_of_the_constructed_model_keeps_the_colours_of_blocks(client: Any, constructed_vae: str) -> None:
     from constructed import block_average, picture
     from pictures import psnr_db
 
@@ -47,9 +45,7 @@ def test_facts_about_the_model(client: Any, constructed_vae: str) -> None:
     assert 0 < info["bytes"] <= Path(constructed_vae).stat().st_size
 
 
-@settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     batch=st.integers(1, 2),
     height=st.integers(1, 9),
@@ -98,18 +94,14 @@ def test_scale_and_shift_in_the_file_are_applied(client: Any, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-def test_input_of_each_float_type_is_computed_in_float32(
-    client: Any, constructed_vae: str, dtype: torch.dtype
-) -> None:
+def test_input_of_each_float_type_is_computed_in_float32(client: Any, constructed_vae: str, dtype: torch.dtype) -> None:
     vae = client.vae(constructed_vae)
     latent, image = torch.randn(1, 4, 6, 6).to(dtype), torch.rand(1, 16, 24, 3).to(dtype)
     assert_close(vae.decode(latent), vae.decode(latent.float()), 0.0)
     assert_close(vae.encode(image), vae.encode(image.float()), 0.0)
 
 
-def test_strided_input_gives_the_same_result_as_contiguous(
-    client: Any, constructed_vae: str
-) -> None:
+def test_strided_input_gives_the_same_result_as_contiguous(client: Any, constructed_vae: str) -> None:
     vae = client.vae(constructed_vae)
     latent = torch.randn(1, 4, 10, 6)
     channels_last = latent.to(memory_format=torch.channels_last)
@@ -138,9 +130,7 @@ def test_batch_gives_the_same_results_as_one_by_one(client: Any, constructed_vae
 
 
 @pytest.mark.parametrize(("height", "width"), [(67, 75), (15, 8), (72, 79)])
-def test_image_is_cropped_around_its_centre(
-    client: Any, constructed_vae: str, height: int, width: int
-) -> None:
+def test_image_is_cropped_around_its_centre(client: Any, constructed_vae: str, height: int, width: int) -> None:
     vae = client.vae(constructed_vae)
     image = torch.rand(1, height, width, 3)
     top, left = height % 8 // 2, width % 8 // 2
@@ -154,9 +144,7 @@ def test_result_is_clamped_to_the_range_of_images(client: Any, constructed_vae: 
     assert image.max() == 1.0
 
 
-def test_tiles_of_a_model_without_neighbourhood_add_up_to_the_whole(
-    client: Any, constructed_vae: str
-) -> None:
+def test_tiles_of_a_model_without_neighbourhood_add_up_to_the_whole(client: Any, constructed_vae: str) -> None:
     vae = client.vae(constructed_vae)
     image = torch.rand(1, 160, 208, 3)
     latent = vae.encode(image)

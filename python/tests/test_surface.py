@@ -32,9 +32,7 @@ def test_cpu_tensors_of_one_machine_cross_in_shared_memory(client: Any) -> None:
     assert [rung.rung for rung in client.session.rungs if rung.device == "cpu"] == ["shm"]
 
 
-def test_address_comes_from_the_environment_if_none_is_given(
-    broker: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_address_comes_from_the_environment_if_none_is_given(broker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LUNA_BROKER", broker.address)
     with luna_broker.connect() as client:
         assert client.ping() >= 0

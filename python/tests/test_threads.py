@@ -20,9 +20,7 @@ from conftest import DEADLINE_S, HAND_OFF, eventually, expected_marks, leases, m
 THREADS = 8
 CALLS_PER_THREAD = 40
 
-needs_signals = pytest.mark.skipif(
-    not hasattr(signal, "SIGSTOP"), reason="needs SIGSTOP to hold a broker still"
-)
+needs_signals = pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="needs SIGSTOP to hold a broker still")
 
 
 def in_threads(work: Callable[[int], None]) -> None:
@@ -98,9 +96,7 @@ os.kill(int(sys.argv[1]), signal.SIGCONT)
 
 
 @needs_signals
-def test_waiting_for_the_broker_does_not_hold_the_interpreter(
-    start_broker: Any, tmp_path: Path
-) -> None:
+def test_waiting_for_the_broker_does_not_hold_the_interpreter(start_broker: Any, tmp_path: Path) -> None:
     broker = start_broker()
     rescued = tmp_path / "rescued"
     called, returned = threading.Event(), threading.Event()
@@ -115,18 +111,14 @@ def test_waiting_for_the_broker_does_not_hold_the_interpreter(
             returned.set()
 
         os.kill(broker.pid, signal.SIGSTOP)
-        rescuer = subprocess.Popen(
-            [sys.executable, "-c", RESCUE, str(broker.pid), str(rescued), "8"]
-        )
+        rescuer = subprocess.Popen([sys.executable, "-c", RESCUE, str(broker.pid), str(rescued), "8"])
         try:
             thread = threading.Thread(target=call)
             thread.start()
             assert called.wait(DEADLINE_S)
             # Long enough for the thread to be inside its call, whose answer cannot come yet.
             assert not returned.wait(0.2)
-            assert not rescued.exists(), (
-                "Python stood still until the broker was woken from outside"
-            )
+            assert not rescued.exists(), "Python stood still until the broker was woken from outside"
             os.kill(broker.pid, signal.SIGCONT)
             assert returned.wait(DEADLINE_S)
             thread.join(DEADLINE_S)

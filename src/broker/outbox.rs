@@ -9,6 +9,10 @@ use crate::protocol::ServerMessage;
 use crate::protocol::codec;
 use crate::transport::{Attachment, Connection, FrameWriter, Wait, begin_frame, finish_frame};
 
+/// Frames that may wait for a client before nothing more is read from it. Calls in flight are bounded elsewhere; this
+/// bounds the answers to what is answered at once.
+const MAX_WAITING: usize = 64;
+
 /// One session's way out. Whoever answers writes at once if there is room; what does not fit is left to a thread of
 /// the session's own, so that a client that does not read delays nobody else.
 #[derive(Debug)]
@@ -73,6 +77,8 @@ impl Outbox {
             tracing::error!(%error, message = message.name(), "a message could not be encoded; the session ends");
             state.closed = true;
             self.connection.close();
+            drop(state);
+            self.changed.notify_all();
             return;
         }
         finish_frame(&mut frame, payload.as_ref().map_or(0, |payload| payload.length as u64));
@@ -137,6 +143,14 @@ impl Outbox {
                 self.connection.close();
             }
             self.changed.notify_all();
+        }
+    }
+
+    /// Waits until the client has taken so much of what was posted that it may be listened to again.
+    pub(super) fn wait_for_room(&self) {
+        let mut state = self.state.lock();
+        while !state.closed && state.waiting.len() >= MAX_WAITING {
+            self.changed.wait(&mut state);
         }
     }
 

@@ -67,6 +67,7 @@ impl BrokerBuilder {
             threads.push(thread.spawn(move || accept(&state, &*listener)).map_err(no_thread)?);
         }
         tracing::info!(address = state.address, "broker started");
+        let listeners = Mutex::new(listeners);
         Ok(Broker { state, listeners, memory, threads: Mutex::new(threads), stopped: AtomicBool::new(false) })
     }
 }
@@ -131,7 +132,8 @@ fn serve(state: &Arc<State>, connection: Arc<dyn Connection>) {
 #[derive(Debug)]
 pub struct Broker {
     state: Arc<State>,
-    listeners: Vec<Arc<dyn Listener>>,
+    /// Empty once the broker stops.
+    listeners: Mutex<Vec<Arc<dyn Listener>>>,
     memory: Arc<MemoryListener>,
     threads: Mutex<Vec<JoinHandle<()>>>,
     stopped: AtomicBool,
@@ -185,7 +187,8 @@ impl Broker {
             return;
         }
         self.state.stopping.store(true, Ordering::Release);
-        for listener in &self.listeners {
+        let listeners = std::mem::take(&mut *self.listeners.lock());
+        for listener in &listeners {
             listener.close();
         }
         for thread in self.threads.lock().drain(..) {
@@ -193,6 +196,8 @@ impl Broker {
                 tracing::error!("an accepting thread panicked");
             }
         }
+        // The address goes before the running job is done: who tries again meanwhile is told at once that nobody is there.
+        drop(listeners);
         let sessions = self.state.sessions.all();
         for link in &sessions {
             link.outbox.post(None, |_| ServerMessage::Closing);

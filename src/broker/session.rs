@@ -58,6 +58,7 @@ impl Session {
         loop {
             let negotiated = self.link.open.get().is_some();
             let timeout = (!negotiated).then_some(self.state.config.negotiation_timeout);
+            self.link.outbox.wait_for_room();
             self.reader.next(&*self.connection, timeout)?;
             let message = codec::decode(self.reader.message())?;
             let action = self.link.machine.lock().receive(message)?;

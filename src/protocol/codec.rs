@@ -1,7 +1,7 @@
 //! Messages to bytes and back.
 
-use serde::Serialize;
-use serde::de::DeserializeOwned;
+use serde::de::{DeserializeOwned, IgnoredAny};
+use serde::{Deserialize, Serialize};
 
 /// The longest encoded message. A `status` of a broker with a thousand sessions is about 300 KiB; everything else
 /// is under 10 KiB.
@@ -24,11 +24,8 @@ pub enum CodecError {
     #[error("not a message of this protocol: {0}")]
     Malformed(#[from] rmp_serde::decode::Error),
     /// Bytes follow the message.
-    #[error("{count} bytes follow the message")]
-    Trailing {
-        /// How many.
-        count: usize,
-    },
+    #[error("bytes follow the message")]
+    Trailing,
     /// A value cannot be represented.
     #[error("the message cannot be encoded: {0}")]
     Unencodable(#[from] rmp_serde::encode::Error),
@@ -62,13 +59,13 @@ pub fn decode<M: DeserializeOwned>(bytes: &[u8]) -> Result<M, CodecError> {
     if bytes.len() > MAX_MESSAGE_BYTES {
         return Err(CodecError::TooLong { length: bytes.len() });
     }
-    let mut rest = bytes;
-    let mut deserializer = rmp_serde::Deserializer::new(&mut rest);
+    let mut deserializer = rmp_serde::Deserializer::from_read_ref(bytes);
     deserializer.set_max_depth(MAX_DEPTH);
     let message = M::deserialize(&mut deserializer)?;
-    match rest.len() {
-        0 => Ok(message),
-        count => Err(CodecError::Trailing { count }),
+    // The library does not tell how much it read: only the end gives no further marker.
+    match IgnoredAny::deserialize(&mut deserializer) {
+        Err(rmp_serde::decode::Error::InvalidMarkerRead(_)) => Ok(message),
+        Ok(_) | Err(_) => Err(CodecError::Trailing),
     }
 }
 
@@ -147,8 +144,11 @@ mod tests {
     fn bytes_behind_a_message_are_refused() {
         let mut bytes = Vec::new();
         encode(&ClientMessage::Goodbye, &mut bytes).unwrap();
-        bytes.push(0xc0);
-        assert!(matches!(decode::<ClientMessage>(&bytes), Err(CodecError::Trailing { count: 1 })));
+        for trailing in [0xc0, 0xc1, 0x91] {
+            bytes.push(trailing);
+            assert!(matches!(decode::<ClientMessage>(&bytes), Err(CodecError::Trailing)), "{trailing:#x}");
+            bytes.pop();
+        }
     }
 
     #[test]

@@ -256,7 +256,10 @@ class Writer:
         self.folder = folder
 
     def write(self, name: str, tensors: dict) -> None:
-        save_file({key: value.detach().contiguous().clone() for key, value in tensors.items()}, self.folder / f"{name}.safetensors")
+        save_file(
+            {key: value.detach().contiguous().clone() for key, value in tensors.items()},
+            self.folder / f"{name}.safetensors",
+        )
 
 
 @torch.no_grad()
@@ -271,10 +274,18 @@ def centre(layer: nn.Conv2d, run, channels_in: int, spread: float, middle: float
 def kl(seed: int, **config) -> AutoencoderKL:
     levels = len(config["block_out_channels"])
     model = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels, **config
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        **config,
     )
     redraw(model, seed)
-    centre(model.decoder.conv_out, lambda latent: model.decode(latent).sample, config["latent_channels"], 0.4, 0.0)
+    centre(
+        model.decoder.conv_out,
+        lambda latent: model.decode(latent).sample,
+        config["latent_channels"],
+        0.4,
+        0.0,
+    )
     return model
 
 
@@ -301,8 +312,14 @@ def write_kl(writer: Writer) -> None:
     writer.write("kl4.diffusers-decoder", only(state, "decoder"))
     writer.write("kl4.old-diffusers-encoder", to_old_diffusers(only(state, "encoder")))
     writer.write("kl4.ldm-matrices-encoder", to_ldm(only(state, "encoder"), 2, kernels=False))
-    other = {"model.diffusion_model.time_embed.0.weight": torch.zeros(4, 4), "logit_scale": torch.zeros(())}
-    writer.write("kl4.checkpoint-encoder", {f"first_stage_model.{n}": v for n, v in only(ldm, "encoder").items()} | other)
+    other = {
+        "model.diffusion_model.time_embed.0.weight": torch.zeros(4, 4),
+        "logit_scale": torch.zeros(()),
+    }
+    writer.write(
+        "kl4.checkpoint-encoder",
+        {f"first_stage_model.{n}": v for n, v in only(ldm, "encoder").items()} | other,
+    )
 
     # Three levels, uneven widths, no quant convolutions: as SD3 and Flux have it.
     config = {"block_out_channels": (32, 32, 64), "layers_per_block": 1, "latent_channels": 16}
@@ -322,7 +339,9 @@ def write_kl(writer: Writer) -> None:
 
 def tiny(seed: int, latent: int) -> AutoencoderTiny:
     model = AutoencoderTiny(
-        encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4, latent_channels=latent
+        encoder_block_out_channels=(8,) * 4,
+        decoder_block_out_channels=(8,) * 4,
+        latent_channels=latent,
     )
     redraw(model, seed, gain=1.2)
     centre(model.decoder.layers[-1], lambda x: (model.decoder(x) + 1) / 2, latent, 0.2, 0.5)
@@ -333,7 +352,10 @@ def tiny(seed: int, latent: int) -> AutoencoderTiny:
 def tiny_reference(model: AutoencoderTiny, scale: float, shift: float) -> TinyReference:
     # The class works on images in -1…1 at both ends.
     return TinyReference(
-        lambda image: model.encoder(image * 2 - 1), lambda latent: (model.decoder(latent) + 1) / 2, scale, shift
+        lambda image: model.encoder(image * 2 - 1),
+        lambda latent: (model.decoder(latent) + 1) / 2,
+        scale,
+        shift,
     )
 
 
@@ -344,7 +366,10 @@ def write_tiny(writer: Writer) -> None:
     writer.write("tiny4.diffusers", state)
     writer.write("tiny4.bare-decoder", tiny_half(state, "decoder", ""))
     writer.write("tiny4.bare-encoder", tiny_half(state, "encoder", ""))
-    writer.write("tiny4.plain", tiny_half(state, "decoder", "decoder.") | tiny_half(state, "encoder", "encoder."))
+    writer.write(
+        "tiny4.plain",
+        tiny_half(state, "decoder", "decoder.") | tiny_half(state, "encoder", "encoder."),
+    )
 
     scales = {"vae_scale": torch.tensor(0.75), "vae_shift": torch.tensor(-0.125)}
     writer.write("scaled4.io", cases(tiny_reference(model, 0.75, -0.125), 4, (8, 16, 2), 17))
@@ -363,7 +388,10 @@ def write_tiny(writer: Writer) -> None:
     centre(encoder[14], encoder, 3, 1.0, 0.0)
     writer.write("pooled32.io", cases(TinyReference(encoder, decoder), 32, (16, 8, 2), 19))
     state = {f"taesd_encoder.{name}": value for name, value in encoder.state_dict().items()}
-    writer.write("pooled32.joined", state | {f"taesd_decoder.{name}": value for name, value in decoder.state_dict().items()})
+    writer.write(
+        "pooled32.joined",
+        state | {f"taesd_decoder.{name}": value for name, value in decoder.state_dict().items()},
+    )
 
 
 def main() -> None:

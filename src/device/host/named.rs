@@ -26,8 +26,9 @@ impl Segment {
     pub(super) fn create(size_bytes: usize) -> io::Result<Self> {
         let mut random = [0; 16];
         getrandom::fill(&mut random).map_err(io::Error::other)?;
-        // The name is the capability on systems where segments are found by name: 128 random bits.
-        let name = format!("/luna-broker-{:032x}", u128::from_le_bytes(random));
+        // The name is the capability on systems where segments are found by name: 128 random bits. It ends in the size,
+        // because Windows tells an importer whole pages only.
+        let name = format!("/luna-broker-{:032x}-{size_bytes:x}", u128::from_le_bytes(random));
         let map = ShmemConf::new().size(size_bytes).os_id(&name).create().map_err(os_error)?;
         Ok(Self::from_map(map, name))
     }
@@ -41,7 +42,9 @@ impl Segment {
     }
 
     fn from_map(map: Shmem, name: String) -> Self {
-        Self { address: map.as_ptr() as usize, size_bytes: map.len(), map: Mutex::new(map), name }
+        let named = name.rsplit_once('-').and_then(|(_, size)| usize::from_str_radix(size, 16).ok());
+        let size_bytes = named.map_or(map.len(), |size| size.min(map.len()));
+        Self { address: map.as_ptr() as usize, size_bytes, map: Mutex::new(map), name }
     }
 }
 
@@ -76,14 +79,20 @@ impl SharedMemory for Segment {
 
     fn remove_name(&self) {
         let mut map = self.map.lock();
-        // On Windows a segment has no name of its own: it goes with its last user.
         #[cfg(unix)]
         if map.set_owner(false)
             && let Err(errno) = rustix::shm::unlink(self.name.as_str())
         {
             tracing::warn!(%errno, "the name of a shared segment could not be removed");
         }
+        // Elsewhere the name is a file's, which an owner removes when it lets go; whoever still maps it keeps the memory.
+        // A second mapping that becomes the owner and goes does that early.
         #[cfg(not(unix))]
-        let _ = map.set_owner(true);
+        if map.set_owner(false) {
+            match ShmemConf::new().os_id(&self.name).open() {
+                Ok(mut second) => _ = second.set_owner(true),
+                Err(error) => tracing::warn!(%error, "the name of a shared segment could not be removed"),
+            }
+        }
     }
 }

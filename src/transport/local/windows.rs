@@ -1,12 +1,24 @@
-use std::io::{self, IoSlice, Read, Write};
+use std::ffi::OsStr;
+use std::io::{self, IoSlice};
+use std::os::windows::ffi::OsStrExt;
+use std::os::windows::io::{AsRawHandle, FromRawHandle, OwnedHandle, RawHandle};
+use std::ptr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use interprocess::local_socket::traits::{Listener as _, Stream as _, StreamCommon as _};
-use interprocess::local_socket::{GenericNamespaced, Listener, ListenerOptions, Stream, ToNsName};
+use interprocess::ConnectWaitMode;
+use interprocess::os::windows::named_pipe::{DuplexPipeStream, PipeListener, PipeListenerOptions, pipe_mode};
+use parking_lot::{Mutex, RwLock};
 
+use super::SEND_TIMEOUT;
 use crate::transport::{Abilities, Attachment, Connection, Peer, TransportError, Wait};
+
+/// As much as a Unix socket holds by default: ordinary messages never wait for their reader.
+const PIPE_BUFFER_BYTES: u32 = 208 << 10;
+
+/// How long a client waits for a broker that exists and accepts nobody.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The pipe a broker of this user listens on when told nothing else.
 #[must_use]
@@ -19,12 +31,24 @@ pub(in crate::transport) fn own_uid() -> Option<u32> {
     None
 }
 
+fn pipe_path(address: &str) -> io::Result<String> {
+    if address.is_empty() || address.contains('\0') {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a name for a pipe"));
+    }
+    Ok(format!(r"\\.\pipe\{address}"))
+}
+
 /// A connected named pipe.
 #[derive(Debug)]
 pub struct LocalConnection {
-    stream: Stream,
+    /// Gone once the connection is closed, and with it the system's handle, which is what the peer notices.
+    pipe: RwLock<Option<DuplexPipeStream<pipe_mode::Bytes>>>,
     peer: Peer,
-    closed: AtomicBool,
+    /// Set once: wakes whoever waits in a read or a write.
+    closing: Event,
+    /// One of each at a time, so each direction has one event of its own.
+    read_done: Mutex<Event>,
+    write_done: Mutex<Event>,
 }
 
 impl LocalConnection {
@@ -34,14 +58,20 @@ impl LocalConnection {
     /// [`TransportError::NoListener`].
     pub fn connect(address: &str) -> Result<Self, TransportError> {
         let no_listener = |cause| TransportError::NoListener { address: address.to_owned(), cause };
-        let name = address.to_ns_name::<GenericNamespaced>().map_err(no_listener)?;
-        Ok(Self::adopt(Stream::connect(name).map_err(no_listener)?))
+        Self::adopt(open(address).map_err(no_listener)?)
     }
 
-    fn adopt(stream: Stream) -> Self {
-        let pid = stream.peer_creds().ok().and_then(|credentials| credentials.pid());
-        Self { stream, peer: Peer { pid, uid: None }, closed: AtomicBool::new(false) }
+    fn adopt(pipe: DuplexPipeStream<pipe_mode::Bytes>) -> Result<Self, TransportError> {
+        let event = || Event::new().map_err(|cause| TransportError::Os { call: "CreateEvent", cause });
+        let peer = Peer { pid: pipe.peer_process_id().ok(), uid: None };
+        let (closing, read_done, write_done) = (event()?, Mutex::new(event()?), Mutex::new(event()?));
+        Ok(Self { pipe: RwLock::new(Some(pipe)), peer, closing, read_done, write_done })
     }
+}
+
+fn open(address: &str) -> io::Result<DuplexPipeStream<pipe_mode::Bytes>> {
+    let path = pipe_path(address)?;
+    DuplexPipeStream::connect_by_path_with_wait_mode(path.as_str(), ConnectWaitMode::Timeout(CONNECT_TIMEOUT))
 }
 
 impl Connection for LocalConnection {
@@ -50,49 +80,69 @@ impl Connection for LocalConnection {
     }
 
     fn abilities(&self) -> Abilities {
-        Abilities { descriptors: false, same_process: false, timed_reads: false }
+        Abilities { descriptors: false, same_process: false, timed_reads: true }
     }
 
     fn write(&self, parts: &[IoSlice<'_>], attachments: &mut Vec<Attachment>, wait: Wait) -> io::Result<usize> {
         if !attachments.is_empty() {
             return Err(io::ErrorKind::Unsupported.into());
         }
-        if self.closed.load(Ordering::Acquire) {
-            return Err(io::ErrorKind::BrokenPipe.into());
-        }
+        let pipe = self.pipe.read();
+        let pipe = pipe.as_ref().ok_or(io::ErrorKind::BrokenPipe)?;
         // A pipe cannot be asked for room: the caller's own thread must not write.
         if wait == Wait::Never {
             return Err(io::ErrorKind::WouldBlock.into());
         }
-        match parts.first() {
-            Some(part) => (&self.stream).write(part),
-            None => Ok(0),
-        }
+        let Some(part) = parts.first() else { return Ok(0) };
+        let length = u32::try_from(part.len()).unwrap_or(u32::MAX);
+        let done = self.write_done.lock();
+        let operation = Operation { pipe: pipe.as_raw_handle(), done: &done, closing: &self.closing };
+        // SAFETY: `part` is readable for `length` bytes until `complete` returns, and so is the operation's state.
+        let written = operation.complete(Some(SEND_TIMEOUT), |overlapped| unsafe {
+            WriteFile(operation.pipe, part.as_ptr(), length, ptr::null_mut(), overlapped)
+        });
+        written.map_err(|error| match error.kind() {
+            io::ErrorKind::TimedOut => io::ErrorKind::WouldBlock.into(),
+            _ => error,
+        })
     }
 
     fn read(
         &self,
         target: &mut [u8],
         _attachments: &mut Vec<Attachment>,
-        _timeout: Option<Duration>,
+        timeout: Option<Duration>,
     ) -> io::Result<usize> {
-        if self.closed.load(Ordering::Acquire) {
-            return Ok(0);
+        let pipe = self.pipe.read();
+        let Some(pipe) = pipe.as_ref() else { return Ok(0) };
+        let length = u32::try_from(target.len()).unwrap_or(u32::MAX);
+        let done = self.read_done.lock();
+        let operation = Operation { pipe: pipe.as_raw_handle(), done: &done, closing: &self.closing };
+        // SAFETY: `target` is writable for `length` bytes until `complete` returns, and so is the operation's state.
+        let read = operation.complete(timeout, |overlapped| unsafe {
+            ReadFile(operation.pipe, target.as_mut_ptr(), length, ptr::null_mut(), overlapped)
+        });
+        match read {
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(0),
+            read => read,
         }
-        (&self.stream).read(target)
     }
 
     fn close(&self) {
-        self.closed.store(true, Ordering::Release);
+        self.closing.set();
+        // The lock is had as soon as whoever reads or writes has woken. What was written stays readable for the peer.
+        drop(self.pipe.write().take());
     }
 }
 
 /// A listening named pipe.
 #[derive(Debug)]
 pub struct LocalListener {
-    listener: Listener,
+    listener: PipeListener<pipe_mode::Bytes, pipe_mode::Bytes>,
     address: String,
     closed: AtomicBool,
+    /// The connection that woke the last accept. Kept, because accept passes over a client that has already left.
+    waker: Mutex<Option<DuplexPipeStream<pipe_mode::Bytes>>>,
 }
 
 impl LocalListener {
@@ -102,15 +152,30 @@ impl LocalListener {
     /// [`TransportError::AlreadyServed`], [`TransportError::Os`].
     pub fn bind(address: &str) -> Result<Self, TransportError> {
         let os = |call| move |cause| TransportError::Os { call, cause };
-        let name = address.to_ns_name::<GenericNamespaced>().map_err(os("naming the pipe"))?;
-        let listener = ListenerOptions::new().name(name).create_sync().map_err(|cause| match cause.kind() {
-            io::ErrorKind::AddrInUse | io::ErrorKind::PermissionDenied => {
-                TransportError::AlreadyServed { address: address.to_owned() }
-            }
+        let already_served = || TransportError::AlreadyServed { address: address.to_owned() };
+        let path = pipe_path(address).map_err(os("naming the pipe"))?;
+        if exists(&path) {
+            return Err(already_served());
+        }
+        let options = PipeListenerOptions::new()
+            .path(path)
+            .input_buffer_size_hint(PIPE_BUFFER_BYTES)
+            .output_buffer_size_hint(PIPE_BUFFER_BYTES);
+        let listener = options.create_duplex().map_err(|cause| match cause.kind() {
+            io::ErrorKind::AddrInUse | io::ErrorKind::PermissionDenied => already_served(),
             _ => os("listening")(cause),
         })?;
-        Ok(Self { listener, address: address.to_owned(), closed: AtomicBool::new(false) })
+        Ok(Self { listener, address: address.to_owned(), closed: AtomicBool::new(false), waker: Mutex::new(None) })
     }
+}
+
+/// Whether somebody listens. Asked although a listener claims to be the pipe's first: wine grants that claim to all.
+fn exists(path: &str) -> bool {
+    let wide: Vec<u16> = OsStr::new(path).encode_wide().chain([0]).collect();
+    // SAFETY: a string that ends in zero, alive during the call.
+    let free = unsafe { WaitNamedPipeW(wide.as_ptr(), 1) != 0 };
+    // One that has no instance free at this moment is there as well.
+    free || io::Error::last_os_error().kind() == io::ErrorKind::TimedOut
 }
 
 impl crate::transport::Listener for LocalListener {
@@ -119,18 +184,135 @@ impl crate::transport::Listener for LocalListener {
     }
 
     fn accept(&self) -> Result<Option<Arc<dyn Connection>>, TransportError> {
+        if self.closed.load(Ordering::Acquire) {
+            return Ok(None);
+        }
         let accepted = self.listener.accept();
         if self.closed.load(Ordering::Acquire) {
             return Ok(None);
         }
-        let stream = accepted.map_err(|cause| TransportError::Os { call: "accept", cause })?;
-        Ok(Some(Arc::new(LocalConnection::adopt(stream))))
+        let pipe = accepted.map_err(|cause| TransportError::Os { call: "accept", cause })?;
+        Ok(Some(Arc::new(LocalConnection::adopt(pipe)?)))
     }
 
     fn close(&self) {
         if !self.closed.swap(true, Ordering::AcqRel) {
             // A blocked accept returns for a connection and for nothing else.
-            _ = LocalConnection::connect(&self.address);
+            *self.waker.lock() = open(&self.address).ok();
         }
     }
+}
+
+/// A manual-reset event.
+#[derive(Debug)]
+struct Event(OwnedHandle);
+
+impl Event {
+    fn new() -> io::Result<Self> {
+        // SAFETY: no attributes and no name; the handle is owned by nobody else.
+        unsafe {
+            let handle = CreateEventW(ptr::null(), 1, 0, ptr::null());
+            if handle.is_null() { Err(io::Error::last_os_error()) } else { Ok(Self(OwnedHandle::from_raw_handle(handle))) }
+        }
+    }
+
+    fn set(&self) {
+        // SAFETY: an open event. It cannot fail then.
+        unsafe { SetEvent(self.0.as_raw_handle()) };
+    }
+}
+
+/// A read or a write under way: it ends with its bytes, with its time, or when the connection is closed. The pipes are
+/// opened for overlapped calls, as nothing else can be given up.
+struct Operation<'a> {
+    pipe: RawHandle,
+    done: &'a Event,
+    closing: &'a Event,
+}
+
+impl Operation<'_> {
+    /// Makes the system call and waits for its end; how many bytes were moved.
+    ///
+    /// # Errors
+    /// `TimedOut`, `BrokenPipe` where either side closed the pipe, or the system's.
+    fn complete(&self, timeout: Option<Duration>, call: impl FnOnce(*mut Overlapped) -> i32) -> io::Result<usize> {
+        let mut overlapped = Overlapped { event: self.done.0.as_raw_handle(), ..Overlapped::default() };
+        let overlapped = &raw mut overlapped;
+        if call(overlapped) == 0 {
+            let error = io::Error::last_os_error();
+            if error.raw_os_error() != Some(ERROR_IO_PENDING) {
+                return Err(ended(error));
+            }
+        }
+        let events = [self.done.0.as_raw_handle(), self.closing.0.as_raw_handle()];
+        let mut moved = 0;
+        // SAFETY: both events are open. The overlapped structure is this operation's own and, like the caller's buffer,
+        // stays in place until the operation has ended, which the last call waits for.
+        let (woken, succeeded) = unsafe {
+            let woken = WaitForMultipleObjects(2, events.as_ptr(), 0, timeout.map_or(INFINITE, milliseconds));
+            if woken != WAIT_DONE {
+                CancelIoEx(self.pipe, overlapped);
+            }
+            (woken, GetOverlappedResult(self.pipe, overlapped, &raw mut moved, 1) != 0)
+        };
+        if succeeded {
+            // Also where the bytes came at the very moment of giving up.
+            return Ok(moved as usize);
+        }
+        let error = io::Error::last_os_error();
+        match (error.raw_os_error(), woken) {
+            (Some(ERROR_OPERATION_ABORTED), WAIT_TIMEOUT) => Err(io::ErrorKind::TimedOut.into()),
+            (Some(ERROR_OPERATION_ABORTED), _) => Err(io::ErrorKind::BrokenPipe.into()),
+            _ => Err(ended(error)),
+        }
+    }
+}
+
+/// Folds the ways in which the system says that the other end is gone into one.
+fn ended(error: io::Error) -> io::Error {
+    match error.raw_os_error() {
+        Some(ERROR_BROKEN_PIPE | ERROR_NO_DATA | ERROR_PIPE_NOT_CONNECTED) => io::ErrorKind::BrokenPipe.into(),
+        _ => error,
+    }
+}
+
+/// At least the time asked for; never the value that means for ever.
+fn milliseconds(time: Duration) -> u32 {
+    u32::try_from(time.as_nanos().div_ceil(1_000_000)).map_or(INFINITE - 1, |time| time.min(INFINITE - 1))
+}
+
+const ERROR_BROKEN_PIPE: i32 = 109;
+const ERROR_NO_DATA: i32 = 232;
+const ERROR_PIPE_NOT_CONNECTED: i32 = 233;
+const ERROR_OPERATION_ABORTED: i32 = 995;
+const ERROR_IO_PENDING: i32 = 997;
+const INFINITE: u32 = u32::MAX;
+/// The first of the events waited for is set.
+const WAIT_DONE: u32 = 0;
+const WAIT_TIMEOUT: u32 = 258;
+
+/// The system's `OVERLAPPED`.
+#[repr(C)]
+struct Overlapped {
+    internal: [usize; 2],
+    offset: [u32; 2],
+    event: RawHandle,
+}
+
+impl Default for Overlapped {
+    fn default() -> Self {
+        Self { internal: [0; 2], offset: [0; 2], event: ptr::null_mut() }
+    }
+}
+
+#[link(name = "kernel32")]
+unsafe extern "system" {
+    fn ReadFile(file: RawHandle, to: *mut u8, length: u32, read: *mut u32, overlapped: *mut Overlapped) -> i32;
+    fn WriteFile(file: RawHandle, from: *const u8, length: u32, written: *mut u32, overlapped: *mut Overlapped) -> i32;
+    fn GetOverlappedResult(file: RawHandle, overlapped: *mut Overlapped, moved: *mut u32, wait: i32) -> i32;
+    fn CancelIoEx(file: RawHandle, overlapped: *mut Overlapped) -> i32;
+    fn CreateEventW(attributes: *const u8, manual_reset: i32, set: i32, name: *const u16) -> RawHandle;
+    fn SetEvent(event: RawHandle) -> i32;
+    fn WaitForMultipleObjects(count: u32, handles: *const RawHandle, all: i32, milliseconds: u32) -> u32;
+    fn WaitNamedPipeW(path: *const u16, milliseconds: u32) -> i32;
 }
