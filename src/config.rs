@@ -3,7 +3,8 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::protocol::Rung;
+use crate::error::{Error, ErrorKind};
+use crate::service::Rung;
 
 /// Why a configuration cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -118,15 +119,6 @@ pub const ADDRESS_VARIABLE: &str = "LUNA_BROKER";
 /// Environment variable that forces a rung.
 pub const TRANSPORT_VARIABLE: &str = "LUNA_BROKER_TRANSPORT";
 
-/// The address to use when the caller names none: `$LUNA_BROKER`, else this user's default.
-#[must_use]
-pub fn address_from_environment() -> String {
-    match std::env::var(ADDRESS_VARIABLE) {
-        Ok(address) if !address.is_empty() => address,
-        _ => crate::transport::default_address(),
-    }
-}
-
 /// The rung that `LUNA_BROKER_TRANSPORT` forces.
 ///
 /// # Errors
@@ -141,5 +133,11 @@ pub fn rung_from_environment() -> Result<Option<Rung>, ConfigError> {
             }
         },
         _ => Ok(None),
+    }
+}
+
+impl From<ConfigError> for Error {
+    fn from(error: ConfigError) -> Self {
+        Self::caused(ErrorKind::Configuration, "correct the setting", error)
     }
 }

@@ -1,13 +1,8 @@
 //! The umbrella error: what happened, what kind of failure it is, and what to do about it.
 
-use serde::{Deserialize, Serialize};
+use std::fmt;
 
-use crate::device::DeviceError;
-use crate::memory::LedgerError;
-use crate::model::ModelError;
-use crate::protocol::{CodecError, ProtocolError};
-use crate::tensor::TensorError;
-use crate::transport::TransportError;
+use serde::{Deserialize, Serialize};
 
 /// Result with the crate's umbrella [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -105,54 +100,32 @@ impl Fault {
     }
 }
 
-/// Everything that can go wrong in this crate.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum Error {
-    /// The broker answered with a fault, or the client refused on its behalf.
-    #[error(transparent)]
-    Fault(#[from] Fault),
-    /// A tensor description is wrong.
-    #[error(transparent)]
-    Tensor(#[from] TensorError),
-    /// A slot or lease operation was refused.
-    #[error(transparent)]
-    Ledger(#[from] LedgerError),
-    /// Memory could not be allocated, exported, imported or reached.
-    #[error(transparent)]
-    Device(#[from] DeviceError),
-    /// Bytes or handles could not be moved.
-    #[error(transparent)]
-    Transport(#[from] TransportError),
-    /// A frame could not be encoded or decoded.
-    #[error(transparent)]
-    Codec(#[from] CodecError),
-    /// A well-formed message came at the wrong time or with the wrong content.
-    #[error(transparent)]
-    Protocol(#[from] ProtocolError),
-    /// A model file could not be used, or its executor failed.
-    #[error(transparent)]
-    Model(#[from] ModelError),
+/// Everything that can go wrong in this crate: a [`Fault`] and, where it began on this side, its cause.
+#[derive(Debug)]
+pub struct Error {
+    fault: Fault,
+    source: Option<Box<dyn std::error::Error + Send + Sync>>,
 }
 
 impl Error {
-    /// An error of `kind` in the wire form.
+    /// An error of `kind` saying `message`, with what to do about it.
     pub fn new(kind: ErrorKind, message: impl Into<String>, remedy: impl Into<String>) -> Self {
-        Self::Fault(Fault::new(kind, message, remedy))
+        Fault::new(kind, message, remedy).into()
+    }
+
+    /// An error of `kind` that `cause` describes.
+    pub(crate) fn caused(
+        kind: ErrorKind,
+        remedy: &'static str,
+        cause: impl std::error::Error + Send + Sync + 'static,
+    ) -> Self {
+        Self { fault: Fault::new(kind, cause.to_string(), remedy), source: Some(Box::new(cause)) }
     }
 
     /// The class of the failure.
     #[must_use]
     pub fn kind(&self) -> ErrorKind {
-        match self {
-            Self::Fault(fault) => fault.kind,
-            Self::Tensor(_) => ErrorKind::InvalidTensor,
-            Self::Ledger(error) => error.kind(),
-            Self::Device(error) => error.kind(),
-            Self::Transport(error) => error.kind(),
-            Self::Codec(_) | Self::Protocol(_) => ErrorKind::Protocol,
-            Self::Model(error) => error.kind(),
-        }
+        self.fault.kind
     }
 
     /// Whether, and after what, the same request can be sent again.
@@ -161,26 +134,40 @@ impl Error {
         self.kind().retry()
     }
 
+    /// What happened, without the remedy.
+    #[must_use]
+    pub fn message(&self) -> &str {
+        &self.fault.message
+    }
+
     /// What to do about it; empty where nothing sensible can be said.
     #[must_use]
     pub fn remedy(&self) -> &str {
-        match self {
-            Self::Fault(fault) => &fault.remedy,
-            Self::Model(error) => error.remedy(),
-            Self::Transport(error) => error.remedy(),
-            Self::Tensor(_) | Self::Ledger(_) | Self::Device(_) | Self::Codec(_) | Self::Protocol(_) => "",
-        }
+        &self.fault.remedy
     }
 
     /// The form in which this error crosses the wire.
     #[must_use]
     pub fn into_fault(self) -> Fault {
-        match self {
-            Self::Fault(fault) => fault,
-            other => {
-                let remedy = other.remedy().to_owned();
-                Fault { kind: other.kind(), message: other.to_string(), remedy }
-            }
-        }
+        self.fault
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(&self.fault, f)
+    }
+}
+
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        // The cause's words are this error's own: what lies behind it is the cause's source.
+        self.source.as_ref().and_then(|cause| cause.source())
+    }
+}
+
+impl From<Fault> for Error {
+    fn from(fault: Fault) -> Self {
+        Self { fault, source: None }
     }
 }

@@ -1,4 +1,7 @@
-//! What can be asked of a model service: the vocabulary shared by the wire, the lanes and the executors.
+//! What can be asked of a model service and how its tensors cross: the vocabulary shared by the wire, the lanes and
+//! the executors.
+
+use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
@@ -59,4 +62,41 @@ pub enum VaeMode {
     Full,
     /// In tiles of this size, three passes averaged.
     Tiled(TileShape),
+}
+
+/// One way for tensors to cross; better ones first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum Rung {
+    /// The client lives in the broker's process.
+    Local,
+    /// Shared memory of the machine.
+    Shm,
+    /// Bytes behind the frame.
+    Inline,
+}
+
+impl Rung {
+    /// The name used in `status` and in `LUNA_BROKER_TRANSPORT`.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Local => "local",
+            Self::Shm => "shm",
+            Self::Inline => "inline",
+        }
+    }
+
+    /// The rung of that name.
+    #[must_use]
+    pub fn from_name(name: &str) -> Option<Self> {
+        [Self::Local, Self::Shm, Self::Inline].into_iter().find(|rung| rung.name() == name)
+    }
+}
+
+impl fmt::Display for Rung {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
 }

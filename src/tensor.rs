@@ -4,6 +4,8 @@ use std::fmt;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+use crate::error::{Error, ErrorKind};
+
 mod copy;
 
 pub use copy::copy_dense;
@@ -362,6 +364,12 @@ impl TensorMeta {
             return Err(TensorError::OutOfBounds { shape: self.shape, dtype: self.dtype, needed, available });
         }
         Ok(())
+    }
+}
+
+impl From<TensorError> for Error {
+    fn from(error: TensorError) -> Self {
+        Self::caused(ErrorKind::InvalidTensor, "", error)
     }
 }
 

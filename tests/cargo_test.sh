@@ -2,7 +2,7 @@
 # Runs the Rust tests with nextest where it is installed, else with cargo's own runner.
 set -eu
 if cargo nextest --version >/dev/null 2>&1; then
-    exec cargo nextest run --release --workspace --no-fail-fast --show-progress none --status-level fail "$@"
+    exec cargo nextest run --release --no-fail-fast --show-progress none --status-level fail "$@"
 fi
 echo "cargo-nextest is not installed: using cargo test"
-exec cargo test --release --workspace --no-fail-fast "$@"
+exec cargo test --release --no-fail-fast "$@"

@@ -96,7 +96,7 @@ def hand_off_table(figures: Figures) -> str:
             f"{LARGE} ÷ {SMALL}",
         )
     ]
-    names = dict.fromkeys(name for name, size in figures.keys() if size != NO_SIZE)
+    names = dict.fromkeys(name for name, size in figures.keys() if size != NO_SIZE)  # noqa: SIM118 (not a dict)
     for name in names:
         reference = REFERENCE_ONE_CORE if name.endswith("one core") else REFERENCE
         sizes = [cell(figures, (name, size), "p50_us") for size in (SMALL, MIDDLE, LARGE)]

@@ -163,20 +163,25 @@ class Vae:
         """How the last call through this object went; of several threads, whichever ended last."""
 
     @overload
-    def decode(self, latent: torch.Tensor) -> torch.Tensor: ...
+    def decode(self, latent: torch.Tensor, device: str | torch.device | None = None) -> torch.Tensor: ...
     @overload
-    def decode(self, latent: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.float32]:
+    def decode(
+        self, latent: npt.NDArray[np.floating[Any]], device: str | torch.device | None = None
+    ) -> npt.NDArray[np.float32]:
         """The image of a latent.
 
         `latent`: [N, C, h, w], unscaled, C as in `info["latent_channels"]`.
-        Returns float32 [N, h * ratio, w * ratio, 3] in 0..1. Where the byte budget of the broker
+        Returns float32 [N, h * ratio, w * ratio, 3] in 0..1, on the device the latent came from unless
+        `device` names another; this version knows `"cpu"`. Where the byte budget of the broker
         does not allow the call in one piece, it is run in tiles; `last.mode` tells.
         """
 
     @overload
-    def encode(self, image: torch.Tensor) -> torch.Tensor: ...
+    def encode(self, image: torch.Tensor, device: str | torch.device | None = None) -> torch.Tensor: ...
     @overload
-    def encode(self, image: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.float32]:
+    def encode(
+        self, image: npt.NDArray[np.floating[Any]], device: str | torch.device | None = None
+    ) -> npt.NDArray[np.float32]:
         """The latent of an image: the mean of the posterior, unscaled.
 
         `image`: [N, H, W, 3] in 0..1. Sides that are no multiple of `info["ratio"]` are cropped to
@@ -185,7 +190,12 @@ class Vae:
 
     @overload
     def decode_tiled(
-        self, latent: torch.Tensor, tile_x: int = 64, tile_y: int = 64, overlap: int = 16
+        self,
+        latent: torch.Tensor,
+        tile_x: int = 64,
+        tile_y: int = 64,
+        overlap: int = 16,
+        device: str | torch.device | None = None,
     ) -> torch.Tensor: ...
     @overload
     def decode_tiled(
@@ -194,6 +204,7 @@ class Vae:
         tile_x: int = 64,
         tile_y: int = 64,
         overlap: int = 16,
+        device: str | torch.device | None = None,
     ) -> npt.NDArray[np.float32]:
         """As `decode`, always in tiles: three passes with tiles of different proportions, averaged.
 
@@ -202,7 +213,12 @@ class Vae:
 
     @overload
     def encode_tiled(
-        self, image: torch.Tensor, tile_x: int = 512, tile_y: int = 512, overlap: int = 64
+        self,
+        image: torch.Tensor,
+        tile_x: int = 512,
+        tile_y: int = 512,
+        overlap: int = 64,
+        device: str | torch.device | None = None,
     ) -> torch.Tensor: ...
     @overload
     def encode_tiled(
@@ -211,6 +227,7 @@ class Vae:
         tile_x: int = 512,
         tile_y: int = 512,
         overlap: int = 64,
+        device: str | torch.device | None = None,
     ) -> npt.NDArray[np.float32]:
         """As `encode`, always in tiles: three passes with tiles of different proportions, averaged.
 

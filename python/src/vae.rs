@@ -2,6 +2,7 @@ use std::time::Duration;
 
 use luna_broker::client::{self, Input, VaeOutput};
 use luna_broker::service::{TileShape, Tiling, VaeCall, VaeMode, VaeOperation};
+use luna_broker::{Error, ErrorKind};
 use parking_lot::Mutex;
 use pyo3::prelude::*;
 
@@ -71,6 +72,18 @@ fn tiles(tile_x: u32, tile_y: u32, overlap: u32) -> Tiling {
     Tiling::Tiles(TileShape { width: tile_x, height: tile_y, overlap })
 }
 
+/// Results come back on the device the call came from, which is the CPU; another one is refused.
+fn check_device(device: Option<&Bound<'_, PyAny>>) -> PyResult<()> {
+    let Some(device) = device else { return Ok(()) };
+    let name = device.str()?.to_string();
+    if name == "cpu" {
+        return Ok(());
+    }
+    let message = format!("results on device {name} are not supported");
+    let remedy = "leave device out, and move the result yourself";
+    Err(raise(device.py(), Error::new(ErrorKind::Unsupported, message, remedy)))
+}
+
 #[pymethods]
 impl Vae {
     /// Facts about the model.
@@ -87,36 +100,52 @@ impl Vae {
     }
 
     /// The image of a latent.
-    fn decode<'py>(&self, latent: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
+    #[pyo3(signature = (latent, device=None))]
+    fn decode<'py>(
+        &self,
+        latent: &Bound<'py, PyAny>,
+        device: Option<&Bound<'py, PyAny>>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        check_device(device)?;
         self.run(latent, VaeOperation::Decode, Tiling::Auto)
     }
 
     /// The latent of an image.
-    fn encode<'py>(&self, image: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
+    #[pyo3(signature = (image, device=None))]
+    fn encode<'py>(
+        &self,
+        image: &Bound<'py, PyAny>,
+        device: Option<&Bound<'py, PyAny>>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        check_device(device)?;
         self.run(image, VaeOperation::Encode, Tiling::Auto)
     }
 
     /// As `decode`, always in tiles; sizes in latent elements.
-    #[pyo3(signature = (latent, tile_x=64, tile_y=64, overlap=16))]
+    #[pyo3(signature = (latent, tile_x=64, tile_y=64, overlap=16, device=None))]
     fn decode_tiled<'py>(
         &self,
         latent: &Bound<'py, PyAny>,
         tile_x: u32,
         tile_y: u32,
         overlap: u32,
+        device: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Bound<'py, PyAny>> {
+        check_device(device)?;
         self.run(latent, VaeOperation::Decode, tiles(tile_x, tile_y, overlap))
     }
 
     /// As `encode`, always in tiles; sizes in pixels.
-    #[pyo3(signature = (image, tile_x=512, tile_y=512, overlap=64))]
+    #[pyo3(signature = (image, tile_x=512, tile_y=512, overlap=64, device=None))]
     fn encode_tiled<'py>(
         &self,
         image: &Bound<'py, PyAny>,
         tile_x: u32,
         tile_y: u32,
         overlap: u32,
+        device: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Bound<'py, PyAny>> {
+        check_device(device)?;
         self.run(image, VaeOperation::Encode, tiles(tile_x, tile_y, overlap))
     }
 

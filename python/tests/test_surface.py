@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import luna_broker
 import pytest
 import torch
-from conftest import HAND_OFF
+from conftest import DEADLINE_S, HAND_OFF
 
 
 def test_everything_promised_is_exported() -> None:
@@ -100,3 +103,30 @@ def test_two_clients_of_one_process_are_two_sessions(broker: Any) -> None:
 def test_objects_name_themselves(client: Any) -> None:
     assert client.session.name in repr(client)
     assert HAND_OFF in repr(client.vae(HAND_OFF))
+
+
+def test_the_example_runs_against_a_broker(broker: Any, constructed_vae: str) -> None:
+    example = Path(__file__).resolve().parents[2] / "examples" / "decode.py"
+    command = [sys.executable, str(example), "--socket", broker.address, "--vae", constructed_vae]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S)
+    assert ran.returncode == 0, ran.stderr
+    assert "image [1, 256, 384, 3]" in ran.stdout
+
+
+def test_a_device_other_than_the_cpu_is_refused_by_name(client: Any) -> None:
+    vae = client.vae(HAND_OFF)
+    latent = torch.zeros(1, 4, 8, 8)
+    assert vae.decode(latent, device="cpu").device.type == "cpu"
+    with pytest.raises(luna_broker.Unsupported, match="cuda:7"):
+        vae.decode(latent, device="cuda:7")
+
+
+def test_a_small_budget_runs_in_tiles_and_says_so(start_broker: Any, constructed_vae: str) -> None:
+    broker = start_broker("--vae", constructed_vae, "--vae-budget", "256M")
+    with luna_broker.connect(broker.address) as client:
+        vae = client.vae(constructed_vae)
+        whole = vae.decode(torch.rand(1, 4, 32, 32))
+        assert vae.last.mode == "full"
+        tiled = vae.decode(torch.rand(1, 4, 160, 160))
+        assert vae.last.mode == "tiled"
+        assert (whole.shape, tiled.shape) == ((1, 256, 256, 3), (1, 1280, 1280, 3))

@@ -140,6 +140,17 @@ impl SessionMemory {
         }
         descriptor.meta.validate()?;
         let length = descriptor.meta.span_bytes()?;
+        // Slots start at multiples of more than any element.
+        if !descriptor.offset.is_multiple_of(descriptor.meta.dtype.size_bytes() as u64) {
+            return Err(Error::new(
+                ErrorKind::InvalidTensor,
+                format!(
+                    "a {} tensor at byte {} is not aligned to its elements",
+                    descriptor.meta.dtype, descriptor.offset
+                ),
+                "start the tensor at a whole element",
+            ));
+        }
         let stale = LedgerError::Stale {
             arena: descriptor.lease.arena,
             slot: descriptor.lease.slot,

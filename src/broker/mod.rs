@@ -1,6 +1,7 @@
 //! The serving side: sessions, their memory and the lanes, over listeners and devices.
 
 mod clock;
+mod incoming;
 mod jobs;
 mod memory;
 mod outbox;

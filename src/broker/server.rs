@@ -10,7 +10,7 @@ use super::jobs::VaeExecutor;
 use super::registry::{Loader, Registry};
 use super::session::Session;
 use super::state::{Counters, Sessions, State};
-use crate::config::{BrokerConfig, ConfigError};
+use crate::config::BrokerConfig;
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::Epoch;
 use crate::lane::{Lane, Policy, Queue};
@@ -215,11 +215,5 @@ impl Broker {
 impl Drop for Broker {
     fn drop(&mut self) {
         self.shut_down();
-    }
-}
-
-impl From<ConfigError> for Error {
-    fn from(error: ConfigError) -> Self {
-        Self::new(ErrorKind::Configuration, error.to_string(), "correct the setting")
     }
 }

@@ -2,6 +2,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use super::incoming::Incoming;
 use super::jobs::{VaeCallJob, VaeWork};
 use super::memory::{Held, Limits, SessionMemory};
 use super::outbox::Outbox;
@@ -18,13 +19,13 @@ use crate::protocol::{
     negotiate, settle,
 };
 use crate::tensor::TensorMeta;
-use crate::transport::{Abilities, Connection, FrameReader, Peer, TransportError};
+use crate::transport::{Abilities, Connection, FrameReader, Peer};
 
 /// One connection on the broker's side, on the thread that reads it.
 pub(super) struct Session {
     state: Arc<State>,
     link: Arc<SessionLink>,
-    connection: Arc<dyn Connection>,
+    connection: Incoming,
     reader: FrameReader,
     probing: Option<Probing>,
     /// Runs calls that are not worth a queue.
@@ -44,6 +45,7 @@ impl Session {
     /// Serves `connection` until it ends.
     pub(super) fn serve(state: Arc<State>, connection: Arc<dyn Connection>) {
         let outbox = Outbox::new(Arc::clone(&connection));
+        let connection = Incoming::new(connection, state.config.negotiation_timeout);
         let id = state.sessions.next_id();
         let link = SessionLink::new(id, connection.peer(), outbox, state.config.session_in_flight);
         state.sessions.add(&link);
@@ -56,10 +58,8 @@ impl Session {
     fn run(&mut self) -> Result<()> {
         admit(self.connection.peer())?;
         loop {
-            let negotiated = self.link.open.get().is_some();
-            let timeout = (!negotiated).then_some(self.state.config.negotiation_timeout);
             self.link.outbox.wait_for_room();
-            self.reader.next(&*self.connection, timeout)?;
+            self.reader.next(&self.connection, None)?;
             let message = codec::decode(self.reader.message())?;
             let action = self.link.machine.lock().receive(message)?;
             match action {
@@ -104,9 +104,9 @@ impl Session {
             refuse_or_ignore(&link, error);
         }
         link.outbox.flush(Duration::from_millis(200));
-        // In this order: jobs first, so that none of them starts on memory that goes away.
-        state.vae_lane.end_session(link.id());
+        // In this order: the reason is the last word, and no job starts on memory that goes away.
         link.outbox.close();
+        state.vae_lane.end_session(link.id());
         connection.close();
         drop(probing);
         if let Some(open) = link.open.get() {
@@ -212,6 +212,7 @@ impl Session {
         if self.link.open.set(open).is_err() {
             return Err(Error::new(ErrorKind::Internal, "a session was opened twice", ""));
         }
+        self.connection.negotiated();
         self.link.outbox.post(None, |_| ServerMessage::Accepted(Accepted { rungs }));
         Ok(())
     }
@@ -314,7 +315,7 @@ impl Session {
         let length = meta.span_bytes()?;
         let mut held = memory.lease(length as u64)?;
         let target = held.span_mut().bytes_mut(length)?;
-        self.reader.read_payload(&*self.connection, target)?;
+        self.reader.read_payload(&self.connection, target)?;
         Ok(held)
     }
 }
@@ -338,7 +339,7 @@ impl Prepared {
 
 /// Tells a peer that is still there why there is no session; one that is gone is not told.
 fn refuse_or_ignore(link: &SessionLink, error: Error) {
-    let gone = matches!(&error, Error::Transport(TransportError::Closed | TransportError::Os { .. }));
+    let gone = matches!(error.kind(), ErrorKind::ConnectionLost | ErrorKind::Io);
     if !gone && link.machine.lock().phase() == Phase::Closed {
         let fault = error.into_fault();
         link.outbox.post(None, |_| ServerMessage::Refused(fault));

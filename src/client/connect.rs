@@ -10,11 +10,11 @@ use super::link::Link;
 use super::session::SessionInfo;
 use super::tensor::{Storage, Tensor};
 use super::vae::Vae;
-use crate::config::{ClientConfig, address_from_environment, rung_from_environment};
+use crate::config::{ADDRESS_VARIABLE, ClientConfig, rung_from_environment};
 use crate::error::{Error, ErrorKind, Result, Retry};
 use crate::protocol::{ModelReport, Operation, Outcome, Rung, Status};
 use crate::tensor::TensorMeta;
-use crate::transport::{Connection, LocalConnection};
+use crate::transport::{Connection, LocalConnection, default_address};
 
 /// How one call waits.
 #[derive(Clone, Copy, Default)]
@@ -253,6 +253,15 @@ impl Inner {
 impl Drop for Inner {
     fn drop(&mut self) {
         self.link.lock().close();
+    }
+}
+
+/// The address to use when the caller names none: `$LUNA_BROKER`, else this user's default.
+#[must_use]
+pub fn address_from_environment() -> String {
+    match std::env::var(ADDRESS_VARIABLE) {
+        Ok(address) if !address.is_empty() => address,
+        _ => default_address(),
     }
 }
 

@@ -119,7 +119,7 @@ impl Link {
         if let ClientMessage::Request(Request { mut releases, .. }) = message {
             match &sent {
                 // The message was too long, and nothing left: what it would have given back goes with the next one.
-                Err(Error::Codec(_)) => {}
+                Err(error) if error.kind() == ErrorKind::Protocol => {}
                 _ => releases.clear(),
             }
             writer.releases = releases;
@@ -193,14 +193,17 @@ impl Link {
                 }
                 Ok(None)
             }
-            Ok(None) | Err(Error::Transport(TransportError::TimedOut)) => Ok(None),
+            Ok(None) => Ok(None),
             Err(error) => Err(self.lose(error)),
         }
     }
 
     fn read_answer(&self, timeout: Option<Duration>) -> Result<Option<Answer>> {
         let mut reader = self.reader.lock();
-        let header = reader.next(&*self.connection, timeout)?;
+        let header = match reader.next(&*self.connection, timeout) {
+            Err(TransportError::TimedOut) => return Ok(None),
+            header => header?,
+        };
         let reply = match codec::decode(reader.message())? {
             ServerMessage::Reply(reply) => reply,
             ServerMessage::Closing => {
@@ -270,13 +273,17 @@ impl Link {
 
     /// Notes why the connection is gone and tells everybody.
     fn lose(&self, error: Error) -> Error {
-        let fault = match error {
-            Error::Fault(fault) => fault,
-            other => Fault::new(
+        let fault = match error.kind() {
+            ErrorKind::ConnectionLost | ErrorKind::Io | ErrorKind::Timeout => Fault::new(
                 ErrorKind::ConnectionLost,
-                format!("the broker at {} went away: {other}; tensors already received stay readable", self.address),
+                format!(
+                    "the broker at {} went away: {}; tensors already received stay readable",
+                    self.address,
+                    error.message()
+                ),
                 "start it again; the next call connects anew",
             ),
+            _ => error.into_fault(),
         };
         self.router.lose(fault.clone());
         self.connection.close();

@@ -11,7 +11,7 @@ mod session;
 mod tensor;
 mod vae;
 
-pub use connect::{CallOptions, Client};
+pub use connect::{CallOptions, Client, address_from_environment};
 pub use input::Input;
 pub use session::SessionInfo;
 pub use tensor::Tensor;

@@ -48,19 +48,20 @@ impl Negotiation<'_> {
     /// # Errors
     /// [`ErrorKind::Refused`], [`ErrorKind::Timeout`], [`ErrorKind::ConnectionLost`], [`ErrorKind::Protocol`].
     pub(super) fn run(mut self, config: &ClientConfig, memory: &ImportedMemory) -> Result<SessionInfo> {
-        self.send(&ClientMessage::Hello(self.hello(config)))?;
-        let welcome = match self.receive()? {
+        let sent = self.send(&ClientMessage::Hello(self.hello(config)));
+        let welcome = match self.receive_after(sent)? {
             ServerMessage::Welcome(welcome) => welcome,
             other => return Err(unexpected(other)),
         };
         let Welcome { epoch, session, broker, probe, .. } = welcome;
+        let mut sent = Ok(());
         if let Some(offer) = probe {
             let outcome = self.probe(&offer, memory);
             let arena = offer.arena.arena;
-            self.send(&ClientMessage::Opened { arena })?;
-            self.send(&ClientMessage::Probed(ProbeAnswer { outcome }))?;
+            let opened = self.send(&ClientMessage::Opened { arena });
+            sent = opened.and_then(|()| self.send(&ClientMessage::Probed(ProbeAnswer { outcome })));
         }
-        match self.receive()? {
+        match self.receive_after(sent)? {
             ServerMessage::Accepted(Accepted { rungs }) => {
                 let name = config.name.clone();
                 Ok(SessionInfo { id: session, epoch, name, broker_version: broker, rungs })
@@ -106,6 +107,15 @@ impl Negotiation<'_> {
         finish_frame(&mut frame, 0);
         FrameWriter::default().write(self.connection, &frame, &[], &mut Vec::new(), Wait::Block)?;
         Ok(())
+    }
+
+    /// The answer to what was sent. A broker that hung up before it took all of it has said why.
+    fn receive_after(&mut self, sent: Result<()>) -> Result<ServerMessage> {
+        match (self.receive(), sent) {
+            (Err(reason), Err(_)) if reason.kind() != ErrorKind::ConnectionLost => Err(reason),
+            (_, Err(error)) => Err(error),
+            (received, Ok(())) => received,
+        }
     }
 
     fn receive(&mut self) -> Result<ServerMessage> {

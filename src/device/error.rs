@@ -1,6 +1,6 @@
 use std::io;
 
-use crate::error::ErrorKind;
+use crate::error::{Error, ErrorKind};
 
 /// Why memory could not be allocated, exported, imported or reached.
 #[derive(Debug, thiserror::Error)]
@@ -76,5 +76,11 @@ impl DeviceError {
             Self::TooSmall { .. } | Self::NotSealed | Self::Imported | Self::OutOfBounds { .. } => ErrorKind::Protocol,
             Self::NotRecorded { .. } => ErrorKind::Stale,
         }
+    }
+}
+
+impl From<DeviceError> for Error {
+    fn from(error: DeviceError) -> Self {
+        Self::caused(error.kind(), "", error)
     }
 }

@@ -1,7 +1,7 @@
 use std::collections::{BTreeMap, HashMap};
 
 use super::SlotAllocator;
-use crate::error::ErrorKind;
+use crate::error::{Error, ErrorKind};
 use crate::id::{ArenaId, Generation, LeaseRef, SessionId, SlotId};
 
 /// Why the ledger refused.
@@ -258,6 +258,12 @@ impl Ledger {
             slot.generation = Generation(slot.generation.0.wrapping_add(1));
             arena.vacant.push(address.slot);
         }
+    }
+}
+
+impl From<LedgerError> for Error {
+    fn from(error: LedgerError) -> Self {
+        Self::caused(error.kind(), "", error)
     }
 }
 

@@ -1,7 +1,7 @@
 use std::io;
 use std::path::PathBuf;
 
-use crate::error::ErrorKind;
+use crate::error::{Error, ErrorKind};
 use crate::tensor::TensorError;
 
 /// Why a model could not be found, opened, loaded or run.
@@ -155,5 +155,11 @@ impl ModelError {
             Self::OutOfMemory { .. } => "send a smaller batch or ask for tiles",
             Self::Tensor(_) | Self::Tiles { .. } | Self::Executor { .. } | Self::Cancelled => "",
         }
+    }
+}
+
+impl From<ModelError> for Error {
+    fn from(error: ModelError) -> Self {
+        Self::caused(error.kind(), error.remedy(), error)
     }
 }

@@ -1,7 +1,11 @@
 //! Messages to bytes and back.
 
-use serde::de::{DeserializeOwned, IgnoredAny};
-use serde::{Deserialize, Serialize};
+use std::fmt;
+
+use serde::de::{DeserializeOwned, Visitor};
+use serde::{Deserializer, Serialize};
+
+use crate::error::{Error, ErrorKind};
 
 /// The longest encoded message. A `status` of a broker with a thousand sessions is about 300 KiB; everything else
 /// is under 10 KiB.
@@ -63,9 +67,26 @@ pub fn decode<M: DeserializeOwned>(bytes: &[u8]) -> Result<M, CodecError> {
     deserializer.set_max_depth(MAX_DEPTH);
     let message = M::deserialize(&mut deserializer)?;
     // The library does not tell how much it read: only the end gives no further marker.
-    match IgnoredAny::deserialize(&mut deserializer) {
+    match deserializer.deserialize_any(Nothing) {
         Err(rmp_serde::decode::Error::InvalidMarkerRead(_)) => Ok(message),
-        Ok(_) | Err(_) => Err(CodecError::Trailing),
+        Ok(()) | Err(_) => Err(CodecError::Trailing),
+    }
+}
+
+/// Takes no value of any kind.
+struct Nothing;
+
+impl Visitor<'_> for Nothing {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("the end of the message")
+    }
+}
+
+impl From<CodecError> for Error {
+    fn from(error: CodecError) -> Self {
+        Self::caused(ErrorKind::Protocol, "", error)
     }
 }
 

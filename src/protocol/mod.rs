@@ -10,6 +10,7 @@ mod negotiate;
 mod report;
 mod session;
 
+pub use crate::service::Rung;
 pub use codec::CodecError;
 pub use message::{
     ArenaHandle, ArenaOffer, ClientMessage, Descriptor, Operation, Outcome, Reply, Request, ServerMessage,
@@ -17,7 +18,7 @@ pub use message::{
 };
 pub use negotiate::{
     Accepted, DeviceRung, Features, Hello, NONCE_BYTES, PROTOCOL_VERSION, ProbeAnswer, ProbeOffer, ProbeOutcome,
-    Reason, Rung, Welcome, negotiate, settle,
+    Reason, Welcome, negotiate, settle,
 };
 pub use report::{LaneReport, ModelReport, SessionReport, Status};
 pub use session::{Action, Phase, ProtocolError, SessionMachine};

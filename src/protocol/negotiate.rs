@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 use super::message::ArenaOffer;
 use crate::error::{ErrorKind, Fault};
 use crate::id::{Epoch, GpuUuid, SessionId};
+use crate::service::Rung;
 
 /// The version this crate speaks. Raised when an older peer would misunderstand; added fields do not raise it.
 pub const PROTOCOL_VERSION: u32 = 1;
@@ -38,43 +39,6 @@ impl Features {
     #[must_use]
     pub const fn union(self, other: Self) -> Self {
         Self(self.0 | other.0)
-    }
-}
-
-/// One way for tensors to cross; better ones first.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-#[non_exhaustive]
-pub enum Rung {
-    /// The client lives in the broker's process.
-    Local,
-    /// Shared memory of the machine.
-    Shm,
-    /// Bytes behind the frame.
-    Inline,
-}
-
-impl Rung {
-    /// The name used in `status` and in `LUNA_BROKER_TRANSPORT`.
-    #[must_use]
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Local => "local",
-            Self::Shm => "shm",
-            Self::Inline => "inline",
-        }
-    }
-
-    /// The rung of that name.
-    #[must_use]
-    pub fn from_name(name: &str) -> Option<Self> {
-        [Self::Local, Self::Shm, Self::Inline].into_iter().find(|rung| rung.name() == name)
-    }
-}
-
-impl fmt::Display for Rung {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
     }
 }
 

@@ -2,6 +2,7 @@ use std::collections::HashSet;
 
 use super::message::{ClientMessage, Operation};
 use super::negotiate::{Hello, ProbeAnswer};
+use crate::error::{Error, ErrorKind};
 use crate::id::{ArenaId, LeaseRef, RequestId};
 
 /// Where a session is in its life.
@@ -210,6 +211,12 @@ impl super::ServerMessage {
             Self::Reply(_) => "reply",
             Self::Closing => "closing",
         }
+    }
+}
+
+impl From<ProtocolError> for Error {
+    fn from(error: ProtocolError) -> Self {
+        Self::caused(ErrorKind::Protocol, "", error)
     }
 }
 

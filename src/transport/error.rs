@@ -1,7 +1,7 @@
 use std::io;
 use std::path::PathBuf;
 
-use crate::error::ErrorKind;
+use crate::error::{Error, ErrorKind};
 
 /// Why bytes could not be moved, or no connection made.
 #[derive(Debug, thiserror::Error)]
@@ -96,5 +96,11 @@ impl TransportError {
             | io::ErrorKind::UnexpectedEof => Self::Closed,
             _ => Self::Os { call, cause },
         }
+    }
+}
+
+impl From<TransportError> for Error {
+    fn from(error: TransportError) -> Self {
+        Self::caused(error.kind(), error.remedy(), error)
     }
 }

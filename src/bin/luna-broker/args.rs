@@ -3,7 +3,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
-use luna_broker::config::{BrokerConfig, ClientConfig, address_from_environment};
+use luna_broker::client::address_from_environment;
+use luna_broker::config::{BrokerConfig, ClientConfig};
 use luna_broker::{Error, ErrorKind};
 use tracing_subscriber::EnvFilter;
 

@@ -5,12 +5,7 @@ use luna_broker::{Error, ErrorKind};
 /// Prints an error with its remedy and turns it into the exit code that `--help` documents.
 pub(crate) fn code(outcome: Result<(), Error>) -> ExitCode {
     let Err(error) = outcome else { return ExitCode::SUCCESS };
-    match error.remedy() {
-        // A fault's own message has its remedy already.
-        _ if matches!(error, Error::Fault(_)) => eprintln!("luna-broker: {error}"),
-        "" => eprintln!("luna-broker: {error}"),
-        remedy => eprintln!("luna-broker: {error} — {remedy}"),
-    }
+    eprintln!("luna-broker: {error}");
     ExitCode::from(match error.kind() {
         ErrorKind::Configuration | ErrorKind::Unsupported => 2,
         ErrorKind::ConnectionLost | ErrorKind::ShuttingDown => 3,

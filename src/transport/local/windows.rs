@@ -212,7 +212,11 @@ impl Event {
         // SAFETY: no attributes and no name; the handle is owned by nobody else.
         unsafe {
             let handle = CreateEventW(ptr::null(), 1, 0, ptr::null());
-            if handle.is_null() { Err(io::Error::last_os_error()) } else { Ok(Self(OwnedHandle::from_raw_handle(handle))) }
+            if handle.is_null() {
+                Err(io::Error::last_os_error())
+            } else {
+                Ok(Self(OwnedHandle::from_raw_handle(handle)))
+            }
         }
     }
 

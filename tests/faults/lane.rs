@@ -1,0 +1,180 @@
+//! The lane is crowded; whoever cannot be served is told, and whoever leaves makes room.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use luna_broker::client::{CallOptions, Client};
+use luna_broker::id::RequestId;
+use luna_broker::protocol::{ClientMessage, LaneReport, Outcome, Reply, Request, TensorSource};
+use luna_broker::{Error, ErrorKind};
+
+use crate::Scene;
+use crate::raw::{DECODE, Raw, decode, frame, request};
+use crate::support::{client_at, eventually};
+use crate::tiny::{self, Batch};
+
+struct Crowd {
+    scene: Scene,
+    model: String,
+    work: Batch,
+}
+
+impl Crowd {
+    fn new(arguments: &[&str]) -> Self {
+        let scene = Scene::new(arguments);
+        let model = scene.place.file("tiny.safetensors");
+        tiny::write(&model, 64);
+        let model = model.to_string_lossy().into_owned();
+        scene.bystander.load(&model).unwrap();
+        Self { scene, model, work: Batch::endless() }
+    }
+
+    fn lane(&self) -> LaneReport {
+        self.scene.bystander.status().unwrap().lanes.remove(0)
+    }
+
+    fn await_lane(&self, busy: bool, queued: u64) {
+        eventually(&format!("a lane with busy = {busy} and {queued} waiting"), || {
+            let lane = self.lane();
+            lane.busy == busy && lane.queued == queued
+        });
+    }
+
+    fn operation(&self) -> luna_broker::protocol::Operation {
+        decode(&self.model, TensorSource::Inline(self.work.meta))
+    }
+
+    /// Sends an endless decode without waiting for its answer.
+    fn occupy(&self, raw: &Raw, id: u64) {
+        raw.bytes(&frame(&request(id, self.operation()), self.work.bytes.len() as u64));
+        raw.bytes(&self.work.bytes);
+    }
+
+    fn decode(&self, client: &Client, options: &CallOptions<'_>) -> Result<(), Error> {
+        client.vae(&self.model)?.call(DECODE, self.work.input(), options).map(|_| ())
+    }
+
+    /// The lane takes work again, and gives the right shape of answer.
+    fn check_free(&self) {
+        self.await_lane(false, 0);
+        let image = self.scene.bystander.vae(&self.model).unwrap().decode(Batch::new(1, 8, 1).input()).unwrap();
+        assert_eq!(image.meta().shape.as_slice(), [1, 64, 64, 3]);
+        self.scene.check_bystander();
+    }
+}
+
+fn fault(reply: Reply, id: u64) -> luna_broker::Fault {
+    assert_eq!(reply.id, RequestId(id));
+    match reply.outcome {
+        Outcome::Fault(fault) => fault,
+        other => panic!("a fault was due, not {other:?}"),
+    }
+}
+
+#[test]
+fn a_full_lane_refuses_at_once_as_busy() {
+    let crowd = Crowd::new(&["--lane-capacity", "1"]);
+    let mut raw = Raw::inline(&crowd.scene.place.socket());
+    crowd.occupy(&raw, 1);
+    crowd.await_lane(true, 0);
+    crowd.occupy(&raw, 2);
+    crowd.await_lane(true, 1);
+    crowd.occupy(&raw, 3);
+    let refused = fault(raw.reply(), 3);
+    assert_eq!(refused.kind, ErrorKind::Busy);
+    assert!(refused.message.contains("1 requests waiting") && refused.remedy.contains("--lane-capacity"), "{refused}");
+    crowd.await_lane(true, 1);
+    raw.close();
+    crowd.check_free();
+}
+
+#[test]
+fn a_session_with_too_many_requests_in_flight_is_refused_as_busy_and_others_are_not() {
+    let crowd = Crowd::new(&["--session-in-flight", "2"]);
+    let mut raw = Raw::inline(&crowd.scene.place.socket());
+    crowd.occupy(&raw, 1);
+    crowd.occupy(&raw, 2);
+    crowd.await_lane(true, 1);
+    crowd.occupy(&raw, 3);
+    let refused = fault(raw.reply(), 3);
+    assert_eq!(refused.kind, ErrorKind::Busy);
+    assert!(refused.message.contains('2') && refused.remedy.contains("--session-in-flight"), "{refused}");
+    let other = Raw::inline(&crowd.scene.place.socket());
+    crowd.occupy(&other, 1);
+    crowd.await_lane(true, 2);
+    // An answered request makes room for one more.
+    raw.send(&ClientMessage::Cancel { id: RequestId(2) });
+    assert_eq!(fault(raw.reply(), 2).kind, ErrorKind::Cancelled);
+    crowd.occupy(&raw, 4);
+    crowd.await_lane(true, 2);
+    raw.close();
+    other.close();
+    crowd.check_free();
+}
+
+#[test]
+fn a_request_whose_time_passes_while_it_waits_is_not_run() {
+    let crowd = Crowd::new(&[]);
+    let runner = Raw::inline(&crowd.scene.place.socket());
+    crowd.occupy(&runner, 1);
+    crowd.await_lane(true, 0);
+    let completed = crowd.lane().completed;
+    // A client gives up by itself and takes the request back.
+    let client = client_at(&crowd.scene.place);
+    let options = CallOptions { timeout: Some(Duration::from_millis(50)), interrupted: None };
+    let error = crowd.decode(&client, &options).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Timeout, "{error}");
+    assert!(!error.remedy().is_empty());
+    crowd.await_lane(true, 0);
+    // A peer that does not is told when its turn comes.
+    let mut raw = Raw::inline(&crowd.scene.place.socket());
+    let (id, operation) = (RequestId(9), crowd.operation());
+    let late = ClientMessage::Request(Request { id, timeout_ms: Some(1), releases: Vec::new(), operation });
+    raw.bytes(&frame(&late, crowd.work.bytes.len() as u64));
+    raw.bytes(&crowd.work.bytes);
+    crowd.await_lane(true, 1);
+    assert_eq!(crowd.lane().completed, completed);
+    runner.close();
+    let refused = fault(raw.reply(), 9);
+    assert_eq!(refused.kind, ErrorKind::Timeout);
+    assert!(refused.message.contains("not run") && !refused.remedy.is_empty(), "{refused}");
+    crowd.await_lane(false, 0);
+    assert_eq!(crowd.lane().completed, completed + 1, "only the job that ran is counted");
+    crowd.check_free();
+}
+
+#[test]
+fn a_cancelled_request_frees_the_lane_whether_it_waits_or_runs() {
+    let crowd = Crowd::new(&[]);
+    let completed = crowd.lane().completed;
+    let stop = [AtomicBool::new(false), AtomicBool::new(false)];
+    let outcome = |at: usize| {
+        let client = client_at(&crowd.scene.place);
+        let interrupted = || stop[at].load(Ordering::Relaxed);
+        let options = CallOptions { timeout: None, interrupted: Some(&interrupted) };
+        let error = crowd.decode(&client, &options).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Cancelled, "{error}");
+        // The session goes on; the slots of the request taken back are the broker's again once the job is off them.
+        client.ping().unwrap();
+        eventually("the return of the request's slots", || {
+            let status = client.status().unwrap();
+            let own = status.sessions.iter().find(|session| session.id == client.session().id).unwrap().clone();
+            own.leases == 0
+        });
+    };
+    std::thread::scope(|scope| {
+        let running = scope.spawn(|| outcome(0));
+        crowd.await_lane(true, 0);
+        let waiting = scope.spawn(|| outcome(1));
+        crowd.await_lane(true, 1);
+        stop[1].store(true, Ordering::Relaxed);
+        waiting.join().unwrap();
+        crowd.await_lane(true, 0);
+        assert_eq!(crowd.lane().completed, completed, "what waited was not run");
+        stop[0].store(true, Ordering::Relaxed);
+        running.join().unwrap();
+    });
+    crowd.await_lane(false, 0);
+    assert_eq!(crowd.lane().completed, completed + 1);
+    crowd.check_free();
+}

@@ -1,0 +1,187 @@
+//! Random messages after a valid negotiation. `LUNA_BROKER_FUZZ_CASES` says how many of each kind.
+
+use luna_broker::id::{ArenaId, Epoch, Generation, LeaseRef, RequestId, SlotId};
+use luna_broker::protocol::{ClientMessage, Descriptor, Operation, Request, ServerMessage, TensorSource, VaeRequest};
+use luna_broker::service::{TileShape, Tiling, VaeCall, VaeOperation};
+use luna_broker::tensor::{DType, Dims, TensorMeta};
+use luna_broker::transport::{HEADER_BYTES, TransportError};
+use proptest::prelude::*;
+use proptest::test_runner::{Config, TestRunner};
+
+use crate::raw::{Raw, frame};
+use crate::scene::Scene;
+use crate::support::{HAND_OFF, eventually};
+
+/// Cases of each kind in an ordinary run.
+const CASES: u32 = 200;
+
+/// Stands for the life of the broker under test until that is known.
+const KNOWN: Epoch = Epoch(1);
+
+fn runner() -> TestRunner {
+    let cases = std::env::var("LUNA_BROKER_FUZZ_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(CASES);
+    TestRunner::new(Config { cases, failure_persistence: None, ..Config::default() })
+}
+
+/// Numbers near every edge.
+fn number() -> impl Strategy<Value = u64> {
+    prop_oneof![
+        4 => 0u64..16,
+        2 => prop::sample::select(vec![64, 512, 4096, 1 << 20, 1 << 31, (1 << 32) - 1, 1 << 32, 1 << 62, i64::MAX as u64]),
+        1 => prop::sample::select(vec![u64::MAX, u64::MAX - 1, 1 << 63]),
+        1 => any::<u64>(),
+    ]
+}
+
+fn dims() -> impl Strategy<Value = Dims> {
+    let latent = (number(), number(), number()).prop_map(|(n, h, w)| Dims::of([n, 4, h, w]));
+    prop_oneof![
+        latent,
+        prop::collection::vec(number(), 0..=8).prop_map(|values| Dims::new(&values).expect("at most 8"))
+    ]
+}
+
+fn meta() -> impl Strategy<Value = TensorMeta> {
+    let dtypes = vec![DType::F32, DType::F16, DType::F64, DType::Bf16, DType::I64, DType::Bool];
+    (prop::sample::select(dtypes), dims(), dims(), any::<bool>()).prop_map(|(dtype, shape, strides, dense)| {
+        TensorMeta { dtype, shape, strides: if dense { shape.contiguous_strides() } else { strides } }
+    })
+}
+
+fn lease() -> impl Strategy<Value = LeaseRef> {
+    (0u32..8, 0u32..8, 0u32..4).prop_map(|(arena, slot, generation)| LeaseRef {
+        arena: ArenaId(arena),
+        slot: SlotId(slot),
+        generation: Generation(generation),
+    })
+}
+
+fn source() -> impl Strategy<Value = TensorSource> {
+    let leased = (any::<bool>(), lease(), number(), number(), meta());
+    prop_oneof![
+        leased.prop_map(|(known, lease, offset, sequence, meta)| {
+            let epoch = if known { KNOWN } else { Epoch(0) };
+            TensorSource::Leased(Descriptor { epoch, lease, offset, sequence, meta })
+        }),
+        meta().prop_map(TensorSource::Inline),
+    ]
+}
+
+fn operation() -> impl Strategy<Value = Operation> {
+    let tiles = (number(), number(), number()).prop_map(|(width, height, overlap)| {
+        Tiling::Tiles(TileShape { width: width as u32, height: height as u32, overlap: overlap as u32 })
+    });
+    let call = (any::<bool>(), prop_oneof![Just(Tiling::Auto), tiles]).prop_map(|(decode, tiling)| VaeCall {
+        operation: if decode { VaeOperation::Decode } else { VaeOperation::Encode },
+        tiling,
+    });
+    let model = prop_oneof![4 => Just(HAND_OFF.to_owned()), 1 => ".{0,40}"];
+    prop_oneof![
+        6 => (model.clone(), call, source())
+            .prop_map(|(model, call, input)| Operation::Vae(VaeRequest { model, call, input })),
+        2 => (number(), any::<bool>()).prop_map(|(size_bytes, kept)| Operation::Allocate { size_bytes, kept }),
+        1 => model.prop_map(|model| Operation::Describe { model }),
+        1 => prop::sample::select(vec![Operation::Ping, Operation::Models, Operation::Status]),
+    ]
+}
+
+fn message() -> impl Strategy<Value = ClientMessage> {
+    let releases = || prop::collection::vec(lease(), 0..4);
+    let timeout = prop::option::of(any::<u32>());
+    prop_oneof![
+        8 => (0u64..4, timeout, releases(), operation()).prop_map(|(id, timeout_ms, releases, operation)| {
+            ClientMessage::Request(Request { id: RequestId(id), timeout_ms, releases, operation })
+        }),
+        1 => number().prop_map(|id| ClientMessage::Cancel { id: RequestId(id) }),
+        1 => releases().prop_map(ClientMessage::Release),
+        1 => (0u32..8).prop_map(|arena| ClientMessage::Opened { arena: ArenaId(arena) }),
+    ]
+}
+
+/// Turns a descriptor that is meant to be of this life into one near the session's own slot.
+fn in_this_life(message: &mut ClientMessage, held: &Descriptor) {
+    if let ClientMessage::Request(Request { operation: Operation::Vae(request), .. }) = message
+        && let TensorSource::Leased(descriptor) = &mut request.input
+        && descriptor.epoch == KNOWN
+    {
+        descriptor.epoch = held.epoch;
+        descriptor.lease.arena = held.lease.arena;
+        descriptor.offset = held.offset.wrapping_add(descriptor.offset);
+    }
+}
+
+#[test]
+fn well_formed_nonsense_is_answered_once_each() {
+    let scene = Scene::new(&["--session-bytes", "256M"]);
+    let before = scene.footprint();
+    let cases = prop::collection::vec(message(), 1..12);
+    let run = runner().run(&cases, |messages| {
+        let (mut raw, _) = Raw::shared(&scene.place.socket());
+        let held = raw.allocate(1 << 20);
+        for mut message in messages {
+            in_this_life(&mut message, &held);
+            // As many bytes as an inline tensor of a reasonable size needs; what is too much is skipped.
+            raw.bytes(&frame(&message, 64));
+            raw.bytes(&[0; 64]);
+            if let ClientMessage::Request(Request { id, .. }) = message {
+                prop_assert_eq!(raw.reply().id, id);
+            }
+        }
+        raw.send(&ClientMessage::Goodbye);
+        prop_assert!(matches!(raw.receive(), Err(TransportError::Closed)), "the session lasted to its end");
+        Ok(())
+    });
+    run.unwrap();
+    scene.check_bystander();
+    eventually("the end of all sessions", || scene.footprint().is_back_to(&before));
+    assert_eq!(scene.bystander.status().unwrap().sessions_lost, 0);
+}
+
+#[test]
+fn arbitrary_bytes_in_frames_end_their_session_and_nothing_else() {
+    let scene = Scene::new(&[]);
+    let before = scene.footprint();
+    let bytes = || prop::collection::vec(any::<u8>(), 0..300);
+    let damage = (message(), any::<prop::sample::Index>(), any::<u8>()).prop_map(|(message, at, with)| {
+        let mut bytes = frame(&message, 0).split_off(HEADER_BYTES);
+        let at = at.index(bytes.len());
+        bytes[at] = with;
+        bytes
+    });
+    let cases = prop_oneof![bytes(), damage];
+    let run = runner().run(&cases, |bytes| {
+        let mut raw = Raw::inline(&scene.place.socket());
+        let header = [&(bytes.len() as u32).to_le_bytes()[..], &[0; 8]].concat();
+        raw.bytes(&[header, bytes].concat());
+        // A damaged message may still be one; the goodbye ends the session where the bytes did not.
+        _ = raw.try_bytes(&frame(&ClientMessage::Goodbye, 0), luna_broker::transport::Wait::Block);
+        loop {
+            match raw.receive() {
+                Ok(ServerMessage::Reply(_) | ServerMessage::Refused(_)) => {}
+                Ok(other) => prop_assert!(false, "{other:?} came out of place"),
+                Err(error) => {
+                    prop_assert!(matches!(error, TransportError::Closed), "{error}");
+                    return Ok(());
+                }
+            }
+        }
+    });
+    run.unwrap();
+    scene.check_bystander();
+    eventually("the end of all sessions", || scene.footprint().is_back_to(&before));
+}
+
+#[test]
+fn arbitrary_bytes_instead_of_frames_end_their_session_and_nothing_else() {
+    let scene = Scene::new(&[]);
+    let before = scene.footprint();
+    let run = runner().run(&(prop::collection::vec(any::<u8>(), 0..100), any::<bool>()), |(bytes, negotiated)| {
+        let socket = scene.place.socket();
+        let raw = if negotiated { Raw::inline(&socket) } else { Raw::connect(&socket) };
+        raw.bytes(&bytes);
+        Ok(())
+    });
+    run.unwrap();
+    scene.check_bystander();
+    eventually("the end of all sessions", || scene.footprint().is_back_to(&before));
+}
