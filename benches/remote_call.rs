@@ -14,7 +14,6 @@ use luna_broker::service::{Tiling, VaeCall, VaeOperation};
 use luna_broker::tensor::{DType, Dims, TensorMeta};
 
 #[path = "../tests/support/tiny.rs"]
-#[allow(dead_code, unreachable_pub, reason = "the tests use the rest")]
 mod tiny;
 
 type AnyError = Box<dyn std::error::Error>;

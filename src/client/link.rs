@@ -61,7 +61,6 @@ impl Link {
         let negotiation = Negotiation { connection: &*connection, reader: &mut reader, deadline };
         let session = negotiation.run(config, &memory).inspect_err(|_| connection.close())?;
         let (end, ended) = bounded(1);
-        let timed_reads = connection.abilities().timed_reads;
         let link = Arc::new(Self {
             connection,
             address: address.to_owned(),
@@ -76,11 +75,6 @@ impl Link {
         });
         let weak = Arc::downgrade(&link);
         spawn("luna-janitor", move || janitor::run(&weak, &rings, &ended))?;
-        if !timed_reads {
-            link.router.read_for_ever();
-            let reader = Arc::clone(&link);
-            spawn("luna-reader", move || while reader.read_and_deliver(None, None).is_ok() {})?;
-        }
         Ok(link)
     }
 

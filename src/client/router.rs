@@ -103,11 +103,6 @@ impl Router {
         }
     }
 
-    /// Claims reading for a thread that does nothing else.
-    pub(super) fn read_for_ever(&self) {
-        self.state.lock().reading = true;
-    }
-
     /// The connection is gone: everybody is told, now and later. The first reason stays.
     pub(super) fn lose(&self, fault: Fault) {
         let mut state = self.state.lock();

@@ -55,7 +55,7 @@ impl Connection for MemoryConnection {
     }
 
     fn abilities(&self) -> Abilities {
-        Abilities { descriptors: cfg!(unix), same_process: true, timed_reads: true }
+        Abilities { descriptors: cfg!(unix), same_process: true }
     }
 
     fn write(&self, parts: &[IoSlice<'_>], attachments: &mut Vec<Attachment>, wait: Wait) -> io::Result<usize> {

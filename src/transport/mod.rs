@@ -54,8 +54,6 @@ pub struct Abilities {
     pub descriptors: bool,
     /// Values of the same process.
     pub same_process: bool,
-    /// Whether a read can give up after a while.
-    pub timed_reads: bool,
 }
 
 /// Whether a write may wait for room.

@@ -210,6 +210,7 @@ fn an_operation_that_the_model_does_not_have_is_refused() {
 #[test]
 fn not_a_number_passes_through() {
     let scene = Scene::new(&[]);
+    #[cfg_attr(not(feature = "torch"), expect(unused_mut, reason = "executors add a model"))]
     let mut models = vec![HAND_OFF.to_owned()];
     #[cfg(feature = "torch")]
     {

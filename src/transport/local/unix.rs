@@ -101,7 +101,7 @@ impl Connection for LocalConnection {
     }
 
     fn abilities(&self) -> Abilities {
-        Abilities { descriptors: true, same_process: false, timed_reads: true }
+        Abilities { descriptors: true, same_process: false }
     }
 
     fn write(&self, parts: &[IoSlice<'_>], attachments: &mut Vec<Attachment>, wait: Wait) -> io::Result<usize> {

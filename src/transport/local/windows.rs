@@ -11,6 +11,15 @@ use interprocess::ConnectWaitMode;
 use interprocess::os::windows::named_pipe::{DuplexPipeStream, PipeListener, PipeListenerOptions, pipe_mode};
 use parking_lot::{Mutex, RwLock};
 
+use windows_sys::Win32::Foundation::{
+    ERROR_BROKEN_PIPE, ERROR_IO_PENDING, ERROR_NO_DATA, ERROR_OPERATION_ABORTED, ERROR_PIPE_NOT_CONNECTED,
+    WAIT_OBJECT_0, WAIT_TIMEOUT,
+};
+use windows_sys::Win32::Storage::FileSystem::{ReadFile, WriteFile};
+use windows_sys::Win32::System::IO::{CancelIoEx, GetOverlappedResult, OVERLAPPED};
+use windows_sys::Win32::System::Pipes::WaitNamedPipeW;
+use windows_sys::Win32::System::Threading::{CreateEventW, INFINITE, SetEvent, WaitForMultipleObjects};
+
 use super::SEND_TIMEOUT;
 use crate::transport::{Abilities, Attachment, Connection, Peer, TransportError, Wait};
 
@@ -80,7 +89,7 @@ impl Connection for LocalConnection {
     }
 
     fn abilities(&self) -> Abilities {
-        Abilities { descriptors: false, same_process: false, timed_reads: true }
+        Abilities { descriptors: false, same_process: false }
     }
 
     fn write(&self, parts: &[IoSlice<'_>], attachments: &mut Vec<Attachment>, wait: Wait) -> io::Result<usize> {
@@ -239,12 +248,12 @@ impl Operation<'_> {
     ///
     /// # Errors
     /// `TimedOut`, `BrokenPipe` where either side closed the pipe, or the system's.
-    fn complete(&self, timeout: Option<Duration>, call: impl FnOnce(*mut Overlapped) -> i32) -> io::Result<usize> {
-        let mut overlapped = Overlapped { event: self.done.0.as_raw_handle(), ..Overlapped::default() };
+    fn complete(&self, timeout: Option<Duration>, call: impl FnOnce(*mut OVERLAPPED) -> i32) -> io::Result<usize> {
+        let mut overlapped = OVERLAPPED { hEvent: self.done.0.as_raw_handle(), ..OVERLAPPED::default() };
         let overlapped = &raw mut overlapped;
         if call(overlapped) == 0 {
             let error = io::Error::last_os_error();
-            if error.raw_os_error() != Some(ERROR_IO_PENDING) {
+            if code(&error) != ERROR_IO_PENDING {
                 return Err(ended(error));
             }
         }
@@ -254,7 +263,7 @@ impl Operation<'_> {
         // stays in place until the operation has ended, which the last call waits for.
         let (woken, succeeded) = unsafe {
             let woken = WaitForMultipleObjects(2, events.as_ptr(), 0, timeout.map_or(INFINITE, milliseconds));
-            if woken != WAIT_DONE {
+            if woken != WAIT_OBJECT_0 {
                 CancelIoEx(self.pipe, overlapped);
             }
             (woken, GetOverlappedResult(self.pipe, overlapped, &raw mut moved, 1) != 0)
@@ -264,9 +273,9 @@ impl Operation<'_> {
             return Ok(moved as usize);
         }
         let error = io::Error::last_os_error();
-        match (error.raw_os_error(), woken) {
-            (Some(ERROR_OPERATION_ABORTED), WAIT_TIMEOUT) => Err(io::ErrorKind::TimedOut.into()),
-            (Some(ERROR_OPERATION_ABORTED), _) => Err(io::ErrorKind::BrokenPipe.into()),
+        match (code(&error), woken) {
+            (ERROR_OPERATION_ABORTED, WAIT_TIMEOUT) => Err(io::ErrorKind::TimedOut.into()),
+            (ERROR_OPERATION_ABORTED, _) => Err(io::ErrorKind::BrokenPipe.into()),
             _ => Err(ended(error)),
         }
     }
@@ -274,49 +283,18 @@ impl Operation<'_> {
 
 /// Folds the ways in which the system says that the other end is gone into one.
 fn ended(error: io::Error) -> io::Error {
-    match error.raw_os_error() {
-        Some(ERROR_BROKEN_PIPE | ERROR_NO_DATA | ERROR_PIPE_NOT_CONNECTED) => io::ErrorKind::BrokenPipe.into(),
+    match code(&error) {
+        ERROR_BROKEN_PIPE | ERROR_NO_DATA | ERROR_PIPE_NOT_CONNECTED => io::ErrorKind::BrokenPipe.into(),
         _ => error,
     }
+}
+
+/// The system's number of an error; 0, which is none, where it has no such number.
+fn code(error: &io::Error) -> u32 {
+    error.raw_os_error().map_or(0, i32::cast_unsigned)
 }
 
 /// At least the time asked for; never the value that means for ever.
 fn milliseconds(time: Duration) -> u32 {
     u32::try_from(time.as_nanos().div_ceil(1_000_000)).map_or(INFINITE - 1, |time| time.min(INFINITE - 1))
-}
-
-const ERROR_BROKEN_PIPE: i32 = 109;
-const ERROR_NO_DATA: i32 = 232;
-const ERROR_PIPE_NOT_CONNECTED: i32 = 233;
-const ERROR_OPERATION_ABORTED: i32 = 995;
-const ERROR_IO_PENDING: i32 = 997;
-const INFINITE: u32 = u32::MAX;
-/// The first of the events waited for is set.
-const WAIT_DONE: u32 = 0;
-const WAIT_TIMEOUT: u32 = 258;
-
-/// The system's `OVERLAPPED`.
-#[repr(C)]
-struct Overlapped {
-    internal: [usize; 2],
-    offset: [u32; 2],
-    event: RawHandle,
-}
-
-impl Default for Overlapped {
-    fn default() -> Self {
-        Self { internal: [0; 2], offset: [0; 2], event: ptr::null_mut() }
-    }
-}
-
-#[link(name = "kernel32")]
-unsafe extern "system" {
-    fn ReadFile(file: RawHandle, to: *mut u8, length: u32, read: *mut u32, overlapped: *mut Overlapped) -> i32;
-    fn WriteFile(file: RawHandle, from: *const u8, length: u32, written: *mut u32, overlapped: *mut Overlapped) -> i32;
-    fn GetOverlappedResult(file: RawHandle, overlapped: *mut Overlapped, moved: *mut u32, wait: i32) -> i32;
-    fn CancelIoEx(file: RawHandle, overlapped: *mut Overlapped) -> i32;
-    fn CreateEventW(attributes: *const u8, manual_reset: i32, set: i32, name: *const u16) -> RawHandle;
-    fn SetEvent(event: RawHandle) -> i32;
-    fn WaitForMultipleObjects(count: u32, handles: *const RawHandle, all: i32, milliseconds: u32) -> u32;
-    fn WaitNamedPipeW(path: *const u16, milliseconds: u32) -> i32;
 }
