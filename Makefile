@@ -26,8 +26,7 @@ test: $(VENV)/.test
 	@bash tests/stages.sh lint build test-rust test-examples extension test-python test-demo test-windows
 
 test-long: $(VENV)/.test
-	@LUNA_BROKER_SOAK_REQUESTS=10000 LUNA_BROKER_FUZZ_CASES=5000 \
-		bash tests/stages.sh build extension test-rust-long bench
+	@bash tests/stages.sh build extension test-rust-long bench
 
 bench: build extension $(VENV)/.test
 	$(BIN)/python benches/compare.py --broker $(BROKER)
@@ -44,7 +43,8 @@ test-rust: $(VENV)/.test golden
 	@bash tests/cargo_test.sh --features $(FEATURES)
 
 test-rust-long: $(VENV)/.test
-	@bash tests/cargo_test.sh --features $(FEATURES) --test soak --test hostile
+	@LUNA_BROKER_SOAK_REQUESTS=10000 LUNA_BROKER_FUZZ_CASES=5000 \
+		bash tests/cargo_test.sh --features $(FEATURES) --test soak --test hostile
 
 test-examples: $(VENV)/.run
 	$(CARGO) run --release --quiet --features $(FEATURES) --example embed_broker

@@ -27,6 +27,8 @@ pub struct BrokerConfig {
     pub lane_capacity: usize,
     /// Requests one session may have in flight; more are refused as busy. Default 32.
     pub session_in_flight: usize,
+    /// Connections served at once; more are refused as busy. Default 256. Each costs a thread.
+    pub max_sessions: usize,
     /// Bytes of one session's first arena, and the least a further one has. Default 64 MiB.
     ///
     /// Address space only: a page costs memory once it is used.
@@ -53,6 +55,7 @@ impl Default for BrokerConfig {
             bench_models: false,
             lane_capacity: 64,
             session_in_flight: 32,
+            max_sessions: 256,
             arena_bytes: 64 << 20,
             session_bytes: 4 << 30,
             vae_budget_bytes: 4 << 30,

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use luna_broker::ErrorKind;
 use luna_broker::broker::Broker;
-use luna_broker::client::{Client, Input};
+use luna_broker::client::{CallOptions, Client, Input};
 use luna_broker::config::BrokerConfig;
 use luna_broker::protocol::{Reason, Rung};
 use luna_broker::service::{Tiling, VaeCall, VaeOperation};
@@ -87,7 +87,7 @@ fn an_input_built_in_place_is_not_copied() {
     let client = client_at(&place);
     let vae = client.vae(HAND_OFF).unwrap();
     let latent = Latent::new(8, 8, 5.0);
-    let built = client.empty(latent.meta).unwrap();
+    let mut built = client.empty(latent.meta).unwrap();
     let source: Vec<u8> = (0..256).flat_map(|at| (5.0 + at as f32).to_ne_bytes()).collect();
     built.write(&source).unwrap();
     let output = vae.call(DECODE, Input::try_from(&built).unwrap(), &client.default_options()).unwrap();
@@ -177,4 +177,49 @@ fn a_broker_without_a_socket_serves_its_own_process() {
     let broker = Arc::new(Broker::builder().config(config()).start().unwrap());
     exercise(&local_client(&broker));
     assert_eq!(broker.status().sessions_lost, 0);
+}
+
+#[test]
+fn a_connection_beyond_the_limit_is_refused_as_busy_and_room_is_made_by_one_that_leaves() {
+    let place = Place::new();
+    let broker = broker_at(&place, BrokerConfig { max_sessions: 1, ..config() });
+    let first = client_at(&place);
+    let refused = Client::connect(Some(&place.socket())).unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::Busy, "{refused}");
+    exercise_small(&first);
+    first.close();
+    eventually("the end of the first session", || broker.status().sessions.is_empty());
+    exercise_small(&client_at(&place));
+}
+
+#[cfg(unix)]
+#[test]
+fn a_broker_whose_socket_file_was_removed_still_stops() {
+    let place = Place::new();
+    let broker = broker_at(&place, config());
+    let client = client_at(&place);
+    std::fs::remove_file(place.socket()).unwrap();
+    exercise_small(&client);
+    broker.shut_down();
+    assert_eq!(client.ping().unwrap_err().kind(), ErrorKind::ConnectionLost);
+}
+
+#[test]
+fn callers_that_give_up_at_once_leave_the_client_usable() {
+    let place = Place::new();
+    let broker = broker_at(&place, config());
+    let client = connect(&place, |config| config.timeout = None);
+    // Interrupted before any answer can come: the reader and the sleepers give up in every order.
+    for _ in 0..50 {
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    let hurried = CallOptions { timeout: None, interrupted: Some(&|| true) };
+                    _ = client.ping_with(&hurried);
+                });
+            }
+        });
+        client.ping_with(&client.default_options()).unwrap();
+    }
+    eventually("the end of every request", || broker.status().sessions[0].in_flight == 0);
 }

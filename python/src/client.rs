@@ -59,8 +59,9 @@ pub(crate) fn to_python<'py>(py: Python<'py>, value: &impl Serialize) -> PyResul
 impl Client {
     /// What was agreed on with the broker.
     #[getter]
-    fn session(&self) -> Session {
-        self.client.session().into()
+    fn session(&self, py: Python<'_>) -> Session {
+        // Another thread may be connecting anew, which this waits for.
+        py.detach(|| self.client.session()).into()
     }
 
     /// The VAE of that name or path.
@@ -92,7 +93,7 @@ impl Client {
 
     /// Has the broker load a model now.
     fn load(&self, py: Python<'_>, name: PathBuf) -> PyResult<()> {
-        quick(py, || self.client.load(&name.to_string_lossy())).map(|_| ())
+        released(py, self.timeout, |options| self.client.load_with(&name.to_string_lossy(), options)).map(|_| ())
     }
 
     /// Has the broker give up a model's memory.
@@ -119,8 +120,8 @@ impl Client {
         self.close(py);
     }
 
-    fn __repr__(&self) -> String {
-        let session = self.client.session();
+    fn __repr__(&self, py: Python<'_>) -> String {
+        let session = py.detach(|| self.client.session());
         format!("<Client {} on {}>", session.name, session.host_rung())
     }
 }

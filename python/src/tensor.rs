@@ -19,6 +19,8 @@ struct Torch {
     tensor: Py<PyType>,
     to_dlpack: Py<PyAny>,
     from_dlpack: Py<PyAny>,
+    /// Whether this torch takes capsules of DLPack 1.0; older ones know `dltensor` only.
+    versioned: bool,
 }
 
 /// Torch, if the program has loaded it: this package never loads it by itself.
@@ -28,8 +30,10 @@ fn torch(py: Python<'_>) -> Option<&Torch> {
         let torch = py.import("sys")?.getattr("modules")?.get_item("torch")?;
         let exchange = torch.getattr("utils")?.getattr("dlpack")?;
         // The compiled function without its Python wrapper, where this version of torch has it: 7 µs less per result.
-        let from_dlpack = torch.getattr("_C").and_then(|native| native.getattr("_from_dlpack"));
+        let native = torch.getattr("_C")?;
+        let from_dlpack = native.getattr("_from_dlpack");
         Ok(Torch {
+            versioned: native.hasattr("_to_dlpack_versioned")?,
             tensor: torch.getattr("Tensor")?.cast_into::<PyType>()?.unbind(),
             to_dlpack: exchange.getattr("to_dlpack")?.unbind(),
             from_dlpack: from_dlpack.or_else(|_| exchange.getattr("from_dlpack"))?.unbind(),
@@ -80,7 +84,9 @@ fn contiguous_copy<'py>(object: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny
 /// Hands a tensor of the broker's to `library` without a copy.
 pub(crate) fn hand_out<'py>(py: Python<'py>, tensor: Tensor, library: Library) -> PyResult<Bound<'py, PyAny>> {
     match (library, torch(py)) {
-        (Library::Torch, Some(torch)) => torch.from_dlpack.bind(py).call1((dlpack::export(py, &tensor, true)?,)),
+        (Library::Torch, Some(torch)) => {
+            torch.from_dlpack.bind(py).call1((dlpack::export(py, &tensor, torch.versioned)?,))
+        }
         _ => py.import("numpy")?.call_method1("from_dlpack", (Exported(tensor),)),
     }
 }

@@ -27,7 +27,10 @@ pub(super) struct VaeCallJob {
 
 impl VaeCallJob {
     /// Runs the call on `vae` and answers it.
-    pub(super) fn run_on(mut self, vae: &mut dyn Vae, stop: &dyn Fn() -> bool) -> Result<(), ModelError> {
+    ///
+    /// # Errors
+    /// The executor's, with the duty to answer.
+    pub(super) fn run_on(mut self, vae: &mut dyn Vae, stop: &dyn Fn() -> bool) -> Result<(), Unfinished> {
         self.responder.started();
         let input = VaeInput { meta: self.input_meta, memory: self.input.span() };
         let ran = vae.run(&self.plan, input, self.output.span(), stop);
@@ -37,14 +40,7 @@ impl VaeCallJob {
                 self.answer();
                 Ok(())
             }
-            Err(ModelError::Changed { path }) => {
-                self.responder.fail(ModelError::Changed { path: path.clone() });
-                Err(ModelError::Changed { path })
-            }
-            Err(error) => {
-                self.responder.fail(error);
-                Ok(())
-            }
+            Err(error) => Err(Unfinished { responder: self.responder, error }),
         }
     }
 
@@ -66,6 +62,13 @@ impl VaeCallJob {
             Err(error) => responder.fail(error),
         }
     }
+}
+
+/// A call that failed and is not answered yet.
+#[derive(Debug)]
+pub(super) struct Unfinished {
+    pub(super) responder: Responder,
+    pub(super) error: ModelError,
 }
 
 /// What the VAE lane is given.
@@ -101,10 +104,9 @@ impl VaeExecutor {
         }
     }
 
-    fn forget(&mut self, model: &ModelEntry) {
+    fn drop_weights(&mut self, model: &ModelEntry) {
         self.loaded.remove(&model.id());
         model.set_loaded(false);
-        self.registry.forget(model);
     }
 
     fn call(&mut self, job: VaeCallJob, stop: &StopSignal<'_>) {
@@ -116,8 +118,15 @@ impl VaeExecutor {
                 return job.responder.fail(error);
             }
         };
-        if job.run_on(&mut **vae, &|| stop.is_set()).is_err() {
-            self.forget(&model);
+        let Err(Unfinished { responder, error }) = job.run_on(&mut **vae, &|| stop.is_set()) else { return };
+        match error {
+            ModelError::Changed { .. } => {
+                self.drop_weights(&model);
+                self.registry.forget(&model);
+                responder.fail(error);
+            }
+            ModelError::Cancelled if stop.is_late() => responder.fail(late("while it ran")),
+            error => responder.fail(error),
         }
     }
 }
@@ -139,7 +148,8 @@ impl Job for VaeWork {
             }
             Self::Unload { mut responder, model } => {
                 responder.started();
-                executor.forget(&model);
+                // The registry keeps it: a call that is queued already loads it again under the same id.
+                executor.drop_weights(&model);
                 responder.finished();
                 responder.answer(Outcome::Done);
             }
@@ -164,11 +174,7 @@ fn refusal(why: Refusal) -> Fault {
             "send it again after a pause, or raise --lane-capacity",
         ),
         Refusal::Cancelled => Fault::new(ErrorKind::Cancelled, "the request was cancelled while it waited", ""),
-        Refusal::Expired => Fault::new(
-            ErrorKind::Timeout,
-            "the request's time was up before its turn came; it was not run",
-            "allow more time, or send fewer requests at once",
-        ),
+        Refusal::Expired => late("before its turn came; it was not run"),
         Refusal::SessionEnded => Fault::new(ErrorKind::Cancelled, "the session ended while the request waited", ""),
         Refusal::ShuttingDown => Fault::new(
             ErrorKind::ShuttingDown,
@@ -176,4 +182,9 @@ fn refusal(why: Refusal) -> Fault {
             "send it again once the broker is back",
         ),
     }
+}
+
+fn late(when: &str) -> Fault {
+    let message = format!("the request's time was up {when}");
+    Fault::new(ErrorKind::Timeout, message, "allow more time, or send fewer requests at once")
 }

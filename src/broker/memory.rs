@@ -41,8 +41,8 @@ pub(super) struct Limits {
 struct Table {
     ledger: Ledger,
     regions: HashMap<ArenaId, Arc<dyn Region>>,
-    /// Arenas the client has not been told of.
-    unannounced: Vec<ArenaId>,
+    /// Arenas the client has not been told of, ready to be handed over.
+    unannounced: HashMap<ArenaId, RegionHandle>,
     /// Leases that the client keeps for its inputs.
     inputs: HashSet<LeaseRef>,
 }
@@ -100,11 +100,12 @@ impl SessionMemory {
         let size = needed.checked_next_power_of_two().unwrap_or(needed).max(self.limits.arena).min(room);
         let region = self.device.allocate(usize::try_from(size).map_err(|_| self.exhausted(length))?)?;
         let id = ArenaId(self.arena_ids.fetch_add(1, Ordering::Relaxed));
+        if self.exported {
+            // Before anything is in the arena: one that cannot be handed over is of no use.
+            table.unannounced.insert(id, region.export()?);
+        }
         table.ledger.add_arena(id, size, SLOT_ALIGNMENT);
         table.regions.insert(id, region);
-        if self.exported {
-            table.unannounced.push(id);
-        }
         Ok(())
     }
 
@@ -192,14 +193,25 @@ impl SessionMemory {
         table.ledger.reap(self.session)
     }
 
-    /// Offers of arenas the client has not been told of, with what travels beside the message.
-    pub(super) fn announce(&self, attachments: &mut Vec<Attachment>) -> Vec<ArenaOffer> {
+    /// The offer of an arena that the client has not been told of, with what travels beside the message.
+    pub(super) fn announce(&self, arena: ArenaId, attachments: &mut Vec<Attachment>) -> Option<ArenaOffer> {
         let mut table = self.table.lock();
-        if table.unannounced.is_empty() {
-            return Vec::new();
-        }
-        let ids = std::mem::take(&mut table.unannounced);
-        ids.into_iter().filter_map(|id| offer(id, table.regions.get(&id)?, attachments)).collect()
+        let handle = table.unannounced.remove(&arena)?;
+        let size_bytes = table.regions.get(&arena)?.size_bytes() as u64;
+        drop(table);
+        let handle = match handle {
+            #[cfg(unix)]
+            RegionHandle::Fd(fd) => {
+                attachments.push(Attachment::Fd(fd));
+                ArenaHandle::Attached
+            }
+            RegionHandle::Name(name) => ArenaHandle::Named(name),
+            RegionHandle::Local(region) => {
+                attachments.push(Attachment::Local(Arc::new(region)));
+                ArenaHandle::Attached
+            }
+        };
+        Some(ArenaOffer { arena, size_bytes, handle })
     }
 
     /// The client has the arena mapped.
@@ -216,26 +228,6 @@ impl SessionMemory {
         let leases = leases.saturating_sub(input_slots);
         MemoryCounts { leases, input_slots, leased_bytes, arena_bytes: table.ledger.arena_bytes() }
     }
-}
-
-fn offer(arena: ArenaId, region: &Arc<dyn Region>, attachments: &mut Vec<Attachment>) -> Option<ArenaOffer> {
-    let handle = match region.export() {
-        #[cfg(unix)]
-        Ok(RegionHandle::Fd(fd)) => {
-            attachments.push(Attachment::Fd(fd));
-            ArenaHandle::Attached
-        }
-        Ok(RegionHandle::Name(name)) => ArenaHandle::Named(name),
-        Ok(RegionHandle::Local(region)) => {
-            attachments.push(Attachment::Local(Arc::new(region)));
-            ArenaHandle::Attached
-        }
-        Err(error) => {
-            tracing::error!(%arena, %error, "an arena could not be exported");
-            return None;
-        }
-    };
-    Some(ArenaOffer { arena, size_bytes: region.size_bytes() as u64, handle })
 }
 
 /// A slot held for a job. Dropping it gives the pin back, and the lease too unless it was passed on to the client.
@@ -257,6 +249,11 @@ impl Held {
 
     pub(super) fn offset(&self) -> u64 {
         self.offset
+    }
+
+    /// The arena the slot lies in.
+    pub(super) fn arena(&self) -> Option<ArenaId> {
+        self.pin.as_ref().map(|pin| pin.address().arena)
     }
 
     pub(super) fn span_mut(&mut self) -> &mut Span {

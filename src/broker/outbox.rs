@@ -1,12 +1,13 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::Instant;
 
 use parking_lot::{Condvar, Mutex};
 
 use super::memory::Held;
-use crate::protocol::ServerMessage;
-use crate::protocol::codec;
+use crate::error::{ErrorKind, Fault};
+use crate::protocol::codec::{self, CodecError};
+use crate::protocol::{Outcome, Reply, ServerMessage};
 use crate::transport::{Attachment, Connection, FrameWriter, Wait, begin_frame, finish_frame};
 
 /// Frames that may wait for a client before nothing more is read from it. Calls in flight are bounded elsewhere; this
@@ -27,9 +28,20 @@ struct State {
     /// Reused from frame to frame.
     frame: Vec<u8>,
     waiting: VecDeque<Outgoing>,
-    /// Whether the writing thread exists, and whether it has a frame in hand.
-    writer: Option<bool>,
+    writer: Writer,
     closed: bool,
+}
+
+/// The thread that writes what did not fit at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+enum Writer {
+    /// Not needed so far.
+    #[default]
+    Absent,
+    /// Waits for a frame.
+    Idle,
+    /// Has a frame in hand, which goes before every other.
+    Writing,
 }
 
 #[derive(Debug)]
@@ -73,8 +85,8 @@ impl Outbox {
         let message = message(&mut attachments);
         let mut frame = std::mem::take(&mut state.frame);
         begin_frame(&mut frame);
-        if let Err(error) = codec::encode(&message, &mut frame) {
-            tracing::error!(%error, message = message.name(), "a message could not be encoded; the session ends");
+        if let Err(error) = encode(message, &mut frame) {
+            tracing::error!(%error, "a message could not be encoded; the session ends");
             state.closed = true;
             self.connection.close();
             drop(state);
@@ -83,7 +95,7 @@ impl Outbox {
         }
         finish_frame(&mut frame, payload.as_ref().map_or(0, |payload| payload.length as u64));
         let mut progress = FrameWriter::default();
-        let idle = state.waiting.is_empty() && state.writer != Some(true);
+        let idle = state.waiting.is_empty() && state.writer != Writer::Writing;
         if idle {
             let bytes = payload.as_ref().map(Payload::bytes).unwrap_or_default();
             match progress.write(&*self.connection, &frame, bytes, &mut attachments, Wait::Never) {
@@ -100,8 +112,8 @@ impl Outbox {
             }
         }
         state.waiting.push_back(Outgoing { frame, attachments, payload, progress });
-        if state.writer.is_none() {
-            state.writer = Some(false);
+        if state.writer == Writer::Absent {
+            state.writer = Writer::Idle;
             self.start_writer(&mut state);
         }
         drop(state);
@@ -129,14 +141,14 @@ impl Outbox {
                 self.changed.wait(&mut state);
                 continue;
             };
-            state.writer = Some(true);
+            state.writer = Writer::Writing;
             drop(state);
             let bytes = next.payload.as_ref().map(Payload::bytes).unwrap_or_default();
             let written =
                 next.progress.write(&*self.connection, &next.frame, bytes, &mut next.attachments, Wait::Block);
             drop(next);
             state = self.state.lock();
-            state.writer = Some(false);
+            state.writer = Writer::Idle;
             if let Err(error) = written {
                 tracing::warn!(%error, "a client does not take its replies; the session ends");
                 state.closed = true;
@@ -154,11 +166,11 @@ impl Outbox {
         }
     }
 
-    /// Waits until everything posted is written, or `limit` has passed.
-    pub(super) fn flush(&self, limit: Duration) {
+    /// Waits until everything posted is written, at most until `deadline`.
+    pub(super) fn flush(&self, deadline: Instant) {
         let mut state = self.state.lock();
-        while !state.closed && (!state.waiting.is_empty() || state.writer == Some(true)) {
-            if self.changed.wait_for(&mut state, limit).timed_out() {
+        while !state.closed && (!state.waiting.is_empty() || state.writer == Writer::Writing) {
+            if self.changed.wait_until(&mut state, deadline).timed_out() {
                 return;
             }
         }
@@ -174,5 +186,20 @@ impl Outbox {
     pub(super) fn close(&self) {
         self.state.lock().closed = true;
         self.changed.notify_all();
+    }
+}
+
+/// Encodes `message`; a reply that is longer than messages may be becomes one that says so.
+///
+/// # Errors
+/// As [`codec::encode`].
+fn encode(message: ServerMessage, frame: &mut Vec<u8>) -> Result<(), CodecError> {
+    match (codec::encode(&message, frame), message) {
+        (Err(CodecError::TooLong { length }), ServerMessage::Reply(reply)) => {
+            let what = format!("the answer of {length} bytes is longer than messages may be");
+            let fault = Fault::new(ErrorKind::Unsupported, what, "serve fewer models or sessions from one broker");
+            codec::encode(&ServerMessage::Reply(Reply { outcome: Outcome::Fault(fault), ..reply }), frame)
+        }
+        (encoded, _) => encoded,
     }
 }

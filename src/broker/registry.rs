@@ -11,7 +11,10 @@ use crate::protocol::ModelReport;
 use crate::service::Service;
 
 /// More files than anybody keeps in a model folder; bounds what a listing opens.
-const MAX_LISTED: usize = 4096;
+const MAX_LISTED: usize = 1000;
+
+/// More names than anybody asks by; bounds what a client that makes up spellings of one path can fill.
+const MAX_NAMES: usize = 2000;
 
 /// A model that can be asked for: recognised, perhaps loaded.
 #[derive(Debug)]
@@ -27,6 +30,22 @@ pub(super) struct ModelEntry {
 enum Source {
     HandOff,
     File(Arc<ModelFile>),
+}
+
+impl Source {
+    fn is_same(&self, other: &Self) -> bool {
+        matches!((self, other), (Self::File(one), Self::File(two)) if one.path() == two.path())
+    }
+
+    /// What users see: the file's name, or the name of a built-in model.
+    fn shown(&self, asked_for: &str) -> String {
+        match self {
+            Self::HandOff => asked_for.to_owned(),
+            Self::File(file) => {
+                file.path().file_name().map_or_else(|| asked_for.to_owned(), |name| name.to_string_lossy().into_owned())
+            }
+        }
+    }
 }
 
 impl ModelEntry {
@@ -90,31 +109,32 @@ impl Registry {
         let path = self.find(name)?;
         let file = ModelFile::open(&path)?;
         let facts = vae_facts(&file)?;
-        let mut known = self.known.lock();
-        // Two names of one file are one model.
-        let same = known.values().find(|entry| matches!(&entry.source, Source::File(known) if known.path() == path));
-        if let Some(entry) = same.cloned() {
-            known.insert(name.to_owned(), Arc::clone(&entry));
-            return Ok(entry);
-        }
-        drop(known);
-        let shown = path.file_name().map_or_else(|| name.to_owned(), |file| file.to_string_lossy().into_owned());
-        let entry = self.add(name, Source::File(Arc::new(file)), facts);
-        tracing::info!(model = %shown, family = entry.facts.family, bytes = entry.facts.weight_bytes, "model recognised");
-        Ok(entry)
+        Ok(self.add(name, Source::File(Arc::new(file)), facts))
     }
 
+    /// Remembers a model under `name`. Two names of one file are one model, and so are two requests at once.
     fn add(&self, name: &str, source: Source, facts: VaeFacts) -> Arc<ModelEntry> {
-        let shown = match &source {
-            Source::HandOff => name.to_owned(),
-            Source::File(file) => {
-                file.path().file_name().map_or_else(|| name.to_owned(), |file| file.to_string_lossy().into_owned())
-            }
-        };
-        let id = ModelId(self.next.fetch_add(1, Ordering::Relaxed));
-        let entry = ModelEntry { id, name: shown, source, facts, loaded: AtomicBool::new(false) };
         let mut known = self.known.lock();
-        Arc::clone(known.entry(name.to_owned()).or_insert_with(|| Arc::new(entry)))
+        if known.len() >= MAX_NAMES {
+            known.retain(|_, entry| entry.loaded.load(Ordering::Relaxed));
+        }
+        if let Some(entry) = known.values().find(|entry| entry.source.is_same(&source)).cloned() {
+            if known.len() < MAX_NAMES {
+                known.insert(name.to_owned(), Arc::clone(&entry));
+            }
+            return entry;
+        }
+        let id = ModelId(self.next.fetch_add(1, Ordering::Relaxed));
+        let entry = ModelEntry { id, name: source.shown(name), source, facts, loaded: AtomicBool::new(false) };
+        tracing::info!(
+            model = entry.name,
+            family = entry.facts.family,
+            bytes = entry.facts.weight_bytes,
+            "model recognised"
+        );
+        let entry = Arc::new(entry);
+        known.insert(name.to_owned(), Arc::clone(&entry));
+        entry
     }
 
     /// The next request for this model looks at the file anew.

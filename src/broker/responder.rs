@@ -120,9 +120,13 @@ impl Responder {
         self.link.machine.lock().answered(self.request);
         let (id, times) = (self.request, self.times);
         let memory = self.link.open.get().map(|open| &open.memory);
+        let arena = match &outcome {
+            Outcome::Tensor { descriptor, .. } | Outcome::Allocated { descriptor } => Some(descriptor.lease.arena),
+            _ => None,
+        };
         self.link.outbox.post(payload, |attachments| {
-            let arenas = memory.map(|memory| memory.announce(attachments)).unwrap_or_default();
-            ServerMessage::Reply(Reply { id, times, arenas, outcome })
+            let offer = memory.zip(arena).and_then(|(memory, arena)| memory.announce(arena, attachments));
+            ServerMessage::Reply(Reply { id, times, arenas: offer.into_iter().collect(), outcome })
         });
     }
 }

@@ -1,7 +1,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
@@ -120,11 +120,12 @@ fn serve(state: &Arc<State>, connection: Arc<dyn Connection>) {
     if state.stopping.load(Ordering::Acquire) {
         return connection.close();
     }
-    let state = Arc::clone(state);
-    let session = std::thread::Builder::new().name("luna-session".to_owned());
-    let started = session.spawn(move || Session::serve(state, connection));
-    if let Err(error) = started {
+    let session = Session::new(state, Arc::clone(&connection));
+    let id = session.id();
+    let thread = std::thread::Builder::new().name("luna-session".to_owned());
+    if let Err(error) = thread.spawn(move || session.serve()) {
         tracing::error!(%error, "no thread for a new session");
+        Session::abandon(state, id, &*connection);
     }
 }
 
@@ -203,8 +204,9 @@ impl Broker {
             link.outbox.post(None, |_| ServerMessage::Closing);
         }
         self.state.vae_lane.shut_down();
+        let deadline = Instant::now() + FAREWELL;
         for link in &sessions {
-            link.outbox.flush(FAREWELL);
+            link.outbox.flush(deadline);
             link.outbox.hang_up();
         }
         self.state.sessions.wait_empty(FAREWELL);

@@ -1,9 +1,10 @@
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::incoming::Incoming;
-use super::jobs::{VaeCallJob, VaeWork};
+use super::jobs::{Unfinished, VaeCallJob, VaeWork};
 use super::memory::{Held, Limits, SessionMemory};
 use super::outbox::Outbox;
 use super::responder::{OpenSession, Responder, SessionLink};
@@ -12,7 +13,7 @@ use crate::device::{Device, HostDevice, HostSharing, InProcessDevice};
 use crate::error::{Error, ErrorKind, Fault, Result};
 use crate::id::{RequestId, SessionId};
 use crate::lane::Entry;
-use crate::model::{HandOff, Vae};
+use crate::model::HandOff;
 use crate::protocol::{
     Accepted, Action, DeviceRung, Features, Hello, NONCE_BYTES, Operation, Outcome, PROTOCOL_VERSION, Phase,
     ProbeAnswer, ProbeOffer, ProbeOutcome, Reason, Rung, ServerMessage, TensorSource, VaeRequest, Welcome, codec,
@@ -42,21 +43,39 @@ struct Probing {
 }
 
 impl Session {
-    /// Serves `connection` until it ends.
-    pub(super) fn serve(state: Arc<State>, connection: Arc<dyn Connection>) {
+    /// A connection that was accepted: known to the broker from here on, so that its shutdown finds it.
+    pub(super) fn new(state: &Arc<State>, connection: Arc<dyn Connection>) -> Self {
         let outbox = Outbox::new(Arc::clone(&connection));
         let connection = Incoming::new(connection, state.config.negotiation_timeout);
         let id = state.sessions.next_id();
         let link = SessionLink::new(id, connection.peer(), outbox, state.config.session_in_flight);
         state.sessions.add(&link);
         let reader = FrameReader::new(codec::MAX_MESSAGE_BYTES, state.config.session_bytes);
-        let mut session = Self { state, link, connection, reader, probing: None, inline_vae: HandOff };
-        let ended = session.run();
-        session.end(ended);
+        Self { state: Arc::clone(state), link, connection, reader, probing: None, inline_vae: HandOff }
+    }
+
+    /// Serves the connection until it ends.
+    pub(super) fn serve(mut self) {
+        let ended = catch_unwind(AssertUnwindSafe(|| self.run())).unwrap_or_else(|_| {
+            // What the session held is given back all the same.
+            Err(Error::new(ErrorKind::Internal, "the session's thread panicked", "see the broker's log"))
+        });
+        self.end(ended);
+    }
+
+    /// Ends a connection that nobody will serve.
+    pub(super) fn abandon(state: &State, id: SessionId, connection: &dyn Connection) {
+        connection.close();
+        state.sessions.remove(id);
+    }
+
+    pub(super) fn id(&self) -> SessionId {
+        self.link.id()
     }
 
     fn run(&mut self) -> Result<()> {
         admit(self.connection.peer())?;
+        self.check_room()?;
         loop {
             self.link.outbox.wait_for_room();
             self.reader.next(&self.connection, None)?;
@@ -78,6 +97,15 @@ impl Session {
                 Action::Leave => return Ok(()),
             }
         }
+    }
+
+    fn check_room(&self) -> Result<()> {
+        let limit = self.state.config.max_sessions;
+        if self.state.sessions.count() <= limit {
+            return Ok(());
+        }
+        let message = format!("the broker serves {limit} sessions already");
+        Err(Error::new(ErrorKind::Busy, message, "close clients that are no longer needed, or raise --max-sessions"))
     }
 
     fn memory(&self) -> Result<&Arc<SessionMemory>> {
@@ -103,7 +131,7 @@ impl Session {
         if let Err(error) = ended {
             refuse_or_ignore(&link, error);
         }
-        link.outbox.flush(Duration::from_millis(200));
+        link.outbox.flush(Instant::now() + Duration::from_millis(200));
         // In this order: the reason is the last word, and no job starts on memory that goes away.
         link.outbox.close();
         state.vae_lane.end_session(link.id());
@@ -140,7 +168,7 @@ impl Session {
         self.link.outbox.post(None, |attachments| {
             let read_at = slot.offset();
             let write_at = read_at + NONCE_BYTES as u64;
-            let arena = memory.announce(attachments).pop();
+            let arena = slot.arena().and_then(|arena| memory.announce(arena, attachments));
             ServerMessage::Welcome(welcome(arena.map(|arena| ProbeOffer { arena, read_at, write_at })))
         });
         self.probing = Some(Probing { hello, planned: (rung, reason), memory, slot, nonce });
@@ -149,10 +177,9 @@ impl Session {
 
     fn features(&self) -> Features {
         let Abilities { descriptors, same_process, .. } = self.connection.abilities();
-        let mut features = Features::NAMED_SEGMENTS;
-        if descriptors && cfg!(target_os = "linux") && !self.state.config.named_segments {
-            features = features.union(Features::HANDLES);
-        }
+        // One or the other: a client must not be able to choose memory that it can shrink under the broker.
+        let sealed = descriptors && cfg!(target_os = "linux") && !self.state.config.named_segments;
+        let mut features = if sealed { Features::HANDLES } else { Features::NAMED_SEGMENTS };
         if same_process {
             features = features.union(Features::SAME_PROCESS);
         }
@@ -282,8 +309,9 @@ impl Session {
             Ok(prepared) => {
                 let job = prepared.with(responder);
                 if job.model.facts().runs_inline {
-                    // The do-nothing model fails in no way that concerns the registry.
-                    _ = job.run_on(&mut self.inline_vae as &mut dyn Vae, &|| false);
+                    if let Err(Unfinished { responder, error }) = job.run_on(&mut self.inline_vae, &|| false) {
+                        responder.fail(error);
+                    }
                 } else {
                     self.submit(session, id, deadline, VaeWork::Call(job));
                 }

@@ -60,6 +60,11 @@ impl Sessions {
         self.changed.notify_all();
     }
 
+    /// How many there are.
+    pub(super) fn count(&self) -> usize {
+        self.open.lock().len()
+    }
+
     /// The sessions at this moment, oldest first.
     pub(super) fn all(&self) -> Vec<Arc<SessionLink>> {
         let mut all: Vec<_> = self.open.lock().values().cloned().collect();

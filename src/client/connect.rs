@@ -190,7 +190,15 @@ impl Client {
     /// # Errors
     /// As [`Client::vae`], and what loading runs into.
     pub fn load(&self, model: &str) -> Result<ModelReport> {
-        match self.ask(Operation::Load { model: resolve_locally(model) }, &self.default_options())? {
+        self.load_with(model, &self.default_options())
+    }
+
+    /// As [`Client::load`], waiting as `options` say.
+    ///
+    /// # Errors
+    /// As [`Client::load`].
+    pub fn load_with(&self, model: &str, options: &CallOptions<'_>) -> Result<ModelReport> {
+        match self.ask(Operation::Load { model: resolve_locally(model) }, options)? {
             Outcome::Model(info) => Ok(info),
             _ => Err(unexpected_outcome()),
         }
@@ -236,10 +244,11 @@ impl Inner {
 
     /// The current session, or a new one where it is over.
     fn live_link(&self) -> Result<Arc<Link>> {
+        let mut link = self.link.lock();
+        // Under the lock that `close` takes after it has set the mark: a closed client opens no new session.
         if self.is_closed() {
             return Err(Error::new(ErrorKind::ConnectionLost, "the client is closed", "connect again"));
         }
-        let mut link = self.link.lock();
         if link.is_over() {
             let fresh = Link::open((self.connector)()?, &self.address, &self.config)?;
             tracing::info!(address = self.address, session = %fresh.session.id, "connected anew");

@@ -7,6 +7,9 @@ use parking_lot::Mutex;
 use crate::device::Span;
 use crate::id::LeaseRef;
 
+/// A release is about 40 bytes: this many fill a sixth of the longest message.
+const MAX_RELEASES: usize = 4096;
+
 /// Leases a session holds, and those it no longer needs.
 ///
 /// Dropping a lease only notes it here: that may happen on any thread, in the middle of anything. The notes leave
@@ -54,9 +57,11 @@ impl Leases {
         self.ring();
     }
 
-    /// Moves what is to be given back to `into`.
+    /// Moves what is to be given back to `into`, as much as fits into one message.
     pub(super) fn take_released(&self, into: &mut Vec<LeaseRef>) {
-        into.append(&mut self.notes.lock().released);
+        let mut notes = self.notes.lock();
+        let count = notes.released.len().min(MAX_RELEASES.saturating_sub(into.len()));
+        into.extend(notes.released.drain(..count));
     }
 
     /// The lease in which `length` bytes at `address` lie, and their offset in its arena.

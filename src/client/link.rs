@@ -35,6 +35,8 @@ pub(super) struct Link {
     router: Router,
     next: AtomicU64,
     closing: AtomicBool,
+    /// The process that opened the session.
+    process: u32,
     pub(super) session: SessionInfo,
     pub(super) memory: ImportedMemory,
     /// Dropped to end the janitor.
@@ -57,7 +59,7 @@ impl Link {
         let mut reader = FrameReader::new(codec::MAX_MESSAGE_BYTES, MAX_PAYLOAD_BYTES);
         let (leases, rings) = Leases::new();
         let memory = ImportedMemory::new(leases, config.idle_input_bytes);
-        let deadline = Instant::now() + config.connect_timeout;
+        let deadline = Instant::now().checked_add(config.connect_timeout);
         let negotiation = Negotiation { connection: &*connection, reader: &mut reader, deadline };
         let session = negotiation.run(config, &memory).inspect_err(|_| connection.close())?;
         let (end, ended) = bounded(1);
@@ -69,6 +71,7 @@ impl Link {
             router: Router::default(),
             next: AtomicU64::new(1),
             closing: AtomicBool::new(false),
+            process: std::process::id(),
             session,
             memory,
             end: Mutex::new(Some(end)),
@@ -93,7 +96,7 @@ impl Link {
         self.router.expect(id)?;
         let timeout_ms = options.timeout.map(|timeout| u32::try_from(timeout.as_millis()).unwrap_or(u32::MAX));
         if let Err(error) = self.send_request(id, timeout_ms, operation, payload) {
-            self.router.leave(id, false);
+            _ = self.router.give_up(id);
             return Err(error);
         }
         let deadline = options.timeout.and_then(|timeout| started.checked_add(timeout));
@@ -136,19 +139,19 @@ impl Link {
                 Turn::Lost(fault) => return Err(fault.into()),
                 Turn::Read => {
                     let read = self.read_until_answered(id, deadline, options);
-                    self.router.leave(id, true);
+                    self.router.stop_reading(id);
                     return read;
                 }
                 Turn::Sleep => {
                     std::thread::park_timeout(patience(deadline));
                     if let Some(given_up) = given_up(deadline, options) {
-                        // The answer may have come in the same moment.
-                        if let Turn::Answered(answer) = self.router.turn(id) {
-                            return Ok(*answer);
-                        }
-                        self.router.leave(id, false);
-                        self.cancel(id);
-                        return Err(given_up);
+                        return match self.router.give_up(id) {
+                            Some(answer) => Ok(*answer),
+                            None => {
+                                self.cancel(id);
+                                Err(given_up)
+                            }
+                        };
                     }
                 }
             }
@@ -257,11 +260,13 @@ impl Link {
 
     /// Gives back leases that no request has taken along.
     pub(super) fn release_now(&self) {
-        let mut released = Vec::new();
-        self.memory.leases.take_released(&mut released);
-        if !released.is_empty() && !self.router.is_lost() {
+        loop {
+            let mut released = Vec::new();
+            self.memory.leases.take_released(&mut released);
             // A connection that is gone has given everything back already.
-            _ = self.send(&ClientMessage::Release(released));
+            if released.is_empty() || self.router.is_lost() || self.send(&ClientMessage::Release(released)).is_err() {
+                return;
+            }
         }
     }
 
@@ -287,6 +292,10 @@ impl Link {
 
     /// Ends the session in order. Tensors already received stay readable.
     pub(super) fn close(&self) {
+        // A forked child has a copy of this value, but the session is its parent's.
+        if std::process::id() != self.process {
+            return;
+        }
         if !self.router.is_lost() {
             _ = self.send(&ClientMessage::Goodbye);
             let fault = Fault::new(ErrorKind::ConnectionLost, "the client was closed", "connect again");

@@ -46,6 +46,14 @@ struct Waiting {
     answer: Option<Box<Answer>>,
 }
 
+impl State {
+    fn wake_a_reader(&self) {
+        if let Some(next) = self.waiting.values().find(|waiting| waiting.answer.is_none()) {
+            next.thread.unpark();
+        }
+    }
+}
+
 impl Router {
     /// The calling thread will wait for an answer to `id`.
     ///
@@ -91,16 +99,23 @@ impl Router {
         }
     }
 
-    /// The caller waiting for `id` stops reading and waiting; another waiting caller takes over.
-    pub(super) fn leave(&self, id: RequestId, was_reading: bool) {
+    /// The caller that was told to read has what it waited for, or gives up: another waiting caller takes over.
+    pub(super) fn stop_reading(&self, id: RequestId) {
         let mut state = self.state.lock();
         state.waiting.remove(&id);
-        if was_reading {
-            state.reading = false;
-            if let Some(next) = state.waiting.values().find(|waiting| waiting.answer.is_none()) {
-                next.thread.unpark();
-            }
+        state.reading = false;
+        state.wake_a_reader();
+    }
+
+    /// The caller waiting for `id` gives up; its answer, if that came in the same moment. Never makes it the reader.
+    pub(super) fn give_up(&self, id: RequestId) -> Option<Box<Answer>> {
+        let mut state = self.state.lock();
+        let answer = state.waiting.remove(&id).and_then(|waiting| waiting.answer);
+        // It may have been woken to read and not have begun.
+        if !state.reading {
+            state.wake_a_reader();
         }
+        answer
     }
 
     /// The connection is gone: everybody is told, now and later. The first reason stays.
@@ -115,5 +130,48 @@ impl Router {
 
     pub(super) fn is_lost(&self) -> bool {
         self.state.lock().lost.is_some()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::protocol::{Outcome, Times};
+
+    fn answer(id: u64) -> Answer {
+        let reply = Reply { id: RequestId(id), times: Times::default(), arenas: Vec::new(), outcome: Outcome::Done };
+        Answer { reply, payload: None }
+    }
+
+    #[test]
+    fn a_caller_that_gives_up_never_keeps_the_others_from_reading() {
+        let router = Router::default();
+        router.expect(RequestId(1)).unwrap();
+        router.expect(RequestId(2)).unwrap();
+        assert!(matches!(router.turn(RequestId(1)), Turn::Read));
+        assert!(matches!(router.turn(RequestId(2)), Turn::Sleep));
+        router.stop_reading(RequestId(1));
+        assert!(router.give_up(RequestId(2)).is_none());
+        router.expect(RequestId(3)).unwrap();
+        assert!(matches!(router.turn(RequestId(3)), Turn::Read));
+    }
+
+    #[test]
+    fn an_answer_that_comes_while_its_caller_gives_up_is_not_lost() {
+        let router = Router::default();
+        router.expect(RequestId(1)).unwrap();
+        assert!(router.deliver(answer(1)).is_none());
+        assert!(router.give_up(RequestId(1)).is_some());
+        assert!(router.deliver(answer(1)).is_some(), "nobody waits any more: whoever read it disposes of it");
+    }
+
+    #[test]
+    fn everybody_is_told_that_the_connection_is_gone() {
+        let router = Router::default();
+        router.expect(RequestId(1)).unwrap();
+        router.lose(Fault::new(crate::ErrorKind::ConnectionLost, "gone", ""));
+        router.lose(Fault::new(crate::ErrorKind::Internal, "later", ""));
+        assert!(matches!(router.turn(RequestId(1)), Turn::Lost(fault) if fault.message == "gone"));
+        assert!(router.expect(RequestId(2)).is_err());
     }
 }

@@ -39,7 +39,8 @@ impl SessionInfo {
 pub(super) struct Negotiation<'a> {
     pub(super) connection: &'a dyn Connection,
     pub(super) reader: &'a mut FrameReader,
-    pub(super) deadline: Instant,
+    /// When to give up; absent: never.
+    pub(super) deadline: Option<Instant>,
 }
 
 impl Negotiation<'_> {
@@ -119,8 +120,8 @@ impl Negotiation<'_> {
     }
 
     fn receive(&mut self) -> Result<ServerMessage> {
-        let left = self.deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
-        self.reader.next(self.connection, Some(left))?;
+        let left = self.deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        self.reader.next(self.connection, left.map(|left| left.max(Duration::from_millis(1))))?;
         match codec::decode(self.reader.message())? {
             ServerMessage::Refused(fault) => Err(fault.into()),
             ServerMessage::Closing => Err(Error::new(

@@ -83,11 +83,12 @@ impl Tensor {
     /// Copies `bytes` to the start of the tensor's memory. For tensors from [`crate::client::Client::empty`].
     ///
     /// # Errors
-    /// [`DeviceError::OutOfBounds`] where they do not fit, or where the tensor is not in shared memory.
-    pub fn write(&self, bytes: &[u8]) -> Result<()> {
-        match &*self.storage {
-            Storage::Leased(lease) => Ok(lease.span().write(bytes)?),
-            Storage::Received(_) => {
+    /// [`DeviceError::OutOfBounds`] where they do not fit, where the tensor has clones, or is not in shared memory.
+    pub fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        match Arc::get_mut(&mut self.storage) {
+            Some(Storage::Leased(lease)) => Ok(lease.span().write(bytes)?),
+            // A clone may be read at this moment; received bytes are shared with nobody.
+            None | Some(Storage::Received(_)) => {
                 Err(DeviceError::OutOfBounds { offset: 0, length: bytes.len(), size_bytes: 0 }.into())
             }
         }

@@ -46,7 +46,8 @@ struct InProcessRegion {
     published: AtomicU64,
 }
 
-impl Region for InProcessRegion {
+// SAFETY: an anonymous mapping of at least `size_bytes`, unmapped when the value is dropped.
+unsafe impl Region for InProcessRegion {
     fn size_bytes(&self) -> usize {
         self.size_bytes
     }

@@ -61,7 +61,11 @@ pub trait Device: Debug + Send + Sync {
 }
 
 /// One contiguous allocation. Dropping the last reference closes the mapping; memory goes when nobody maps it.
-pub trait Region: Debug + Send + Sync + 'static {
+///
+/// # Safety
+/// For [`Place::Host`], `size_bytes()` bytes at `address()` must be readable and writable for as long as the value lives,
+/// and both must always answer the same.
+pub unsafe trait Region: Debug + Send + Sync + 'static {
     /// Usable bytes.
     fn size_bytes(&self) -> usize;
 

@@ -50,7 +50,13 @@ impl StopSignal<'_> {
     /// Whether to stop at the next convenient point.
     #[must_use]
     pub fn is_set(&self) -> bool {
-        self.cancelled.load(Ordering::Relaxed) || self.deadline.is_some_and(|deadline| deadline <= Instant::now())
+        self.cancelled.load(Ordering::Relaxed) || self.is_late()
+    }
+
+    /// Whether the caller's deadline has passed.
+    #[must_use]
+    pub fn is_late(&self) -> bool {
+        self.deadline.is_some_and(|deadline| deadline <= Instant::now())
     }
 }
 

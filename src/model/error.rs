@@ -83,7 +83,7 @@ pub enum ModelError {
         /// What is wrong with them.
         reason: String,
     },
-    /// Even in the smallest tiles the call needs more memory than it may use.
+    /// In tiles of the size asked for, or of the default size, the call needs more memory than it may use.
     #[error("{what} needs {needed_bytes} bytes of working memory; the budget is {budget_bytes}")]
     OverBudget {
         /// The call.

@@ -41,7 +41,7 @@ impl VaeFacts {
             work.check_tiles(tiles)?;
             let needed_bytes = work.tiled_bytes(tiles);
             if needed_bytes > budget_bytes {
-                return Err(ModelError::OverBudget { what: work.name(), needed_bytes, budget_bytes });
+                return Err(ModelError::OverBudget { what: call.operation.name(), needed_bytes, budget_bytes });
             }
         }
         Ok(VaePlan { operation: call.operation, output, mode })
@@ -102,13 +102,6 @@ struct Work<'a> {
 }
 
 impl Work<'_> {
-    fn name(&self) -> &'static str {
-        match self.operation {
-            VaeOperation::Decode => "decode",
-            VaeOperation::Encode => "encode",
-        }
-    }
-
     /// Pixels per unit of a tile's sides: tiles are measured on the input.
     fn pixels_per_unit(&self) -> u64 {
         match self.operation {

@@ -165,6 +165,9 @@ pub struct Accepted {
 /// The longest client name kept; longer ones are cut.
 const MAX_NAME_BYTES: usize = 128;
 
+/// The longest reason kept: it is repeated in every `status`.
+const MAX_REASON_BYTES: usize = 200;
+
 /// Checks a [`Hello`] against this broker: what both can do and the rung to probe for host tensors.
 ///
 /// # Errors
@@ -177,11 +180,7 @@ pub fn negotiate(hello: &mut Hello, ours: Features) -> Result<(Features, Rung, R
             "install the same version of luna-broker on both sides",
         ));
     }
-    let mut end = hello.name.len().min(MAX_NAME_BYTES);
-    while !hello.name.is_char_boundary(end) {
-        end -= 1;
-    }
-    hello.name.truncate(end);
+    hello.name = presentable(&hello.name, MAX_NAME_BYTES);
     let features = hello.features.intersection(ours);
     let best = if features.contains(Features::SAME_PROCESS) {
         (Rung::Local, Reason::SameProcess)
@@ -207,6 +206,12 @@ pub fn negotiate(hello: &mut Hello, ours: Features) -> Result<(Features, Rung, R
     Ok((features, rung, reason))
 }
 
+/// A peer's words as they may be shown: cut to `limit` bytes, without anything a terminal would obey.
+fn presentable(words: &str, limit: usize) -> String {
+    let words: String = words.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+    words[..words.floor_char_boundary(limit)].to_owned()
+}
+
 /// The rung after a probe: `planned` where each side read what the other wrote, else `inline` with what went wrong.
 #[must_use]
 pub fn settle(
@@ -215,7 +220,7 @@ pub fn settle(
     answer: &ProbeOutcome,
     found: &[u8; NONCE_BYTES],
 ) -> (Rung, Reason) {
-    let failed = |what: &str| (Rung::Inline, Reason::ProbeFailed(what.to_owned()));
+    let failed = |what: &str| (Rung::Inline, Reason::ProbeFailed(presentable(what, MAX_REASON_BYTES)));
     match answer {
         ProbeOutcome::Failed(what) => failed(what),
         ProbeOutcome::Mapped { read, .. } if read != ours => failed("the client read something else"),
@@ -261,6 +266,19 @@ mod tests {
         assert_eq!(negotiate(&mut forced, ALL).unwrap().1, Rung::Inline);
         forced.forced = Some(Rung::Local);
         assert_eq!(negotiate(&mut forced, ALL).unwrap_err().kind, ErrorKind::Refused);
+    }
+
+    #[test]
+    fn what_a_terminal_would_obey_is_taken_out_of_names_and_reasons() {
+        let mut hostile = hello(ALL);
+        hostile.name = "a\u{1b}[2Jb\n".into();
+        negotiate(&mut hostile, ALL).unwrap();
+        assert_eq!(hostile.name, "a [2Jb ");
+        let answer = ProbeOutcome::Failed("x\u{7}".repeat(1000));
+        let (_, reason) =
+            settle((Rung::Shm, Reason::SealedMemoryProbed), &[1; NONCE_BYTES], &answer, &[2; NONCE_BYTES]);
+        let Reason::ProbeFailed(what) = reason else { panic!("the probe failed") };
+        assert!(what.len() <= 200 && !what.contains('\u{7}'));
     }
 
     #[test]

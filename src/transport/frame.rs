@@ -9,6 +9,9 @@ pub const HEADER_BYTES: usize = 12;
 /// Holds any ordinary message, so that a frame is one read; also the most payload that is copied twice.
 const READ_BYTES: usize = 64 << 10;
 
+/// How long a peer may pause in the middle of a payload before it is given up.
+const PAYLOAD_PATIENCE: Duration = Duration::from_secs(30);
+
 /// More handles than any frame carries: a peer that sends more is not ours.
 const MAX_ATTACHMENTS: usize = 16;
 
@@ -88,12 +91,12 @@ impl FrameWriter {
 /// Takes frames off a connection.
 #[derive(Debug)]
 pub struct FrameReader {
-    buffer: Vec<u8>,
+    bytes: Vec<u8>,
     start: usize,
     end: usize,
     max_message: usize,
     max_payload: u64,
-    /// Bytes of the current frame's message, still in the buffer.
+    /// Bytes of the current frame's message, still among the bytes read.
     message: usize,
     /// Bytes of the current frame's payload not yet taken.
     payload: u64,
@@ -105,7 +108,7 @@ impl FrameReader {
     #[must_use]
     pub fn new(max_message: usize, max_payload: u64) -> Self {
         Self {
-            buffer: vec![0; READ_BYTES],
+            bytes: vec![0; READ_BYTES],
             start: 0,
             end: 0,
             max_message,
@@ -129,7 +132,7 @@ impl FrameReader {
         self.skip_payload(connection)?;
         self.start += std::mem::take(&mut self.message);
         self.fill(connection, HEADER_BYTES, timeout)?;
-        let header: [u8; HEADER_BYTES] = std::array::from_fn(|at| self.buffer[self.start + at]);
+        let header: [u8; HEADER_BYTES] = std::array::from_fn(|at| self.bytes[self.start + at]);
         let header = FrameHeader::decode(header);
         let too_long = |length, limit| TransportError::FrameTooLong { length, limit };
         if header.message > self.max_message {
@@ -148,7 +151,7 @@ impl FrameReader {
     /// The current frame's message.
     #[must_use]
     pub fn message(&self) -> &[u8] {
-        &self.buffer[self.start..self.start + self.message]
+        &self.bytes[self.start..self.start + self.message]
     }
 
     /// Reads the next `target.len()` bytes of the current frame's payload.
@@ -162,9 +165,9 @@ impl FrameReader {
         self.payload -= target.len() as u64;
         let from = self.start + self.message;
         let ready = (self.end - from).min(target.len());
-        target[..ready].copy_from_slice(&self.buffer[from..from + ready]);
+        target[..ready].copy_from_slice(&self.bytes[from..from + ready]);
         // The bytes taken lie behind the message, which stays readable: close the gap.
-        self.buffer.copy_within(from + ready..self.end, from);
+        self.bytes.copy_within(from + ready..self.end, from);
         self.end -= ready;
         let mut at = ready;
         while at < target.len() {
@@ -188,7 +191,7 @@ impl FrameReader {
         Ok(())
     }
 
-    /// Reads until the buffer holds `wanted` bytes from `start`.
+    /// Reads until `wanted` bytes from `start` are there.
     fn fill(
         &mut self,
         connection: &dyn Connection,
@@ -201,14 +204,14 @@ impl FrameReader {
         if self.start == self.end {
             (self.start, self.end) = (0, 0);
         }
-        if self.start + wanted > self.buffer.len() {
-            self.buffer.copy_within(self.start..self.end, 0);
+        if self.start + wanted > self.bytes.len() {
+            self.bytes.copy_within(self.start..self.end, 0);
             (self.start, self.end) = (0, self.end - self.start);
             // Bounded by `max_message`, which `next` checked.
-            self.buffer.resize(self.buffer.len().max(wanted), 0);
+            self.bytes.resize(self.bytes.len().max(wanted), 0);
         }
         while self.end - self.start < wanted {
-            let count = match connection.read(&mut self.buffer[self.end..], &mut self.attachments, timeout) {
+            let count = match connection.read(&mut self.bytes[self.end..], &mut self.attachments, timeout) {
                 Ok(0) => return Err(TransportError::Closed),
                 Ok(count) => count,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
@@ -222,7 +225,7 @@ impl FrameReader {
 
     fn read_some(&mut self, connection: &dyn Connection, target: &mut [u8]) -> Result<usize, TransportError> {
         loop {
-            match connection.read(target, &mut self.attachments, None) {
+            match connection.read(target, &mut self.attachments, Some(PAYLOAD_PATIENCE)) {
                 Ok(0) => return Err(TransportError::Closed),
                 Ok(count) => return Ok(count),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}

@@ -26,7 +26,10 @@ impl Crowd {
         tiny::write(&model, 64);
         let model = model.to_string_lossy().into_owned();
         scene.bystander.load(&model).unwrap();
-        Self { scene, model, work: Batch::endless() }
+        let crowd = Self { scene, model, work: Batch::endless() };
+        // The load is answered a moment before the lane counts it as done.
+        crowd.await_lane(false, 0);
+        crowd
     }
 
     fn lane(&self) -> LaneReport {
@@ -177,4 +180,34 @@ fn a_cancelled_request_frees_the_lane_whether_it_waits_or_runs() {
     crowd.await_lane(false, 0);
     assert_eq!(crowd.lane().completed, completed + 1);
     crowd.check_free();
+}
+
+#[test]
+fn a_call_queued_behind_an_unload_leaves_one_copy_that_can_be_unloaded() {
+    let crowd = Crowd::new(&[]);
+    let stop = AtomicBool::new(false);
+    let interrupted = || stop.load(Ordering::Relaxed);
+    let small = Batch::new(1, 8, 1);
+    std::thread::scope(|scope| {
+        let running = scope.spawn(|| {
+            let client = client_at(&crowd.scene.place);
+            crowd.decode(&client, &CallOptions { timeout: None, interrupted: Some(&interrupted) }).map(|_| ())
+        });
+        crowd.await_lane(true, 0);
+        let unloading = scope.spawn(|| client_at(&crowd.scene.place).unload(&crowd.model));
+        crowd.await_lane(true, 1);
+        let queued = scope.spawn(|| client_at(&crowd.scene.place).vae(&crowd.model)?.decode(small.input()).map(|_| ()));
+        crowd.await_lane(true, 2);
+        stop.store(true, Ordering::Relaxed);
+        assert!(running.join().unwrap().is_err());
+        unloading.join().unwrap().unwrap();
+        queued.join().unwrap().unwrap();
+    });
+    let loaded = || {
+        let models = crowd.scene.bystander.status().unwrap().models;
+        models.iter().filter(|model| model.path == crowd.model).map(|model| model.loaded).collect::<Vec<_>>()
+    };
+    assert_eq!(loaded(), [true], "the call loaded it again, and status knows");
+    crowd.scene.bystander.unload(&crowd.model).unwrap();
+    assert_eq!(loaded(), [false]);
 }

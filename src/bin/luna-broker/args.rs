@@ -147,6 +147,10 @@ pub(crate) struct ServeArgs {
     #[arg(long, default_value_t = 32, value_name = "N")]
     session_in_flight: usize,
 
+    /// Connections served at once; more are refused as busy.
+    #[arg(long, default_value_t = 256, value_name = "N")]
+    max_sessions: usize,
+
     /// Threads to compute with; 0 for as many as libtorch chooses.
     #[arg(long, default_value_t = 0, value_name = "N")]
     threads: usize,
@@ -182,6 +186,7 @@ impl TryFrom<&ServeArgs> for BrokerConfig {
             bench_models: args.bench_models,
             lane_capacity: args.lane_capacity,
             session_in_flight: args.session_in_flight,
+            max_sessions: args.max_sessions,
             session_bytes: args.session_bytes,
             arena_bytes: Self::default().arena_bytes.min(args.session_bytes),
             vae_budget_bytes: args.vae_budget,

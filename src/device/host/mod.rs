@@ -63,13 +63,13 @@ impl Device for HostDevice {
             #[cfg(target_os = "linux")]
             HostSharing::Memfd => {
                 let memory = memfd::Memfd::create(total).map_err(out_of_memory("sealed shared memory"))?;
-                Ok(Arc::new(HostRegion { memory, size_bytes, owned: true }))
+                Ok(Arc::new(HostRegion { memory, size_bytes, owned: true, recorded: AtomicU64::new(0) }))
             }
             #[cfg(not(target_os = "linux"))]
             HostSharing::Memfd => Err(out_of_memory("sealed shared memory")(std::io::ErrorKind::Unsupported.into())),
             HostSharing::Named => {
                 let memory = named::Segment::create(total).map_err(out_of_memory("a named shared segment"))?;
-                Ok(Arc::new(HostRegion { memory, size_bytes, owned: true }))
+                Ok(Arc::new(HostRegion { memory, size_bytes, owned: true, recorded: AtomicU64::new(0) }))
             }
         }
     }
@@ -89,7 +89,7 @@ fn imported<M: SharedMemory>(memory: M, size_bytes: usize) -> Result<Arc<dyn Reg
     if actual < size_bytes {
         return Err(DeviceError::TooSmall { announced: size_bytes, actual });
     }
-    Ok(Arc::new(HostRegion { memory, size_bytes, owned: false }))
+    Ok(Arc::new(HostRegion { memory, size_bytes, owned: false, recorded: AtomicU64::new(0) }))
 }
 
 /// Mapped memory of `size_bytes()` bytes at `address()`, page-aligned, valid while the value lives.
@@ -105,6 +105,8 @@ struct HostRegion<M> {
     memory: M,
     size_bytes: usize,
     owned: bool,
+    /// What the owner published. The importers' word is a copy: they can write to it.
+    recorded: AtomicU64,
 }
 
 impl<M: SharedMemory> HostRegion<M> {
@@ -115,7 +117,9 @@ impl<M: SharedMemory> HostRegion<M> {
     }
 }
 
-impl<M: SharedMemory> Region for HostRegion<M> {
+// SAFETY: `memory` is mapped for `HEADER_BYTES + size_bytes` bytes while the value lives: `allocate` asked for that
+// many, `imported` checked it, and neither kind of memory can shrink under its mapping on the owner's side.
+unsafe impl<M: SharedMemory> Region for HostRegion<M> {
     fn size_bytes(&self) -> usize {
         self.size_bytes
     }
@@ -140,7 +144,10 @@ impl<M: SharedMemory> Region for HostRegion<M> {
     }
 
     fn record(&self) -> Result<u64, DeviceError> {
-        Ok(self.published().fetch_add(1, Ordering::Release) + 1)
+        let sequence = self.recorded.fetch_add(1, Ordering::Relaxed) + 1;
+        // Records of two threads may cross: the word never goes back.
+        self.published().fetch_max(sequence, Ordering::Release);
+        Ok(sequence)
     }
 
     fn wait(&self, sequence: u64) -> Result<(), DeviceError> {

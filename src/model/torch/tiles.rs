@@ -43,7 +43,8 @@ impl Tiled<'_> {
                 None => pass,
             });
         }
-        let mut sum = sum.ok_or(ModelError::Executor { what: self.name(), cause: "no pass was made".to_owned() })?;
+        let mut sum =
+            sum.ok_or(ModelError::Executor { what: self.operation.name(), cause: "no pass was made".to_owned() })?;
         sum.f_div_scalar_(3.0).map_err(self.failed())
     }
 
@@ -123,14 +124,7 @@ impl Tiled<'_> {
         (self.model)(part)
     }
 
-    fn name(&self) -> &'static str {
-        match self.operation {
-            VaeOperation::Decode => "decode",
-            VaeOperation::Encode => "encode",
-        }
-    }
-
     fn failed(&self) -> impl Fn(TchError) -> ModelError {
-        failed(self.name())
+        failed(self.operation.name())
     }
 }

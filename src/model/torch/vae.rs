@@ -62,7 +62,7 @@ impl Vae for TorchVae {
             file.check_unchanged()?;
         }
         let _no_grad = tch::no_grad_guard();
-        let what = name(plan.operation);
+        let what = plan.operation.name();
         // Both are views on the caller's memory. They and whatever is made of them stay inside this call.
         let source = view(what, &input.meta, input.memory)?;
         let target = view(what, &plan.output, output)?;
@@ -97,7 +97,7 @@ impl TorchVae {
         place: &Tensor,
         stop: &dyn Fn() -> bool,
     ) -> Result<(), ModelError> {
-        let what = name(plan.operation);
+        let what = plan.operation.name();
         let (_, channels, height, width) = place.size4().map_err(failed(what))?;
         let model = |part: &Tensor| self.forward(plan.operation, part);
         let result = match plan.mode {
@@ -123,7 +123,7 @@ impl TorchVae {
     }
 
     fn forward(&self, operation: VaeOperation, part: &Tensor) -> Result<Tensor, ModelError> {
-        let what = name(operation);
+        let what = operation.name();
         let result = match operation {
             VaeOperation::Decode => self.net.decode(part),
             VaeOperation::Encode => self.net.encode(part),
@@ -132,13 +132,6 @@ impl TorchVae {
             Some(result) => result.map_err(failed(what)),
             None => Err(ModelError::Executor { what, cause: "the file holds no such half".to_owned() }),
         }
-    }
-}
-
-fn name(operation: VaeOperation) -> &'static str {
-    match operation {
-        VaeOperation::Decode => "decode",
-        VaeOperation::Encode => "encode",
     }
 }
 
@@ -164,10 +157,11 @@ fn view(what: &'static str, meta: &TensorMeta, memory: &Span) -> Result<Tensor, 
     let (Ok(shape), Ok(strides)) = (shape, strides) else {
         return Err(refused("a tensor is larger than the address space".to_owned()));
     };
+    // As a number, not by way of the slice: one of the two tensors is written to.
+    let address = memory.address() as *const u8;
     // SAFETY: `check_fits` established that shape and strides stay inside the memory, which is aligned, mapped host
     // memory for as long as the caller's borrow; the tensor is dropped inside `run`.
-    unsafe { Tensor::f_from_blob(bytes.as_ptr(), &shape, &strides, kind_of(meta.dtype), Compute::Cpu) }
-        .map_err(failed(what))
+    unsafe { Tensor::f_from_blob(address, &shape, &strides, kind_of(meta.dtype), Compute::Cpu) }.map_err(failed(what))
 }
 
 /// NHWC as NCHW, without moving anything; channels beyond the third are left out.

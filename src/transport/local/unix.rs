@@ -26,6 +26,9 @@ const MAX_FDS: usize = 8;
 /// Asked for on both ends; the kernel cuts it to its limit. Matters only for bytes behind frames.
 const SOCKET_BUFFER_BYTES: usize = 1 << 20;
 
+/// A link in a folder that others can write to must not choose what is opened.
+const NO_FOLLOW: i32 = rustix::fs::OFlags::NOFOLLOW.bits().cast_signed();
+
 /// The socket a broker of this user listens on when told nothing else.
 #[must_use]
 pub fn default_address() -> String {
@@ -154,6 +157,17 @@ impl Connection for LocalConnection {
     }
 }
 
+/// The default folder has a name that anybody can guess and make first.
+fn check_private(folder: &Path, address: &str) -> Result<(), TransportError> {
+    let found = fs::symlink_metadata(folder);
+    let found = found.map_err(|cause| TransportError::Os { call: "looking at the socket's folder", cause })?;
+    let user = rustix::process::geteuid().as_raw();
+    if !found.is_dir() || found.uid() != user || found.mode() & 0o022 != 0 {
+        return Err(TransportError::ForeignOwner { address: address.to_owned(), owner: found.uid(), user });
+    }
+    Ok(())
+}
+
 /// A listening Unix socket.
 #[derive(Debug)]
 pub struct LocalListener {
@@ -179,6 +193,9 @@ impl LocalListener {
                 .mode(0o700)
                 .create(folder)
                 .map_err(os("making the socket's folder"))?;
+            if address == default_address() {
+                check_private(folder, address)?;
+            }
         }
         let lock = Self::lock(&path)?;
         Self::clear(&path)?;
@@ -191,7 +208,13 @@ impl LocalListener {
         let os = |call| move |cause| TransportError::Os { call, cause };
         let mut lock_path = path.as_os_str().to_owned();
         lock_path.push(".lock");
-        let lock = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(lock_path);
+        let lock = OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .mode(0o600)
+            .custom_flags(NO_FOLLOW)
+            .open(lock_path);
         let lock = lock.map_err(os("opening the socket's lock file"))?;
         flock(&lock, FlockOperation::NonBlockingLockExclusive)
             .map_err(|_| TransportError::AlreadyServed { address: path.to_string_lossy().into_owned() })?;
@@ -231,8 +254,12 @@ impl crate::transport::Listener for LocalListener {
     }
 
     fn close(&self) {
-        if !self.closed.swap(true, Ordering::AcqRel) {
-            // A blocked accept returns for a connection and for nothing else.
+        if self.closed.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let Listener::UdSocket(listener) = &self.listener;
+        // Wakes a blocked accept on Linux, whatever has become of the path; elsewhere a connection does.
+        if shutdown(listener.as_fd(), Shutdown::Both).is_err() {
             _ = std::os::unix::net::UnixStream::connect(&self.path);
         }
     }
