@@ -122,7 +122,7 @@ def test_a_device_other_than_the_cpu_is_refused_by_name(client: Any) -> None:
 
 
 def test_a_small_budget_runs_in_tiles_and_says_so(start_broker: Any, constructed_vae: str) -> None:
-    broker = start_broker("--vae", constructed_vae, "--vae-budget", "256M")
+    broker = start_broker("--vae", constructed_vae, "--vae-budget", "512M")
     with luna_broker.connect(broker.address) as client:
         vae = client.vae(constructed_vae)
         whole = vae.decode(torch.rand(1, 4, 32, 32))

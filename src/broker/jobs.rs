@@ -26,11 +26,8 @@ pub(super) struct VaeCallJob {
 }
 
 impl VaeCallJob {
-    /// Runs the call on `vae` and answers it.
-    ///
-    /// # Errors
-    /// The executor's, with the duty to answer.
-    pub(super) fn run_on(mut self, vae: &mut dyn Vae, stop: &dyn Fn() -> bool) -> Result<(), Unfinished> {
+    /// Runs the call on `vae` and answers it; a failure comes back with the duty to answer.
+    pub(super) fn run_on(mut self, vae: &mut dyn Vae, stop: &dyn Fn() -> bool) -> Option<Unfinished> {
         self.responder.started();
         let input = VaeInput { meta: self.input_meta, memory: self.input.span() };
         let ran = vae.run(&self.plan, input, self.output.span(), stop);
@@ -38,9 +35,9 @@ impl VaeCallJob {
         match ran {
             Ok(()) => {
                 self.answer();
-                Ok(())
+                None
             }
-            Err(error) => Err(Unfinished { responder: self.responder, error }),
+            Err(error) => Some(Unfinished { responder: self.responder, error }),
         }
     }
 
@@ -118,7 +115,7 @@ impl VaeExecutor {
                 return job.responder.fail(error);
             }
         };
-        let Err(Unfinished { responder, error }) = job.run_on(&mut **vae, &|| stop.is_set()) else { return };
+        let Some(Unfinished { responder, error }) = job.run_on(&mut **vae, &|| stop.is_set()) else { return };
         match error {
             ModelError::Changed { .. } => {
                 self.drop_weights(&model);

@@ -309,7 +309,7 @@ impl Session {
             Ok(prepared) => {
                 let job = prepared.with(responder);
                 if job.model.facts().runs_inline {
-                    if let Err(Unfinished { responder, error }) = job.run_on(&mut self.inline_vae, &|| false) {
+                    if let Some(Unfinished { responder, error }) = job.run_on(&mut self.inline_vae, &|| false) {
                         responder.fail(error);
                     }
                 } else {

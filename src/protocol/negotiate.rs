@@ -209,7 +209,11 @@ pub fn negotiate(hello: &mut Hello, ours: Features) -> Result<(Features, Rung, R
 /// A peer's words as they may be shown: cut to `limit` bytes, without anything a terminal would obey.
 fn presentable(words: &str, limit: usize) -> String {
     let words: String = words.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
-    words[..words.floor_char_boundary(limit)].to_owned()
+    let mut end = words.len().min(limit);
+    while !words.is_char_boundary(end) {
+        end -= 1;
+    }
+    words[..end].to_owned()
 }
 
 /// The rung after a probe: `planned` where each side read what the other wrote, else `inline` with what went wrong.
