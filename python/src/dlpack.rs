@@ -1,14 +1,14 @@
 //! DLPack, the one place where this extension touches raw memory.
 //!
-//! Structures as in the DLPack 1.x header. Capsules made here own their tensor through `manager_ctx`; a capsule that
-//! nobody consumed frees it in its destructor, as consumers rename the capsules they take.
+//! Structures as in the DLPack 1.x header. Capsules made here own their tensor in the same
+//! allocation; a capsule that nobody consumed frees it in its destructor, as consumers rename the capsules they take.
 #![allow(unsafe_code, reason = "DLPack is a C interface")]
 
 use std::ffi::{CStr, c_int, c_void};
-use std::ptr::NonNull;
+use std::ptr::{self, NonNull};
 
 use luna_broker::client::Tensor;
-use luna_broker::tensor::{DType, Dims, TensorMeta};
+use luna_broker::tensor::{DType, Dims, MAX_RANK, TensorMeta};
 use luna_broker::{Error, ErrorKind};
 use pyo3::ffi;
 use pyo3::prelude::*;
@@ -62,11 +62,14 @@ struct Versioned {
     tensor: DlTensor,
 }
 
-/// What a managed tensor of ours owns: the memory behind it and the arrays it points to.
-struct Owner {
+/// A managed tensor of ours: what consumers see, and what it points into, in one allocation.
+#[repr(C)]
+struct Managed<Header> {
+    /// First, so that a pointer to it is a pointer to the whole.
+    header: Header,
+    shape: [i64; MAX_RANK],
+    strides: [i64; MAX_RANK],
     _tensor: Tensor,
-    shape: Vec<i64>,
-    strides: Vec<i64>,
 }
 
 const DTYPES: [(DType, u8, u8); 10] = [
@@ -102,7 +105,12 @@ impl<'py> Borrowed<'py> {
         // it stays valid while the capsule is neither consumed nor dropped, and the borrow ends before that.
         let tensor = unsafe {
             if let Ok(pointer) = capsule.pointer_checked(Some(VERSIONED)) {
-                &pointer.cast::<Versioned>().as_ref().tensor
+                let managed = pointer.cast::<Versioned>().as_ref();
+                if managed.major != 1 {
+                    let message = format!("DLPack version {} is not one this package knows", managed.major);
+                    return Err(crate::errors::raise(py, Error::new(ErrorKind::Unsupported, message, "")));
+                }
+                &managed.tensor
             } else {
                 &capsule.pointer_checked(Some(LEGACY))?.cast::<Legacy>().as_ref().tensor
             }
@@ -140,7 +148,7 @@ fn describe(tensor: &DlTensor) -> Result<(TensorMeta, *const u8, usize), Error> 
     };
     let rank = usize::try_from(tensor.rank).unwrap_or(usize::MAX);
     let extents = |pointer: *mut i64| -> Option<Vec<u64>> {
-        if rank == 0 || pointer.is_null() || rank > luna_broker::tensor::MAX_RANK {
+        if rank == 0 || pointer.is_null() || rank > MAX_RANK {
             return (rank == 0).then(Vec::new);
         }
         // SAFETY: the protocol promises `rank` elements at a pointer that is not null.
@@ -171,29 +179,33 @@ fn describe(tensor: &DlTensor) -> Result<(TensorMeta, *const u8, usize), Error> 
 /// A capsule that hands `tensor` to another library without a copy: versioned where the consumer knows that.
 pub(crate) fn export<'py>(py: Python<'py>, tensor: &Tensor, versioned: bool) -> PyResult<Bound<'py, PyAny>> {
     let meta = tensor.meta();
-    let signed = |dims: &Dims| dims.as_slice().iter().map(|extent| *extent as i64).collect::<Vec<_>>();
-    let address = tensor.address();
-    let mut owner =
-        Box::new(Owner { _tensor: tensor.clone(), shape: signed(&meta.shape), strides: signed(&meta.strides) });
+    let signed = |dims: &Dims| std::array::from_fn(|at| dims.as_slice().get(at).map_or(0, |extent| *extent as i64));
+    let (shape, strides) = (signed(&meta.shape), signed(&meta.strides));
     let (_, code, bits) = DTYPES.iter().find(|(dtype, ..)| *dtype == meta.dtype).copied().unwrap_or((DType::U8, 1, 8));
     let described = DlTensor {
-        data: address as *mut c_void,
+        data: tensor.address() as *mut c_void,
         device: DlDevice { kind: CPU, id: 0 },
-        rank: owner.shape.len() as i32,
+        rank: meta.shape.rank() as i32,
         dtype: DlDataType { code, bits, lanes: 1 },
-        // Heap memory of the vectors: it stays where it is when the box becomes a pointer.
-        shape: owner.shape.as_mut_ptr(),
-        strides: owner.strides.as_mut_ptr(),
+        shape: ptr::null_mut(),
+        strides: ptr::null_mut(),
         byte_offset: 0,
     };
-    let owner = Box::into_raw(owner).cast::<c_void>();
+    let _tensor = tensor.clone();
     let (pointer, name, destructor): (*mut c_void, &CStr, ffi::PyCapsule_Destructor) = if versioned {
-        let managed =
+        let owner = ptr::null_mut();
+        let header =
             Versioned { major: 1, minor: 0, owner, deleter: Some(delete_versioned), flags: 0, tensor: described };
-        (Box::into_raw(Box::new(managed)).cast(), VERSIONED, drop_versioned)
+        let managed = Box::leak(Box::new(Managed { header, shape, strides, _tensor }));
+        managed.header.tensor.shape = managed.shape.as_mut_ptr();
+        managed.header.tensor.strides = managed.strides.as_mut_ptr();
+        (ptr::from_mut(managed).cast(), VERSIONED, drop_versioned)
     } else {
-        let managed = Legacy { tensor: described, owner, deleter: Some(delete_legacy) };
-        (Box::into_raw(Box::new(managed)).cast(), LEGACY, drop_legacy)
+        let header = Legacy { tensor: described, owner: ptr::null_mut(), deleter: Some(delete_legacy) };
+        let managed = Box::leak(Box::new(Managed { header, shape, strides, _tensor }));
+        managed.header.tensor.shape = managed.shape.as_mut_ptr();
+        managed.header.tensor.strides = managed.strides.as_mut_ptr();
+        (ptr::from_mut(managed).cast(), LEGACY, drop_legacy)
     };
     // SAFETY: the pointer is not null, the name is static, the destructor has the right signature, and the thread is
     // attached to the interpreter.
@@ -202,18 +214,14 @@ pub(crate) fn export<'py>(py: Python<'py>, tensor: &Tensor, versioned: bool) -> 
 
 /// Called once by whoever consumed the capsule, on any thread, perhaps without the interpreter: touches no Python.
 unsafe extern "C" fn delete_versioned(managed: *mut Versioned) {
-    // SAFETY: made by `Box::into_raw` in `export`; the protocol promises a single call.
-    let managed = unsafe { Box::from_raw(managed) };
-    // SAFETY: as above.
-    drop(unsafe { Box::from_raw(managed.owner.cast::<Owner>()) });
+    // SAFETY: the header of an allocation that `export` leaked; the protocol promises a single call.
+    drop(unsafe { Box::from_raw(managed.cast::<Managed<Versioned>>()) });
 }
 
 /// As [`delete_versioned`].
 unsafe extern "C" fn delete_legacy(managed: *mut Legacy) {
-    // SAFETY: made by `Box::into_raw` in `export`; the protocol promises a single call.
-    let managed = unsafe { Box::from_raw(managed) };
-    // SAFETY: as above.
-    drop(unsafe { Box::from_raw(managed.owner.cast::<Owner>()) });
+    // SAFETY: the header of an allocation that `export` leaked; the protocol promises a single call.
+    drop(unsafe { Box::from_raw(managed.cast::<Managed<Legacy>>()) });
 }
 
 /// The pointer in a capsule that still has the name it was made with: nobody consumed it.

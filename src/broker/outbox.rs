@@ -194,7 +194,14 @@ impl Outbox {
 /// # Errors
 /// As [`codec::encode`].
 fn encode(message: ServerMessage, frame: &mut Vec<u8>) -> Result<(), CodecError> {
-    match (codec::encode(&message, frame), message) {
+    let encoded = match &message {
+        ServerMessage::Reply(_) | ServerMessage::Closing => codec::encode(&message, frame),
+        // Said before a version is agreed on, or because it cannot be.
+        ServerMessage::Welcome(_) | ServerMessage::Accepted(_) | ServerMessage::Refused(_) => {
+            codec::encode_named(&message, frame)
+        }
+    };
+    match (encoded, message) {
         (Err(CodecError::TooLong { length }), ServerMessage::Reply(reply)) => {
             let what = format!("the answer of {length} bytes is longer than messages may be");
             let fault = Fault::new(ErrorKind::Unsupported, what, "serve fewer models or sessions from one broker");

@@ -104,7 +104,7 @@ impl Negotiation<'_> {
     fn send(&mut self, message: &ClientMessage) -> Result<()> {
         let mut frame = Vec::new();
         begin_frame(&mut frame);
-        codec::encode(message, &mut frame)?;
+        codec::encode_named(message, &mut frame)?;
         finish_frame(&mut frame, 0);
         FrameWriter::default().write(self.connection, &frame, &[], &mut Vec::new(), Wait::Block)?;
         Ok(())

@@ -185,7 +185,7 @@ pub struct Reply {
     /// When it ran.
     pub times: Times,
     /// Arenas the client has not seen yet; their handles are attached in this order.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(default)]
     pub arenas: Vec<ArenaOffer>,
     /// What came of it.
     pub outcome: Outcome,
