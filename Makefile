@@ -37,7 +37,7 @@ build: $(VENV)/.run
 	$(CARGO) build --release --features $(FEATURES)
 
 extension: $(VENV)/.run
-	cd python && $(BIN)/maturin develop --release --quiet
+	cd python && $(BIN)/maturin develop --profile wheel --quiet
 
 test-rust: $(VENV)/.test golden
 	@bash tests/cargo_test.sh --features $(FEATURES)

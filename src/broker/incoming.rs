@@ -37,12 +37,12 @@ impl Connection for Incoming {
         self.connection.write(parts, attachments, wait)
     }
 
-    fn read(&self, target: &mut [u8], _: &mut Vec<Attachment>, timeout: Option<Duration>) -> io::Result<usize> {
+    fn read(&self, target: &mut [u8], _: Option<&mut Vec<Attachment>>, timeout: Option<Duration>) -> io::Result<usize> {
         let left = self.deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
         if left.is_some_and(|left| left.is_zero()) {
             return Err(io::ErrorKind::TimedOut.into());
         }
-        self.connection.read(target, &mut Vec::new(), left.or(timeout))
+        self.connection.read(target, None, left.or(timeout))
     }
 
     fn close(&self) {

@@ -211,7 +211,7 @@ impl FrameReader {
             self.bytes.resize(self.bytes.len().max(wanted), 0);
         }
         while self.end - self.start < wanted {
-            let count = match connection.read(&mut self.bytes[self.end..], &mut self.attachments, timeout) {
+            let count = match connection.read(&mut self.bytes[self.end..], Some(&mut self.attachments), timeout) {
                 Ok(0) => return Err(TransportError::Closed),
                 Ok(count) => count,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
@@ -225,7 +225,7 @@ impl FrameReader {
 
     fn read_some(&mut self, connection: &dyn Connection, target: &mut [u8]) -> Result<usize, TransportError> {
         loop {
-            match connection.read(target, &mut self.attachments, Some(PAYLOAD_PATIENCE)) {
+            match connection.read(target, Some(&mut self.attachments), Some(PAYLOAD_PATIENCE)) {
                 Ok(0) => return Err(TransportError::Closed),
                 Ok(count) => return Ok(count),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}

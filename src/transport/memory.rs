@@ -87,7 +87,7 @@ impl Connection for MemoryConnection {
     fn read(
         &self,
         target: &mut [u8],
-        attachments: &mut Vec<Attachment>,
+        attachments: Option<&mut Vec<Attachment>>,
         timeout: Option<Duration>,
     ) -> io::Result<usize> {
         let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
@@ -106,7 +106,10 @@ impl Connection for MemoryConnection {
         for (place, byte) in target.iter_mut().zip(stream.bytes.drain(..count)) {
             *place = byte;
         }
-        attachments.append(&mut stream.attachments);
+        match attachments {
+            Some(attachments) => attachments.append(&mut stream.attachments),
+            None => stream.attachments.clear(),
+        }
         drop(stream);
         self.incoming.changed.notify_all();
         Ok(count)

@@ -80,14 +80,15 @@ pub trait Connection: Debug + Send + Sync {
     /// ([`Wait::Block`]); nothing was written then. Any other error ends the connection.
     fn write(&self, parts: &[IoSlice<'_>], attachments: &mut Vec<Attachment>, wait: Wait) -> io::Result<usize>;
 
-    /// Reads some bytes into `target`; 0 at the end of the stream. Attachments that arrived are added.
+    /// Reads some bytes into `target`; 0 at the end of the stream. Attachments that arrived are added to `attachments`;
+    /// without one they are closed, and the read is cheaper.
     ///
     /// # Errors
     /// `TimedOut` where nothing came within `timeout`. Any other error ends the connection.
     fn read(
         &self,
         target: &mut [u8],
-        attachments: &mut Vec<Attachment>,
+        attachments: Option<&mut Vec<Attachment>>,
         timeout: Option<Duration>,
     ) -> io::Result<usize>;
 

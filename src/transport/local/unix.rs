@@ -14,7 +14,7 @@ use interprocess::os::unix::local_socket::ListenerOptionsExt;
 use rustix::fs::{FlockOperation, flock};
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
-    Shutdown, recvmsg, sendmsg, shutdown, sockopt,
+    Shutdown, recv, recvmsg, send, sendmsg, shutdown, sockopt,
 };
 
 use super::SEND_TIMEOUT;
@@ -108,6 +108,13 @@ impl Connection for LocalConnection {
     }
 
     fn write(&self, parts: &[IoSlice<'_>], attachments: &mut Vec<Attachment>, wait: Wait) -> io::Result<usize> {
+        let flags = match wait {
+            Wait::Block => SendFlags::NOSIGNAL,
+            Wait::Never => SendFlags::NOSIGNAL | SendFlags::DONTWAIT,
+        };
+        if let ([part], true) = (parts, attachments.is_empty()) {
+            return Ok(send(self.fd(), part, flags)?);
+        }
         let fds: Vec<BorrowedFd<'_>> = attachments
             .iter()
             .map(|attachment| match attachment {
@@ -120,10 +127,6 @@ impl Connection for LocalConnection {
         if !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(&fds)) {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "too many descriptors for one frame"));
         }
-        let flags = match wait {
-            Wait::Block => SendFlags::NOSIGNAL,
-            Wait::Never => SendFlags::NOSIGNAL | SendFlags::DONTWAIT,
-        };
         let count = sendmsg(self.fd(), parts, &mut control, flags)?;
         attachments.clear();
         Ok(count)
@@ -132,17 +135,23 @@ impl Connection for LocalConnection {
     fn read(
         &self,
         target: &mut [u8],
-        attachments: &mut Vec<Attachment>,
+        attachments: Option<&mut Vec<Attachment>>,
         timeout: Option<Duration>,
     ) -> io::Result<usize> {
         self.set_receive_timeout(timeout)?;
+        let timed_out = |errno: rustix::io::Errno| match io::Error::from(errno) {
+            error if error.kind() == io::ErrorKind::WouldBlock => io::ErrorKind::TimedOut.into(),
+            error => error,
+        };
+        let Some(attachments) = attachments else {
+            // The kernel closes descriptors that come with bytes read this way.
+            let (count, _) = recv(self.fd(), target, RecvFlags::empty()).map_err(timed_out)?;
+            return Ok(count);
+        };
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let received = recvmsg(self.fd(), &mut [IoSliceMut::new(target)], &mut control, RecvFlags::CMSG_CLOEXEC);
-        let received = received.map_err(|errno| match io::Error::from(errno) {
-            error if error.kind() == io::ErrorKind::WouldBlock => io::ErrorKind::TimedOut.into(),
-            error => error,
-        })?;
+        let received = received.map_err(timed_out)?;
         for message in control.drain() {
             if let RecvAncillaryMessage::ScmRights(fds) = message {
                 attachments.extend(fds.map(Attachment::Fd));

@@ -119,7 +119,7 @@ impl Connection for LocalConnection {
     fn read(
         &self,
         target: &mut [u8],
-        _attachments: &mut Vec<Attachment>,
+        _attachments: Option<&mut Vec<Attachment>>,
         timeout: Option<Duration>,
     ) -> io::Result<usize> {
         let pipe = self.pipe.read();
