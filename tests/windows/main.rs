@@ -189,7 +189,7 @@ fn a_connection_that_says_nothing_is_given_up() {
     let mut received = Vec::new();
     let mut buffer = [0; 4096];
     loop {
-        match silent.read(&mut buffer, &mut Vec::new(), Some(Duration::from_secs(10))).unwrap() {
+        match silent.read(&mut buffer, None, Some(Duration::from_secs(10))).unwrap() {
             0 => break,
             count => received.extend_from_slice(&buffer[..count]),
         }
