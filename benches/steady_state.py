@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Counts what one decode costs the operating system once all is warm: two messages, if all is well."""
+"""Counts what one hand-off costs once all is warm, beside the plain-Python client of a C server in the same run:
+system calls, wake-ups, allocations, page faults, mappings."""
 
 from __future__ import annotations
 
@@ -10,13 +11,16 @@ import sys
 import tempfile
 from pathlib import Path
 
-from harness.process_facts import NotTraced, ProcessFacts, SystemCalls
-from harness.programs import PeerProcess, ProgramFailed, Server
+from harness.process_facts import Allocations, NotTraced, ProcessFacts, SystemCalls
+from harness.programs import PeerProcess, ProgramFailed, Server, build
 from harness.report import table
 from harness.sizes import GROWING_LATENT, MIDDLE
 
 # Python allocates a little whatever it is asked to do; a page per request would be fifty times this.
 FAULTS_THAT_COUNT_AS_NONE = 20
+OURS, REFERENCE = "luna-broker", "Python on C server"
+ROLES = ("server", "client")
+PER_CALL = ("wake_ups", "allocations")
 SIZE = next(size for size in GROWING_LATENT if size.name == MIDDLE)
 
 
@@ -39,70 +43,96 @@ def arguments() -> argparse.Namespace:
     return chosen
 
 
+class Pair:
+    """A server and its client, each with its allocations counted."""
+
+    def __init__(self, name: str, command: list[str], module: str, folder: Path, library: Path) -> None:
+        self.name = name
+        self._counted = {role: Allocations(library, folder / f"{name}-{role}-allocations") for role in ROLES}
+        path = folder / f"{name}.socket"
+        self._server = Server(
+            [*command, str(path)], path, folder / f"{name}-server.log", self._counted["server"].environment
+        )
+        self._client = PeerProcess(
+            module, [str(path)], folder / f"{name}-client.log", self._counted["client"].environment
+        )
+        self._server.wait_for_socket()
+        self.opened = self._client.ask("open")
+        self.pids = {"server": self._server.pid, "client": self._client.pid}
+
+    def decode(self, times: int) -> None:
+        self._client.ask("repeat", variant="in place", size=SIZE.as_json(), count=times)
+
+    def changes(self, requests: int) -> dict[str, dict[str, int]]:
+        """What `requests` decodes change, by role."""
+        facts = {role: ProcessFacts.of(pid) for role, pid in self.pids.items()}
+        allocations = {role: counted.count() for role, counted in self._counted.items()}
+        self.decode(requests)
+        return {
+            role: ProcessFacts.of(pid).since(facts[role])
+            | {"allocations": self._counted[role].count() - allocations[role]}
+            for role, pid in self.pids.items()
+        }
+
+    def system_calls(self, requests: int, folder: Path) -> dict[str, dict]:
+        """Tracing slows every call down and makes pages of its own, so it has a run to itself."""
+        calls: dict[str, dict] = {}
+        for role, pid in self.pids.items():
+            try:
+                with SystemCalls(pid, folder) as traced:
+                    self.decode(requests)
+                calls[role] = traced.counts
+            except NotTraced as reason:
+                calls[role] = {"skipped": str(reason)}
+        return calls
+
+    def close(self) -> None:
+        self._client.close()
+        self._server.close()
+
+
 def main() -> int:
     chosen = arguments()
     with tempfile.TemporaryDirectory(prefix="luna-bench-") as name:
         folder = Path(name)
-        socket_path = folder / "luna.socket"
-        command = [
-            str(Path(chosen.broker).resolve()),
-            "serve",
-            "--bench-models",
-            "--socket",
-            str(socket_path),
-        ]
+        broker = [str(Path(chosen.broker).resolve()), "serve", "--bench-models", "--socket"]
         try:
-            server = Server(command, socket_path, folder / "broker.log")
+            library = build("allocations.c", folder, "harness", ("-shared", "-fPIC"))
+            result = {"requests": chosen.requests, "pairs": {}}
+            for pair in (
+                (OURS, broker, "harness.luna_client"),
+                (REFERENCE, [str(build("hand_off.c", folder))], "baseline.shared_client"),
+            ):
+                result["pairs"][pair[0]] = measured(Pair(*pair, folder, library), folder, chosen)
         except ProgramFailed as failure:
             print(failure, file=sys.stderr)
             return 2
-        client = PeerProcess("harness.luna_client", [str(socket_path)], folder / "client.log")
-        try:
-            server.wait_for_socket()
-            session = client.ask("open").get("session")
-            result = {"requests": chosen.requests, "session": session} | count(server, client, folder, chosen)
-        except ProgramFailed as failure:
-            print(failure, file=sys.stderr)
-            return 2
-        finally:
-            client.close()
-            server.close()
 
-    result["verdicts"] = verdicts(result["changes"], chosen.requests)
+    result["verdicts"] = verdicts(result["pairs"][OURS]["changes"], chosen.requests)
     print(text(result))
     if chosen.json is not None:
         chosen.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0 if all(result["verdicts"].values()) else 1
 
 
-def count(server: Server, client: PeerProcess, folder: Path, chosen: argparse.Namespace) -> dict:
-    pids = {"broker": server.pid, "client": client.pid}
-
-    def decode(times: int) -> None:
-        client.ask("repeat", variant="in place", size=SIZE.as_json(), count=times)
-
-    decode(chosen.warm_up)
-    before = {role: ProcessFacts.of(pid) for role, pid in pids.items()}
-    decode(chosen.requests)
-    changes = {role: ProcessFacts.of(pid).since(before[role]) for role, pid in pids.items()}
-
-    # Tracing slows every call down and makes pages of its own, so it has a run to itself.
-    calls: dict[str, dict] = {}
-    for role, pid in pids.items():
-        try:
-            with SystemCalls(pid, folder) as traced:
-                decode(chosen.requests)
-            calls[role] = traced.counts
-        except NotTraced as reason:
-            calls[role] = {"skipped": str(reason)}
-    return {"changes": changes, "system_calls": calls}
+def measured(pair: Pair, folder: Path, chosen: argparse.Namespace) -> dict:
+    try:
+        pair.decode(chosen.warm_up)
+        changes = pair.changes(chosen.requests)
+        return {
+            "session": pair.opened.get("session"),
+            "changes": changes,
+            "system_calls": pair.system_calls(chosen.requests, folder),
+        }
+    finally:
+        pair.close()
 
 
 def verdicts(changes: dict[str, dict[str, int]], requests: int) -> dict[str, bool]:
     most = FAULTS_THAT_COUNT_AS_NONE * max(1, requests / 1000)
     return {
         "no new mapping in broker or client": all(change["mappings"] <= 0 for change in changes.values()),
-        "no page fault in the broker": faults(changes["broker"]) < most,
+        "no page fault in the broker": faults(changes["server"]) < most,
         "no page fault in the client": faults(changes["client"]) < most,
     }
 
@@ -112,23 +142,39 @@ def faults(change: dict[str, int]) -> int:
 
 
 def text(result: dict) -> str:
-    changes, calls = result["changes"], result["system_calls"]
-    rows = [(f"change over {result['requests']} decodes", *changes)]
-    rows += [
-        (name.replace("_", " "), *(f"{change[name]:+d}" for change in changes.values())) for name in changes["broker"]
+    requests, pairs = result["requests"], result["pairs"]
+    columns = [(name, role) for name in pairs for role in ROLES]
+    changes = [pairs[name]["changes"][role] for name, role in columns]
+    calls = [pairs[name]["system_calls"][role] for name, role in columns]
+    header = ("", *(f"{name}, {role}" for name, role in columns))
+    per_call = [("each decode", *header[1:]), ("system calls", *(total(counts, requests) for counts in calls))]
+    per_call += [
+        (name.replace("_", " "), *(f"{change[name] / requests:.2f}" for change in changes)) for name in PER_CALL
     ]
-    parts = [f"session: {result['session']}", table(rows)]
-    parts += [call_lines(role, counts, result["requests"]) for role, counts in calls.items()]
-    parts += [f"{what}: {'holds' if held else 'DOES NOT HOLD'}" for what, held in result["verdicts"].items()]
-    return "\n\n".join(parts[:2]) + "\n\n" + "\n".join(parts[2:])
+    whole = [(f"change over {requests}", *header[1:])]
+    whole += [
+        (name.replace("_", " "), *(f"{change[name]:+d}" for change in changes))
+        for name in changes[0]
+        if name not in PER_CALL
+    ]
+    lines = [f"{OURS}: {pairs[OURS]['session']}", "", table(per_call), ""]
+    lines += [
+        f"{name}, {role}: {busiest(counts, requests)}" for (name, role), counts in zip(columns, calls, strict=True)
+    ]
+    lines += ["", table(whole), ""]
+    lines += [f"{what}: {'holds' if held else 'DOES NOT HOLD'}" for what, held in result["verdicts"].items()]
+    return "\n".join(lines)
 
 
-def call_lines(role: str, counts: dict, requests: int) -> str:
+def total(counts: dict, requests: int) -> str:
+    return "not counted" if "skipped" in counts else f"{sum(counts.values()) / requests:.2f}"
+
+
+def busiest(counts: dict, requests: int) -> str:
     if "skipped" in counts:
-        return f"system calls per request, {role}: skipped ({counts['skipped']})"
-    busiest = sorted(counts.items(), key=lambda item: -item[1])[:5]
-    named = ", ".join(f"{name} {number / requests:.2f}" for name, number in busiest)
-    return f"system calls per request, {role}: {sum(counts.values()) / requests:.2f} ({named})"
+        return f"system calls not counted ({counts['skipped']})"
+    ordered = sorted(counts.items(), key=lambda item: -item[1])[:5]
+    return ", ".join(f"{name} {number / requests:.2f}" for name, number in ordered)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What Linux says about a process: faults, mappings, threads, descriptors, system calls."""
+"""What Linux says about a process: faults, mappings, threads, descriptors, wake-ups, allocations, system calls."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import time
 from dataclasses import asdict, dataclass
@@ -16,13 +17,14 @@ ATTACH_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class ProcessFacts:
-    """Faults count up over the life of the process, over all its threads; the rest is what exists now."""
+    """Faults and wake-ups count up over the life of the process's threads; the rest is what exists now."""
 
     minor_faults: int
     major_faults: int
     mappings: int
     threads: int
     descriptors: int
+    wake_ups: int
 
     @classmethod
     def of(cls, pid: int) -> ProcessFacts:
@@ -35,11 +37,32 @@ class ProcessFacts:
             mappings=len(root.joinpath("maps").read_text().splitlines()),
             threads=len(os.listdir(root / "task")),
             descriptors=len(os.listdir(root / "fd")),
+            wake_ups=sum(voluntary_switches(status) for status in root.glob("task/*/status")),
         )
 
     def since(self, before: ProcessFacts) -> dict[str, int]:
         earlier = asdict(before)
         return {name: value - earlier[name] for name, value in asdict(self).items()}
+
+
+def voluntary_switches(status: Path) -> int:
+    """How often a thread went to sleep; it was woken as often, but for the last time."""
+    try:
+        found = re.search(r"^voluntary_ctxt_switches:\s*(\d+)", status.read_text(), re.MULTILINE)
+    except FileNotFoundError:  # The thread ended meanwhile.
+        return 0
+    return int(found[1]) if found else 0
+
+
+class Allocations:
+    """Counts what a program started with `environment` allocates. Python's own small objects are not among it."""
+
+    def __init__(self, library: Path, counter: Path) -> None:
+        self.environment = {"LD_PRELOAD": str(library), "LUNA_BENCH_ALLOCATIONS": str(counter)}
+        self._counter = counter
+
+    def count(self) -> int:
+        return struct.unpack("=Q", self._counter.read_bytes())[0]
 
 
 class NotTraced(RuntimeError):

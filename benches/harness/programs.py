@@ -20,11 +20,11 @@ class ProgramFailed(RuntimeError):
     """A program of the run did not start, answer or end as it should."""
 
 
-def build(source: str, into: Path) -> Path:
-    """Compiles one C baseline; not committed, so that it fits the machine it runs on."""
+def build(source: str, into: Path, folder: str = "baseline", options: tuple[str, ...] = ()) -> Path:
+    """Compiles one C program or library; not committed, so that it fits the machine it runs on."""
     program = into / Path(source).stem
     compiler = os.environ.get("CC", "cc")
-    command = [compiler, "-O2", "-pthread", "-o", str(program), str(BENCHES / "baseline" / source)]
+    command = [compiler, "-O2", "-pthread", *options, "-o", str(program), str(BENCHES / folder / source)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise ProgramFailed(f"{' '.join(command)}: {done.stderr.strip()}")
@@ -67,12 +67,14 @@ def confine(pid: int, cores: set[int]) -> None:
 class Server:
     """A program that listens on a Unix socket until it is ended."""
 
-    def __init__(self, command: list[str], socket_path: Path, log: Path) -> None:
+    def __init__(self, command: list[str], socket_path: Path, log: Path, env: dict[str, str] | None = None) -> None:
         self.socket_path = socket_path
         self._log = log
         with log.open("wb") as output:
             try:
-                self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+                self._process = subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=os.environ | (env or {})
+                )
             except OSError as error:
                 raise ProgramFailed(f"{command[0]}: {error}") from error
         self.pid = self._process.pid

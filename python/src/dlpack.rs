@@ -16,6 +16,7 @@ use pyo3::types::{PyCapsule, PyCapsuleMethods};
 
 const LEGACY: &CStr = c"dltensor";
 const VERSIONED: &CStr = c"dltensor_versioned";
+const EXCHANGE: &CStr = c"dlpack_exchange_api";
 /// Device type of host memory.
 pub(crate) const CPU: c_int = 1;
 
@@ -90,8 +91,104 @@ pub(crate) struct Borrowed<'py> {
     meta: TensorMeta,
     data: *const u8,
     length: usize,
-    /// Keeps the memory alive; never consumed, so its own destructor frees it.
-    _capsule: Bound<'py, PyCapsule>,
+    /// Keeps the memory alive.
+    _owner: Owner<'py>,
+}
+
+/// What a borrow of another library's tensor ends with.
+enum Owner<'py> {
+    /// Never consumed, so its own destructor frees it.
+    Capsule { _capsule: Bound<'py, PyCapsule> },
+    /// Made for this borrow by the library's C functions.
+    Managed { _managed: Taken },
+}
+
+/// A managed tensor of another library's, to be given back once.
+struct Taken(NonNull<Versioned>);
+
+impl Drop for Taken {
+    fn drop(&mut self) {
+        // SAFETY: `Exchange::borrow` took it from the library that made it, which promises that it is valid until its
+        // deleter is called; this is the one call.
+        unsafe {
+            if let Some(delete) = self.0.as_ref().deleter {
+                delete(self.0.as_ptr());
+            }
+        }
+    }
+}
+
+/// A library's table of C functions for exchanging tensors, as DLPack 1.2 defines it: the same as capsules without
+/// two calls through the interpreter.
+#[repr(C)]
+struct ExchangeTable {
+    major: u32,
+    minor: u32,
+    older: *const ExchangeTable,
+    allocate: *const c_void,
+    from_object: Option<unsafe extern "C" fn(*mut ffi::PyObject, *mut *mut Versioned) -> c_int>,
+    to_object: Option<unsafe extern "C" fn(*mut Versioned, *mut *mut ffi::PyObject) -> c_int>,
+    describe: *const c_void,
+    current_stream: *const c_void,
+}
+
+/// The C functions of one library, complete and of a version that is known here.
+#[derive(Clone, Copy)]
+pub(crate) struct Exchange {
+    from_object: unsafe extern "C" fn(*mut ffi::PyObject, *mut *mut Versioned) -> c_int,
+    to_object: unsafe extern "C" fn(*mut Versioned, *mut *mut ffi::PyObject) -> c_int,
+}
+
+impl Exchange {
+    /// The functions that the tensor type of a library offers, if it does.
+    pub(crate) fn of(tensor_type: &Bound<'_, PyAny>) -> Option<Self> {
+        let capsule = tensor_type.getattr("__dlpack_c_exchange_api__").ok()?.cast_into::<PyCapsule>().ok()?;
+        let mut next = capsule.pointer_checked(Some(EXCHANGE)).ok()?.cast::<ExchangeTable>().as_ptr().cast_const();
+        // SAFETY: a capsule of this name holds a table that stays for the life of the process, and each table links to
+        // an older one or to nothing; the first fields are the same in every version.
+        unsafe {
+            while let Some(table) = next.as_ref() {
+                if table.major == 1 {
+                    return Some(Self { from_object: table.from_object?, to_object: table.to_object? });
+                }
+                next = table.older;
+            }
+        }
+        None
+    }
+
+    /// Borrows a tensor of the library's.
+    ///
+    /// # Errors
+    /// As [`Borrowed::new`], and what the library raises.
+    pub(crate) fn borrow<'py>(&self, object: &Bound<'py, PyAny>) -> PyResult<Borrowed<'py>> {
+        let py = object.py();
+        let mut managed = ptr::null_mut();
+        // SAFETY: the object is of the type the table was found on, and the thread is attached to the interpreter.
+        let taken = unsafe { (self.from_object)(object.as_ptr(), &raw mut managed) };
+        let Some(managed) = NonNull::new(managed).filter(|_| taken == 0) else { return Err(PyErr::fetch(py)) };
+        let taken = Taken(managed);
+        // SAFETY: valid until `taken` is dropped, which `Borrowed` does last.
+        let tensor = unsafe { &managed.as_ref().tensor };
+        Borrowed::of(py, tensor, Owner::Managed { _managed: taken })
+    }
+
+    /// Makes a tensor of the library's on the memory of `tensor`, without a copy.
+    ///
+    /// # Errors
+    /// What the library raises.
+    pub(crate) fn hand_out<'py>(&self, py: Python<'py>, tensor: &Tensor) -> PyResult<Bound<'py, PyAny>> {
+        let managed = manage(tensor, Versioned::of);
+        let mut object = ptr::null_mut();
+        // SAFETY: a valid managed tensor, whose ownership passes to the library whatever it returns; the thread is
+        // attached to the interpreter.
+        unsafe {
+            if (self.to_object)(managed.cast(), &raw mut object) != 0 {
+                return Err(PyErr::fetch(py));
+            }
+            Bound::from_owned_ptr_or_err(py, object)
+        }
+    }
 }
 
 impl<'py> Borrowed<'py> {
@@ -115,8 +212,14 @@ impl<'py> Borrowed<'py> {
                 &capsule.pointer_checked(Some(LEGACY))?.cast::<Legacy>().as_ref().tensor
             }
         };
+        let tensor = ptr::from_ref(tensor);
+        // SAFETY: as above; `Owner` keeps the capsule for as long as the borrow lives.
+        Self::of(py, unsafe { &*tensor }, Owner::Capsule { _capsule: capsule })
+    }
+
+    fn of(py: Python<'py>, tensor: &DlTensor, owner: Owner<'py>) -> PyResult<Self> {
         let (meta, data, length) = describe(tensor).map_err(|error| crate::errors::raise(py, error))?;
-        Ok(Self { meta, data, length, _capsule: capsule })
+        Ok(Self { meta, data, length, _owner: owner })
     }
 
     pub(crate) fn meta(&self) -> TensorMeta {
@@ -176,8 +279,31 @@ fn describe(tensor: &DlTensor) -> Result<(TensorMeta, *const u8, usize), Error> 
     Ok((meta, tensor.data.cast_const().cast::<u8>().wrapping_add(offset), length))
 }
 
-/// A capsule that hands `tensor` to another library without a copy: versioned where the consumer knows that.
-pub(crate) fn export<'py>(py: Python<'py>, tensor: &Tensor, versioned: bool) -> PyResult<Bound<'py, PyAny>> {
+impl Versioned {
+    fn of(tensor: DlTensor) -> Self {
+        Self { major: 1, minor: 0, owner: ptr::null_mut(), deleter: Some(delete_versioned), flags: 0, tensor }
+    }
+}
+
+/// Gives `Managed` access to the description inside its header.
+trait Header {
+    fn tensor(&mut self) -> &mut DlTensor;
+}
+
+impl Header for Versioned {
+    fn tensor(&mut self) -> &mut DlTensor {
+        &mut self.tensor
+    }
+}
+
+impl Header for Legacy {
+    fn tensor(&mut self) -> &mut DlTensor {
+        &mut self.tensor
+    }
+}
+
+/// A managed tensor on the memory of `tensor`; its deleter frees it.
+fn manage<H: Header>(tensor: &Tensor, header: impl FnOnce(DlTensor) -> H) -> *mut Managed<H> {
     let meta = tensor.meta();
     let signed = |dims: &Dims| std::array::from_fn(|at| dims.as_slice().get(at).map_or(0, |extent| *extent as i64));
     let (shape, strides) = (signed(&meta.shape), signed(&meta.strides));
@@ -191,21 +317,20 @@ pub(crate) fn export<'py>(py: Python<'py>, tensor: &Tensor, versioned: bool) -> 
         strides: ptr::null_mut(),
         byte_offset: 0,
     };
-    let _tensor = tensor.clone();
+    let managed = Box::leak(Box::new(Managed { header: header(described), shape, strides, _tensor: tensor.clone() }));
+    let (shape, strides) = (managed.shape.as_mut_ptr(), managed.strides.as_mut_ptr());
+    let described = managed.header.tensor();
+    (described.shape, described.strides) = (shape, strides);
+    managed
+}
+
+/// A capsule that hands `tensor` to another library without a copy: versioned where the consumer knows that.
+pub(crate) fn export<'py>(py: Python<'py>, tensor: &Tensor, versioned: bool) -> PyResult<Bound<'py, PyAny>> {
     let (pointer, name, destructor): (*mut c_void, &CStr, ffi::PyCapsule_Destructor) = if versioned {
-        let owner = ptr::null_mut();
-        let header =
-            Versioned { major: 1, minor: 0, owner, deleter: Some(delete_versioned), flags: 0, tensor: described };
-        let managed = Box::leak(Box::new(Managed { header, shape, strides, _tensor }));
-        managed.header.tensor.shape = managed.shape.as_mut_ptr();
-        managed.header.tensor.strides = managed.strides.as_mut_ptr();
-        (ptr::from_mut(managed).cast(), VERSIONED, drop_versioned)
+        (manage(tensor, Versioned::of).cast(), VERSIONED, drop_versioned)
     } else {
-        let header = Legacy { tensor: described, owner: ptr::null_mut(), deleter: Some(delete_legacy) };
-        let managed = Box::leak(Box::new(Managed { header, shape, strides, _tensor }));
-        managed.header.tensor.shape = managed.shape.as_mut_ptr();
-        managed.header.tensor.strides = managed.strides.as_mut_ptr();
-        (ptr::from_mut(managed).cast(), LEGACY, drop_legacy)
+        let legacy = |tensor| Legacy { tensor, owner: ptr::null_mut(), deleter: Some(delete_legacy) };
+        (manage(tensor, legacy).cast(), LEGACY, drop_legacy)
     };
     // SAFETY: the pointer is not null, the name is static, the destructor has the right signature, and the thread is
     // attached to the interpreter.
@@ -214,13 +339,13 @@ pub(crate) fn export<'py>(py: Python<'py>, tensor: &Tensor, versioned: bool) -> 
 
 /// Called once by whoever consumed the capsule, on any thread, perhaps without the interpreter: touches no Python.
 unsafe extern "C" fn delete_versioned(managed: *mut Versioned) {
-    // SAFETY: the header of an allocation that `export` leaked; the protocol promises a single call.
+    // SAFETY: the header of an allocation that `manage` leaked; the protocol promises a single call.
     drop(unsafe { Box::from_raw(managed.cast::<Managed<Versioned>>()) });
 }
 
 /// As [`delete_versioned`].
 unsafe extern "C" fn delete_legacy(managed: *mut Legacy) {
-    // SAFETY: the header of an allocation that `export` leaked; the protocol promises a single call.
+    // SAFETY: the header of an allocation that `manage` leaked; the protocol promises a single call.
     drop(unsafe { Box::from_raw(managed.cast::<Managed<Legacy>>()) });
 }
 

@@ -5,7 +5,7 @@ use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyCapsule, PyDict, PyType};
 
-use crate::dlpack::{self, Borrowed};
+use crate::dlpack::{self, Borrowed, Exchange};
 
 /// The library a tensor came from, and so the one its result goes to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -17,6 +17,8 @@ pub(crate) enum Library {
 /// What is looked up in torch once.
 struct Torch {
     tensor: Py<PyType>,
+    /// Its C functions, which versions before 2.10 do not have.
+    exchange: Option<Exchange>,
     to_dlpack: Py<PyAny>,
     from_dlpack: Py<PyAny>,
     /// Whether this torch takes capsules of DLPack 1.0; older ones know `dltensor` only.
@@ -32,9 +34,11 @@ fn torch(py: Python<'_>) -> Option<&Torch> {
         // The compiled function without its Python wrapper, where this version of torch has it: 7 µs less per result.
         let native = torch.getattr("_C")?;
         let from_dlpack = native.getattr("_from_dlpack");
+        let tensor = torch.getattr("Tensor")?;
         Ok(Torch {
+            exchange: Exchange::of(&tensor),
             versioned: native.hasattr("_to_dlpack_versioned")?,
-            tensor: torch.getattr("Tensor")?.cast_into::<PyType>()?.unbind(),
+            tensor: tensor.cast_into::<PyType>()?.unbind(),
             to_dlpack: exchange.getattr("to_dlpack")?.unbind(),
             from_dlpack: from_dlpack.or_else(|_| exchange.getattr("from_dlpack"))?.unbind(),
         })
@@ -51,6 +55,9 @@ pub(crate) fn borrow<'py>(object: &Bound<'py, PyAny>) -> PyResult<(Library, Borr
     if let Some(torch) = torch(py)
         && object.is_instance(torch.tensor.bind(py))?
     {
+        if let Some(exchange) = torch.exchange {
+            return Ok((Library::Torch, exchange.borrow(object)?));
+        }
         let capsule = torch.to_dlpack.bind(py).call1((object,))?;
         return Ok((Library::Torch, Borrowed::new(capsule.cast_into::<PyCapsule>()?)?));
     }
@@ -84,6 +91,7 @@ fn contiguous_copy<'py>(object: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny
 /// Hands a tensor of the broker's to `library` without a copy.
 pub(crate) fn hand_out<'py>(py: Python<'py>, tensor: Tensor, library: Library) -> PyResult<Bound<'py, PyAny>> {
     match (library, torch(py)) {
+        (Library::Torch, Some(Torch { exchange: Some(exchange), .. })) => exchange.hand_out(py, &tensor),
         (Library::Torch, Some(torch)) => {
             torch.from_dlpack.bind(py).call1((dlpack::export(py, &tensor, torch.versioned)?,))
         }
