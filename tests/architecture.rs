@@ -79,10 +79,11 @@ fn modules_import_only_what_lies_below_them() {
 
 #[test]
 fn libraries_stay_in_the_modules_that_are_made_for_them() {
-    let homes: [(&str, &[&str]); 5] = [
+    let homes: [(&str, &[&str]); 6] = [
         ("tch::", &["model/torch"]),
         ("interprocess::", &["transport/local"]),
         ("shared_memory::", &["device/host"]),
+        ("cudarc", &["device/cuda"]),
         ("rmp_serde", &["protocol/codec.rs"]),
         ("unsafe ", &["device", "transport/local", "model"]),
     ];

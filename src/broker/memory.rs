@@ -210,6 +210,10 @@ impl SessionMemory {
                 attachments.push(Attachment::Local(Arc::new(region)));
                 ArenaHandle::Attached
             }
+            // Sessions have arenas of host memory only.
+            RegionHandle::CudaIpc(_) => return None,
+            #[cfg(unix)]
+            RegionHandle::CudaVmm(_) => return None,
         };
         Some(ArenaOffer { arena, size_bytes, handle })
     }

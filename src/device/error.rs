@@ -1,6 +1,7 @@
 use std::io;
 
 use crate::error::{Error, ErrorKind};
+use crate::id::GpuUuid;
 
 /// Why memory could not be allocated, exported, imported or reached.
 #[derive(Debug, thiserror::Error)]
@@ -65,14 +66,48 @@ pub enum DeviceError {
     /// The CPU cannot reach this memory.
     #[error("the region is not in host memory")]
     NotHost,
+    /// The region was imported for reading.
+    #[error("the region is mapped for reading only")]
+    ReadOnly,
+    /// CUDA cannot be used by this process.
+    #[error("no CUDA driver that this process can use: {reason}")]
+    NoDriver {
+        /// What is missing, or what the driver answers.
+        reason: String,
+    },
+    /// The driver shows this process no such GPU.
+    #[error("this process sees no GPU {gpu}")]
+    NoGpu {
+        /// The GPU asked for.
+        gpu: GpuUuid,
+    },
+    /// No GPU has this name.
+    #[error("`{name}` names no GPU that this process sees")]
+    UnknownGpu {
+        /// The name asked for.
+        name: String,
+    },
+    /// The CUDA driver refused a call, or the GPU failed at work enqueued before.
+    #[error("{call} answers {code} {name}")]
+    Cuda {
+        /// The call.
+        call: &'static str,
+        /// The driver's code.
+        code: u32,
+        /// The driver's name of the code.
+        name: String,
+    },
 }
 
 impl DeviceError {
     pub(crate) fn kind(&self) -> ErrorKind {
         match self {
             Self::OutOfMemory { .. } => ErrorKind::OutOfMemory,
-            Self::Os { .. } => ErrorKind::Io,
-            Self::WrongHandle { .. } | Self::NotHost => ErrorKind::Unsupported,
+            Self::Os { .. } | Self::Cuda { .. } => ErrorKind::Io,
+            Self::WrongHandle { .. } | Self::NotHost | Self::ReadOnly | Self::NoDriver { .. } | Self::NoGpu { .. } => {
+                ErrorKind::Unsupported
+            }
+            Self::UnknownGpu { .. } => ErrorKind::Configuration,
             Self::TooSmall { .. } | Self::NotSealed | Self::Imported | Self::OutOfBounds { .. } => ErrorKind::Protocol,
             Self::NotRecorded { .. } => ErrorKind::Stale,
         }

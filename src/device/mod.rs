@@ -3,14 +3,18 @@
 //! The broker allocates and exports; clients only import. One import per region and process: a tensor is
 //! a base address plus an offset, never a mapping of its own.
 
-use std::fmt::Debug;
+use std::fmt::{self, Debug};
 use std::sync::Arc;
 
+#[cfg(all(feature = "cuda", unix))]
+pub mod cuda;
 mod error;
 mod host;
 mod in_process;
 mod span;
 
+#[cfg(all(feature = "cuda", unix))]
+pub use cuda::{CudaDevice, CudaSharing};
 pub use error::DeviceError;
 pub use host::{HostDevice, HostSharing};
 pub use in_process::InProcessDevice;
@@ -28,7 +32,6 @@ pub enum Place {
 }
 
 /// What an importer needs to map a region.
-#[derive(Debug)]
 #[non_exhaustive]
 pub enum RegionHandle {
     /// A file descriptor of sealed memory; crosses by `SCM_RIGHTS`.
@@ -38,6 +41,26 @@ pub enum RegionHandle {
     Name(String),
     /// The region itself, for a client in the broker's process.
     Local(Arc<dyn Region>),
+    /// The CUDA driver's handle of a whole allocation.
+    CudaIpc([u8; 64]),
+    /// A file descriptor that the CUDA driver made of an allocation; crosses by `SCM_RIGHTS`.
+    #[cfg(unix)]
+    CudaVmm(std::os::fd::OwnedFd),
+}
+
+impl Debug for RegionHandle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // The kind alone: names and handles are capabilities and do not belong in logs.
+        f.write_str(match self {
+            #[cfg(unix)]
+            Self::Fd(_) => "Fd",
+            Self::Name(_) => "Name",
+            Self::Local(_) => "Local",
+            Self::CudaIpc(_) => "CudaIpc",
+            #[cfg(unix)]
+            Self::CudaVmm(_) => "CudaVmm",
+        })
+    }
 }
 
 /// One place where memory can be allocated (by the broker) or imported (by a client).
@@ -48,7 +71,8 @@ pub trait Device: Debug + Send + Sync {
     /// Allocates a zeroed, exportable region of at least `size_bytes`. Called once per arena, never per tensor.
     ///
     /// # Errors
-    /// [`DeviceError::OutOfMemory`], [`DeviceError::Os`].
+    /// [`DeviceError::OutOfMemory`], [`DeviceError::Os`], [`DeviceError::Cuda`] where the driver refuses this way of
+    /// sharing.
     fn allocate(&self, size_bytes: usize) -> Result<Arc<dyn Region>, DeviceError>;
 
     /// Maps a region that another process exported and checks that it holds `size_bytes`.
@@ -56,7 +80,7 @@ pub trait Device: Debug + Send + Sync {
     ///
     /// # Errors
     /// [`DeviceError::WrongHandle`] for a handle of another kind of device, [`DeviceError::TooSmall`],
-    /// [`DeviceError::NotSealed`], [`DeviceError::Os`].
+    /// [`DeviceError::NotSealed`], [`DeviceError::Os`], [`DeviceError::Cuda`].
     fn import(&self, handle: RegionHandle, size_bytes: usize) -> Result<Arc<dyn Region>, DeviceError>;
 }
 
@@ -84,10 +108,34 @@ pub unsafe trait Region: Debug + Send + Sync + 'static {
     /// The importer has the region open: a name that still exists is removed. Repeating it is harmless.
     fn opened(&self);
 
+    /// Copies `bytes` to `offset` bytes from the start and returns when they are there. Work on a GPU that uses the range
+    /// must be done before.
+    ///
+    /// # Errors
+    /// [`DeviceError::OutOfBounds`], [`DeviceError::ReadOnly`], [`DeviceError::Cuda`].
+    fn copy_in(&self, offset: usize, bytes: &[u8]) -> Result<(), DeviceError> {
+        let target = host_range(self, offset, bytes.len())?;
+        // SAFETY: `host_range` established that the range is host memory inside the region, which stays mapped while
+        // `self` lives; `bytes` is a Rust slice and so cannot overlap a slot that only its lease's holder writes.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), target, bytes.len()) };
+        Ok(())
+    }
+
+    /// Fills `target` from `offset` bytes after the start. Work on a GPU that writes to the range must be done before.
+    ///
+    /// # Errors
+    /// [`DeviceError::OutOfBounds`], [`DeviceError::Cuda`].
+    fn copy_out(&self, offset: usize, target: &mut [u8]) -> Result<(), DeviceError> {
+        let from = host_range(self, offset, target.len())?;
+        // SAFETY: as in `copy_in`; a peer that writes meanwhile can only change which bytes are copied.
+        unsafe { std::ptr::copy_nonoverlapping(from, target.as_mut_ptr(), target.len()) };
+        Ok(())
+    }
+
     /// Publishes what was written so far; the sequence number goes into the descriptor of the written tensor.
     ///
     /// # Errors
-    /// [`DeviceError::Os`] where the device refuses.
+    /// [`DeviceError::Os`] or [`DeviceError::Cuda`] where the device refuses.
     fn record(&self) -> Result<u64, DeviceError>;
 
     /// Makes everything published up to `sequence` visible to this process.
@@ -95,4 +143,21 @@ pub unsafe trait Region: Debug + Send + Sync + 'static {
     /// # Errors
     /// [`DeviceError::NotRecorded`] where `sequence` has not been published: the reader is early.
     fn wait(&self, sequence: u64) -> Result<(), DeviceError>;
+}
+
+/// Where `length` bytes at `offset` lie, for the CPU.
+fn host_range<R: Region + ?Sized>(region: &R, offset: usize, length: usize) -> Result<*mut u8, DeviceError> {
+    if region.place() != Place::Host {
+        return Err(DeviceError::NotHost);
+    }
+    check_range(offset, length, region.size_bytes())?;
+    Ok(std::ptr::with_exposed_provenance_mut(region.address() + offset))
+}
+
+/// That `length` bytes at `offset` lie within `size_bytes`.
+fn check_range(offset: usize, length: usize, size_bytes: usize) -> Result<(), DeviceError> {
+    match offset.checked_add(length) {
+        Some(end) if end <= size_bytes => Ok(()),
+        _ => Err(DeviceError::OutOfBounds { offset, length, size_bytes }),
+    }
 }

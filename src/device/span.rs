@@ -1,6 +1,6 @@
 use std::sync::Arc;
 
-use super::{DeviceError, Place, Region};
+use super::{DeviceError, Place, Region, check_range};
 
 /// A checked range of a region; keeps the region alive.
 #[derive(Debug, Clone)]
@@ -16,11 +16,8 @@ impl Span {
     /// # Errors
     /// [`DeviceError::OutOfBounds`] where the range leaves the region.
     pub fn new(region: Arc<dyn Region>, offset: usize, length: usize) -> Result<Self, DeviceError> {
-        let size_bytes = region.size_bytes();
-        match offset.checked_add(length) {
-            Some(end) if end <= size_bytes => Ok(Self { region, offset, length }),
-            _ => Err(DeviceError::OutOfBounds { offset, length, size_bytes }),
-        }
+        check_range(offset, length, region.size_bytes())?;
+        Ok(Self { region, offset, length })
     }
 
     /// The region the range lies in.
@@ -44,34 +41,27 @@ impl Span {
     /// Copies `bytes` to the start of the range.
     ///
     /// # Errors
-    /// [`DeviceError::OutOfBounds`] where they do not fit, [`DeviceError::NotHost`] for GPU memory.
+    /// As [`Span::write_at`].
     pub fn write(&self, bytes: &[u8]) -> Result<(), DeviceError> {
         self.write_at(0, bytes)
     }
 
-    /// Copies `bytes` to `offset` bytes from the start of the range.
+    /// Copies `bytes` to `offset` bytes from the start of the range and returns when they are there.
     ///
     /// # Errors
-    /// As [`Span::write`].
+    /// [`DeviceError::OutOfBounds`] where they do not fit, [`DeviceError::ReadOnly`], [`DeviceError::Cuda`].
     pub fn write_at(&self, offset: usize, bytes: &[u8]) -> Result<(), DeviceError> {
-        self.check(offset.saturating_add(bytes.len()))?;
-        let target = (self.address() + offset) as *mut u8;
-        // SAFETY: `check` established that the range is host memory inside the region and long enough; the region
-        // stays mapped while `self` holds it; `bytes` is a Rust slice and so cannot overlap a slot that only
-        // this lease's holder writes.
-        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), target, bytes.len()) };
-        Ok(())
+        check_range(offset, bytes.len(), self.length)?;
+        self.region.copy_in(self.offset + offset, bytes)
     }
 
     /// Copies the start of the range into `target`.
     ///
     /// # Errors
-    /// As [`Span::write`].
+    /// [`DeviceError::OutOfBounds`] where the range is shorter, [`DeviceError::Cuda`].
     pub fn read(&self, target: &mut [u8]) -> Result<(), DeviceError> {
-        self.check(target.len())?;
-        // SAFETY: as in `write`; a peer that writes meanwhile can only change which bytes are copied.
-        unsafe { std::ptr::copy_nonoverlapping(self.address() as *const u8, target.as_mut_ptr(), target.len()) };
-        Ok(())
+        check_range(0, target.len(), self.length)?;
+        self.region.copy_out(self.offset, target)
     }
 
     /// The first `length` bytes, for a caller that holds the slot's lease or pin.
@@ -79,7 +69,7 @@ impl Span {
     /// A peer that breaks the protocol and writes meanwhile changes values, nothing else: every bit pattern is a byte.
     ///
     /// # Errors
-    /// As [`Span::write`].
+    /// [`DeviceError::OutOfBounds`] where the range is shorter, [`DeviceError::NotHost`] for GPU memory.
     pub(crate) fn bytes(&self, length: usize) -> Result<&[u8], DeviceError> {
         self.check(length)?;
         // SAFETY: mapped host memory inside the region, kept mapped by `self`; the lease or pin rules out writers.
@@ -89,7 +79,7 @@ impl Span {
     /// The first `length` bytes for writing, for the one caller that holds the slot's only lease or pin.
     ///
     /// # Errors
-    /// As [`Span::write`].
+    /// As [`Span::bytes`].
     pub(crate) fn bytes_mut(&mut self, length: usize) -> Result<&mut [u8], DeviceError> {
         self.check(length)?;
         // SAFETY: as in `bytes`; the lease is exclusive and the borrow of `self` keeps this process to one slice.
@@ -99,7 +89,7 @@ impl Span {
     /// The first `count` float32 elements, for a caller that holds the slot's lease or pin.
     ///
     /// # Errors
-    /// As [`Span::write`]; [`DeviceError::OutOfBounds`] also for a range that is not aligned for float32.
+    /// As [`Span::bytes`]; [`DeviceError::OutOfBounds`] also for a range that is not aligned for float32.
     pub(crate) fn floats(&self, count: usize) -> Result<&[f32], DeviceError> {
         let bytes = self.bytes(count.saturating_mul(size_of::<f32>()))?;
         // SAFETY: every bit pattern is a float32; `align_to` takes care of alignment.
@@ -113,9 +103,6 @@ impl Span {
         if self.region.place() != Place::Host {
             return Err(DeviceError::NotHost);
         }
-        if length > self.length {
-            return Err(DeviceError::OutOfBounds { offset: 0, length, size_bytes: self.length });
-        }
-        Ok(())
+        check_range(0, length, self.length)
     }
 }
