@@ -31,6 +31,18 @@ pub enum Place {
     Gpu(GpuUuid),
 }
 
+/// A stream of a GPU by its driver handle, as torch and DLPack give it out. The default stream is 0, or 1 in DLPack.
+///
+/// It names the stream and does not own it. The driver's layer takes it and the tensor library's gives it; neither is
+/// in every build.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct StreamRef(pub usize);
+
+impl StreamRef {
+    /// The legacy default stream.
+    pub const DEFAULT: Self = Self(0);
+}
+
 /// What an importer needs to map a region.
 #[non_exhaustive]
 pub enum RegionHandle {

@@ -9,9 +9,9 @@ use super::context::Context;
 use super::driver::Gpu;
 use super::ipc::{Allocated, Opened};
 use super::region::CudaRegion;
-use super::stream::{self, CopyWay, CudaStream, StreamRef};
+use super::stream::{self, CopyWay, CudaStream};
 use super::vmm::Mapped;
-use crate::device::{Device, DeviceError, Place, Region, RegionHandle};
+use crate::device::{Device, DeviceError, Place, Region, RegionHandle, StreamRef};
 use crate::id::GpuUuid;
 
 /// How allocations of a GPU are shared.

@@ -5,8 +5,7 @@ use cudarc::driver::sys;
 
 use super::api::{Raw, note_failure};
 use super::context::Context;
-use super::stream::StreamRef;
-use crate::device::DeviceError;
+use crate::device::{DeviceError, StreamRef};
 
 const DISABLE_TIMING: u32 = 2;
 const INTERPROCESS: u32 = 4;

@@ -7,9 +7,9 @@ use parking_lot::Mutex;
 use super::context::Context;
 use super::device::CudaDevice;
 use super::event::Event;
-use super::stream::{CudaStream, StreamRef};
+use super::stream::CudaStream;
 use crate::device::host::await_published;
-use crate::device::{DeviceError, Place, Region, check_range};
+use crate::device::{DeviceError, Place, Region, StreamRef, check_range};
 
 /// Bytes of one handle.
 const HANDLE_BYTES: usize = 64;

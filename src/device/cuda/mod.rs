@@ -18,7 +18,8 @@ mod region;
 mod stream;
 mod vmm;
 
+pub use super::StreamRef;
 pub use device::{CudaDevice, CudaSharing, Pinned};
 pub use driver::{Driver, Gpu};
 pub use fence::{Fence, FenceHandle};
-pub use stream::{CopyWay, CudaStream, StreamRef};
+pub use stream::{CopyWay, CudaStream};

@@ -6,7 +6,7 @@ use cudarc::driver::sys;
 
 use super::api::{Raw, note_failure};
 use super::context::Context;
-use crate::device::DeviceError;
+use crate::device::{DeviceError, StreamRef};
 
 /// The stream does not order with the default stream, on which other libraries of the process may work.
 pub(super) const NON_BLOCKING: u32 = 1;
@@ -22,14 +22,7 @@ pub enum CopyWay {
     DeviceToHost,
 }
 
-/// A stream by its driver handle, as torch and DLPack give it out. The default stream is 0, or 1 in DLPack.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct StreamRef(pub usize);
-
 impl StreamRef {
-    /// The legacy default stream.
-    pub const DEFAULT: Self = Self(0);
-
     pub(super) fn raw(self) -> sys::CUstream {
         std::ptr::with_exposed_provenance_mut(self.0)
     }
