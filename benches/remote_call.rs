@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use luna_broker::client::{CallOptions, Client, Input, VaeOutput};
 use luna_broker::device::{Device, InProcessDevice, Span};
-use luna_broker::model::torch::{LoadOptions, load_vae};
+use luna_broker::model::torch::{LoadOptions, Target, load_vae};
 use luna_broker::model::{ModelFile, Vae, VaeInput, VaePlan, WeightStorage, vae_facts};
 use luna_broker::service::{Tiling, VaeCall, VaeOperation};
 use luna_broker::tensor::{DType, Dims, TensorMeta};
@@ -100,7 +100,12 @@ impl InProcess {
         let file = Arc::new(ModelFile::open(path)?);
         let meta = TensorMeta::contiguous(DType::F32, Dims::of([1, vae_facts(&file)?.latent_channels, SIDE, SIDE]));
         let plan = vae_facts(&file)?.plan(&CALL, &meta, BUDGET_BYTES)?;
-        let options = LoadOptions { storage: WeightStorage::Mapped, memory: &InProcessDevice, progress: &|_, _| {} };
+        let options = LoadOptions {
+            target: &Target::Cpu,
+            storage: WeightStorage::Mapped,
+            memory: &InProcessDevice,
+            progress: &|_, _| {},
+        };
         let memory = |length: usize| Span::new(InProcessDevice.allocate(length)?, 0, length);
         let (input, output) = (memory(meta.size_bytes()?)?, memory(plan.output.size_bytes()?)?);
         Ok(Self { vae: load_vae(file, options)?, plan, meta, input, output })
@@ -116,7 +121,8 @@ impl InProcess {
 
     fn run(&mut self) -> Result<(), AnyError> {
         let input = VaeInput { meta: self.meta, memory: &self.input };
-        Ok(self.vae.run(&self.plan, input, &self.output, &|| false)?)
+        self.vae.run(&self.plan, input, &self.output, &|| false)?;
+        Ok(())
     }
 
     /// Both ways must give the same picture, or their times compare nothing.

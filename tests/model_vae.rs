@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use luna_broker::device::{Device, InProcessDevice, Span};
-use luna_broker::model::torch::{LoadOptions, load_vae};
+use luna_broker::model::torch::{LoadOptions, Target, load_vae};
 use luna_broker::model::{
     ModelError, ModelFile, StoredDType, Vae, VaeFacts, VaeInput, VaePlan, WeightStorage, vae_facts,
 };
@@ -51,7 +51,7 @@ fn load(path: &Path, storage: WeightStorage) -> Loaded {
         assert!(done > seen.get().0 && done <= total, "{done} of {total} after {:?}", seen.get());
         seen.set((done, total));
     };
-    let options = LoadOptions { storage, memory: &InProcessDevice, progress: &progress };
+    let options = LoadOptions { target: &Target::Cpu, storage, memory: &InProcessDevice, progress: &progress };
     let vae = load_vae(Arc::clone(&file), options).unwrap_or_else(|error| panic!("{error}"));
     assert_eq!(seen.get(), (facts.weight_bytes, facts.weight_bytes), "progress ends with everything loaded");
     Loaded { file, facts, vae }
@@ -121,7 +121,8 @@ fn span(bytes: usize) -> Span {
 fn run_plan(loaded: &mut Loaded, plan: &VaePlan, input: &Value, stop: &dyn Fn() -> bool) -> Result<Value, ModelError> {
     let (source, target) = (span(input.bytes.len()), span(plan.output.size_bytes().expect("a size")));
     source.write(&input.bytes).expect("it fits");
-    loaded.vae.run(plan, VaeInput { meta: input.meta, memory: &source }, &target, stop)?;
+    let mode = loaded.vae.run(plan, VaeInput { meta: input.meta, memory: &source }, &target, stop)?;
+    assert_eq!((mode, loaded.vae.stream()), (plan.mode, None), "what was planned ran, and is complete");
     let mut all = vec![0; target.length() + 128];
     Span::new(Arc::clone(target.region()), 0, all.len()).expect("the region").read(&mut all).expect("it fits");
     let outside = all[..64].iter().chain(&all[64 + target.length()..]);

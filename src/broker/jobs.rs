@@ -10,6 +10,7 @@ use crate::id::ModelId;
 use crate::lane::{Job, Refusal, StopSignal};
 use crate::model::{ModelError, Vae, VaeInput, VaePlan};
 use crate::protocol::Outcome;
+use crate::service::VaeMode;
 use crate::tensor::TensorMeta;
 
 /// A VAE call with its memory, ready to run.
@@ -33,19 +34,19 @@ impl VaeCallJob {
         let ran = vae.run(&self.plan, input, self.output.span(), stop);
         self.responder.finished();
         match ran {
-            Ok(()) => {
-                self.answer();
+            Ok(mode) => {
+                self.answer(mode);
                 None
             }
             Err(error) => Some(Unfinished { responder: self.responder, error }),
         }
     }
 
-    fn answer(self) {
+    fn answer(self, mode: VaeMode) {
         let Self { responder, plan, input, output, inline, .. } = self;
         // Given back before the client can know: its next call finds the slot free.
         drop(input);
-        let (meta, mode) = (plan.output, plan.mode);
+        let meta = plan.output;
         if inline {
             let length = match meta.size_bytes() {
                 Ok(length) => length,

@@ -250,11 +250,11 @@ impl Loader {
 
     #[cfg(feature = "torch")]
     fn load_file(&self, file: &Arc<ModelFile>) -> Result<Box<dyn Vae>, ModelError> {
-        use crate::model::torch::{LoadOptions, load_vae};
+        use crate::model::torch::{LoadOptions, Target, load_vae};
         let started = std::time::Instant::now();
         let progress = |done: u64, _total: u64| self.loading.store(done, Ordering::Relaxed);
         let memory = crate::device::HostDevice::default();
-        let options = LoadOptions { storage: self.storage, memory: &memory, progress: &progress };
+        let options = LoadOptions { target: &Target::Cpu, storage: self.storage, memory: &memory, progress: &progress };
         let loaded = load_vae(Arc::clone(file), options);
         self.loading.store(0, Ordering::Relaxed);
         if loaded.is_ok() {

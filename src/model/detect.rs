@@ -1,5 +1,6 @@
 use half::{bf16, f16};
 
+use super::executor::TINY_FAMILY;
 use super::layout::{Kl, KlDecoder, KlEncoder, Reader, Tiny};
 use super::{ModelError, ModelFile, StoredDType, StoredTensor, VaeFacts};
 
@@ -85,7 +86,7 @@ impl VaeLayout {
     fn family(&self) -> &'static str {
         match self {
             Self::Kl(_) => "autoencoder-kl",
-            Self::Tiny(..) => "taesd",
+            Self::Tiny(..) => TINY_FAMILY,
         }
     }
 

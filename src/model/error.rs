@@ -109,9 +109,96 @@ pub enum ModelError {
         /// The library's words.
         cause: String,
     },
+    /// A GPU was asked for that models cannot run on.
+    #[error("models cannot run on a GPU: {0}")]
+    Cuda(#[from] CudaUnavailable),
     /// The caller took the request back while it ran.
     #[error("the request was cancelled while it ran")]
     Cancelled,
+}
+
+/// Why models cannot run on a GPU in this process.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum CudaUnavailable {
+    /// Not built for Linux.
+    #[error("this build does not run models on GPUs on this system")]
+    Platform,
+    /// The process has no libtorch that could be completed.
+    #[error("libtorch is not loaded as a shared library")]
+    NoLibtorch,
+    /// A libtorch for the CPU only.
+    #[error("the libtorch in use has no CUDA half: there is no {}", missing.display())]
+    NoCudaHalf {
+        /// The library that is not there.
+        missing: PathBuf,
+    },
+    /// A libtorch with CUDA, but a build without the part of this program that talks to it.
+    #[error("this build has no CUDA part: {reason}")]
+    NoShim {
+        /// What the build lacked.
+        reason: &'static str,
+    },
+    /// The loader refused a library.
+    #[error("{library} cannot be opened: {cause}")]
+    Library {
+        /// The library.
+        library: String,
+        /// The loader's words.
+        cause: String,
+    },
+    /// Nothing that could answer for a GPU.
+    #[error("there is no NVIDIA driver on this machine")]
+    NoDriver,
+    /// A driver from before the CUDA that libtorch was built with.
+    #[error("the NVIDIA driver knows CUDA up to {driver}, this libtorch needs {needed}")]
+    DriverTooOld {
+        /// Version the driver knows, as major.minor.
+        driver: String,
+        /// Version libtorch needs, as major.minor.
+        needed: String,
+    },
+    /// The driver is there and says no.
+    #[error("the NVIDIA driver refuses (code {code}): {cause}")]
+    Driver {
+        /// The runtime's number for it.
+        code: i32,
+        /// The runtime's words.
+        cause: String,
+    },
+    /// A driver, but not the GPU asked for.
+    #[error("there is no GPU {device}; {count} are visible")]
+    NoSuchDevice {
+        /// The name asked for.
+        device: String,
+        /// GPUs the process sees.
+        count: i32,
+    },
+    /// The tensor library looked for its CUDA half before it was opened, and looks only once.
+    #[error("the tensor library has already computed in this process without its CUDA half")]
+    TooLate,
+}
+
+impl CudaUnavailable {
+    /// What to do about it.
+    #[must_use]
+    pub fn remedy(&self) -> &'static str {
+        match self {
+            Self::Platform => "use --device cpu, or a Linux machine",
+            Self::NoLibtorch | Self::NoCudaHalf { .. } => {
+                "use --device cpu, or install a torch built for CUDA and build against it"
+            }
+            Self::NoShim { .. } => {
+                "use --device cpu, or build again where torch for CUDA and the wheel nvidia-cuda-crt are installed"
+            }
+            Self::Library { .. } => "install torch with all of its CUDA wheels, of the version this was built with",
+            Self::NoDriver => "install the NVIDIA driver; in a container, start it with the GPU made visible",
+            Self::DriverTooOld { .. } => "update the NVIDIA driver",
+            Self::Driver { .. } => "see whether nvidia-smi works; a restart of the driver or the machine may be due",
+            Self::NoSuchDevice { .. } => "name a GPU that nvidia-smi lists and CUDA_VISIBLE_DEVICES does not hide",
+            Self::TooLate => "open the GPU before the first model runs on the CPU",
+        }
+    }
 }
 
 impl ModelError {
@@ -130,6 +217,8 @@ impl ModelError {
             Self::Tensor(_) | Self::Tiles { .. } => ErrorKind::InvalidTensor,
             Self::OverBudget { .. } | Self::OutOfMemory { .. } => ErrorKind::OutOfMemory,
             Self::Executor { .. } => ErrorKind::Internal,
+            Self::Cuda(CudaUnavailable::NoSuchDevice { .. }) => ErrorKind::Configuration,
+            Self::Cuda(_) => ErrorKind::Unsupported,
             Self::Cancelled => ErrorKind::Cancelled,
         }
     }
@@ -153,6 +242,7 @@ impl ModelError {
             }
             Self::OverBudget { .. } => "send a smaller batch, smaller tiles, or raise --vae-budget",
             Self::OutOfMemory { .. } => "send a smaller batch or ask for tiles",
+            Self::Cuda(why) => why.remedy(),
             Self::Tensor(_) | Self::Tiles { .. } | Self::Executor { .. } | Self::Cancelled => "",
         }
     }

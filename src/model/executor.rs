@@ -1,7 +1,7 @@
 use std::path::PathBuf;
 
-use crate::device::Span;
-use crate::service::{VaeMode, VaeOperation};
+use crate::device::{Span, StreamRef};
+use crate::service::{Precision, VaeMode, VaeOperation};
 use crate::tensor::TensorMeta;
 
 use super::ModelError;
@@ -15,6 +15,9 @@ pub enum WeightStorage {
     /// A sealed memfd of the broker's own: costs a copy, survives whatever happens to the file.
     Copied,
 }
+
+/// Family of the tiny autoencoders.
+pub(super) const TINY_FAMILY: &str = "taesd";
 
 /// What is known of a VAE from its file's header alone.
 #[derive(Debug, Clone, PartialEq)]
@@ -39,6 +42,50 @@ pub struct VaeFacts {
     pub encode_bytes_per_pixel: u64,
     /// Computes nothing worth queueing for: runs on the thread that read the request.
     pub runs_inline: bool,
+}
+
+/// What a GPU can do, as NVIDIA numbers it: 8.0 for A100, 9.0 for H100.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Capability {
+    /// The generation.
+    pub major: i32,
+    /// The step within it.
+    pub minor: i32,
+}
+
+impl Capability {
+    /// The first with fast float16.
+    const VOLTA: Self = Self { major: 7, minor: 0 };
+    /// The first that computes in bfloat16.
+    const AMPERE: Self = Self { major: 8, minor: 0 };
+}
+
+impl VaeFacts {
+    /// The element type this VAE computes in unless a setting says otherwise: on the CPU (`None`) float32, on a GPU
+    /// bfloat16 where it can, else float32.
+    ///
+    /// Float16 is chosen for the tiny autoencoders only, and only where there is no bfloat16: activations of a full
+    /// one leave its range with some pictures, which then come out black.
+    #[must_use]
+    pub fn precision(&self, gpu: Option<Capability>) -> Precision {
+        match gpu {
+            Some(gpu) if gpu >= Capability::AMPERE => Precision::Bf16,
+            Some(gpu) if gpu >= Capability::VOLTA && self.family == TINY_FAMILY => Precision::F16,
+            _ => Precision::F32,
+        }
+    }
+
+    /// The same VAE where it computes in `precision`; sizes are told for float32 at first.
+    #[must_use]
+    pub fn in_precision(self, precision: Precision) -> Self {
+        let scaled = |bytes: u64| bytes.saturating_mul(precision.size_bytes()).div_ceil(Precision::F32.size_bytes());
+        Self {
+            weight_bytes: scaled(self.weight_bytes),
+            decode_bytes_per_pixel: scaled(self.decode_bytes_per_pixel),
+            encode_bytes_per_pixel: scaled(self.encode_bytes_per_pixel),
+            ..self
+        }
+    }
 }
 
 /// A validated VAE call: what comes out, and how it is run.
@@ -66,6 +113,14 @@ pub trait Vae {
     /// Runs `plan` on `input`; the last operation writes straight into `output`, which holds
     /// `plan.output.size_bytes()`. `stop` is asked between tiles and ends the call with [`ModelError::Cancelled`].
     ///
+    /// Answers the mode that ran: tiled where memory did not suffice for one piece.
+    ///
+    /// With [`Vae::stream`], `input` and `output` may also lie in that GPU's memory, and the call returns when all
+    /// work is *enqueued* on the stream: before it, the caller has made the stream wait for whatever still writes
+    /// `input` or uses `output`; after it, the caller records an event there and keeps both alive until that has
+    /// happened. An error leaves work on the stream too. A result in host memory is complete on return all the same,
+    /// and input in host memory is no longer read.
+    ///
     /// NaN passes through: a NaN in the input shows in the output.
     ///
     /// # Errors
@@ -77,5 +132,13 @@ pub trait Vae {
         input: VaeInput<'_>,
         output: &Span,
         stop: &dyn Fn() -> bool,
-    ) -> Result<(), ModelError>;
+    ) -> Result<VaeMode, ModelError>;
+
+    /// The stream that GPU work of every [`Vae::run`] is enqueued on; `None` where there is none and a result is
+    /// complete when `run` returns. Always the same answer, valid as long as the process.
+    ///
+    /// It does not order itself with the GPU's default stream.
+    fn stream(&self) -> Option<StreamRef> {
+        None
+    }
 }

@@ -3,7 +3,7 @@ use std::path::PathBuf;
 use half::{bf16, f16};
 
 use crate::device::{DeviceError, Span};
-use crate::service::VaeOperation;
+use crate::service::{VaeMode, VaeOperation};
 use crate::tensor::{DType, TensorMeta};
 
 use super::{ModelError, Vae, VaeFacts, VaeInput, VaePlan};
@@ -52,7 +52,7 @@ impl Vae for HandOff {
         input: VaeInput<'_>,
         output: &Span,
         _stop: &dyn Fn() -> bool,
-    ) -> Result<(), ModelError> {
+    ) -> Result<VaeMode, ModelError> {
         if plan.operation == VaeOperation::Encode {
             return Err(ModelError::Unsupported {
                 path: PathBuf::from("builtin:hand-off"),
@@ -70,7 +70,7 @@ impl Vae for HandOff {
                 output.write_at(at * step * F32_BYTES, &value.to_ne_bytes()).map_err(executor)?;
             }
         }
-        Ok(())
+        Ok(plan.mode)
     }
 }
 

@@ -13,7 +13,7 @@ mod plan;
 pub mod torch;
 
 pub use detect::vae_facts;
-pub use error::ModelError;
-pub use executor::{Vae, VaeFacts, VaeInput, VaePlan, WeightStorage};
+pub use error::{CudaUnavailable, ModelError};
+pub use executor::{Capability, Vae, VaeFacts, VaeInput, VaePlan, WeightStorage};
 pub use file::{ModelFile, StoredDType, StoredTensor};
 pub use hand_off::HandOff;

@@ -34,7 +34,7 @@ impl VaeFacts {
         let work = Work { facts: self, operation: call.operation, bytes_per_pixel, output: &output };
         let mode = match call.tiling {
             Tiling::Auto if work.full_bytes() <= budget_bytes => VaeMode::Full,
-            Tiling::Auto => VaeMode::Tiled(work.default_tiles()),
+            Tiling::Auto => VaeMode::Tiled(default_tiles(call.operation)),
             Tiling::Tiles(tiles) => VaeMode::Tiled(tiles),
         };
         if let VaeMode::Tiled(tiles) = mode {
@@ -126,13 +126,6 @@ impl Work<'_> {
         height.saturating_mul(width).saturating_mul(self.bytes_per_pixel)
     }
 
-    fn default_tiles(&self) -> TileShape {
-        match self.operation {
-            VaeOperation::Decode => DECODE_TILES,
-            VaeOperation::Encode => ENCODE_TILES,
-        }
-    }
-
     /// The largest tile of the three passes, and what blending them takes.
     fn tiled_bytes(&self, tiles: TileShape) -> u64 {
         let (height, width) = self.pixels();
@@ -177,6 +170,25 @@ impl Work<'_> {
             return Ok(());
         };
         Err(ModelError::Tiles { width: tiles.width, height: tiles.height, overlap: tiles.overlap, reason })
+    }
+}
+
+impl VaePlan {
+    /// Ways to run the call, the planned one first. Tiles that somebody asked for are not replaced by others.
+    #[cfg_attr(not(feature = "torch"), expect(dead_code, reason = "only running needs it"))]
+    pub(super) fn modes(&self) -> Vec<VaeMode> {
+        match self.mode {
+            VaeMode::Full => vec![VaeMode::Full, VaeMode::Tiled(default_tiles(self.operation))],
+            tiled @ VaeMode::Tiled(_) => vec![tiled],
+        }
+    }
+}
+
+/// Tiles of a call that needs too much memory in one piece.
+fn default_tiles(operation: VaeOperation) -> TileShape {
+    match operation {
+        VaeOperation::Decode => DECODE_TILES,
+        VaeOperation::Encode => ENCODE_TILES,
     }
 }
 

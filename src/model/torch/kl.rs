@@ -1,4 +1,4 @@
-use tch::{TchError, Tensor};
+use tch::{Kind, TchError, Tensor};
 
 use super::super::layout::{Attention, Conv, Kl, KlDecoder, KlEncoder, Level, Middle, Norm, ResBlock};
 use super::ops::{conv, conv1, conv3, double, norm};
@@ -9,7 +9,8 @@ const GROUPS: u64 = 32;
 /// What keeps a normalisation of constant values finite; the UNet's is ten times this.
 const EPS: f64 = 1e-6;
 
-// All activations are NCHW. Values are replaced rather than shadowed, so that each is freed by the next.
+// All activations are NCHW, in the element type of the weights; what comes in and goes out is float32.
+// Values are replaced rather than shadowed, so that each is freed by the next.
 
 impl Net for Kl<Tensor> {
     fn decode(&self, latent: &Tensor) -> Option<Result<Tensor, TchError>> {
@@ -24,10 +25,11 @@ impl Net for Kl<Tensor> {
 impl KlDecoder<Tensor> {
     /// Raw latent to an image in 0…1, not yet clamped.
     fn forward(&self, latent: &Tensor) -> Result<Tensor, TchError> {
-        let mut x = match &self.post_quant {
-            Some(layer) => conv3(&self.conv_in, &conv1(layer, latent)?)?,
-            None => conv3(&self.conv_in, latent)?,
-        };
+        let mut x = latent.f_to_kind(self.conv_in.weight.kind())?;
+        if let Some(layer) = &self.post_quant {
+            x = conv1(layer, &x)?;
+        }
+        x = conv3(&self.conv_in, &x)?;
         x = self.middle.forward(x)?;
         for level in &self.levels {
             x = level.blocks(x)?;
@@ -37,7 +39,8 @@ impl KlDecoder<Tensor> {
             }
         }
         x = normalise(&self.norm_out, &x)?;
-        x = conv3(&self.conv_out, &x)?;
+        // The range is changed in float32: half-precision numbers near 1 are too far apart for an image.
+        x = conv3(&self.conv_out, &x)?.f_to_kind(Kind::Float)?;
         x.f_add_scalar_(1.0)?.f_div_scalar_(2.0)
     }
 }
@@ -45,7 +48,7 @@ impl KlDecoder<Tensor> {
 impl KlEncoder<Tensor> {
     /// Image in 0…1 to the mean of the posterior.
     fn forward(&self, image: &Tensor) -> Result<Tensor, TchError> {
-        let mut x = image.f_mul_scalar(2.0)?.f_sub_scalar_(1.0)?;
+        let mut x = image.f_mul_scalar(2.0)?.f_sub_scalar_(1.0)?.f_to_kind(self.conv_in.weight.kind())?;
         x = conv3(&self.conv_in, &x)?;
         for level in &self.levels {
             x = level.blocks(x)?;
@@ -62,7 +65,7 @@ impl KlEncoder<Tensor> {
             x = conv1(layer, &x)?;
         }
         let (_, moments, ..) = x.size4()?;
-        x.f_narrow(1, 0, moments / 2)
+        x.f_narrow(1, 0, moments / 2)?.f_to_kind(Kind::Float)
     }
 }
 

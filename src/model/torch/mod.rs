@@ -1,7 +1,11 @@
 //! Running models with libtorch. Every tensor call is the kind that returns an error; none may panic.
 
+mod cuda;
 mod kl;
+mod ladder;
 mod ops;
+mod shim;
+mod target;
 mod tiles;
 mod tiny;
 mod vae;
@@ -9,6 +13,8 @@ mod weights;
 
 use tch::{Kind, TchError};
 
+pub use cuda::{CudaSwitches, GpuFacts, TorchCuda, TorchMemory, shim_version};
+pub use target::Target;
 pub use vae::load_vae;
 pub use weights::LoadOptions;
 
@@ -51,10 +57,53 @@ fn failed(what: &'static str) -> impl Fn(TchError) -> ModelError {
     move |error| {
         let words = error.to_string();
         let cause: String = words.lines().next().unwrap_or_default().chars().take(MAX_CAUSE_CHARS).collect();
-        let exhausted = ["out of memory", "can't allocate memory", "bad_alloc", "could not create a memory"];
-        if exhausted.iter().any(|known| words.contains(known)) {
+        if is_exhaustion(&words) {
             return ModelError::OutOfMemory { what, cause };
         }
         ModelError::Executor { what, cause }
+    }
+}
+
+/// Whether an error's words are about memory: those of the caching allocator and of the CUDA runtime and driver,
+/// of the libraries that allocate beside it, of the CPU's allocator, and of kernels that make scratch of their own.
+fn is_exhaustion(words: &str) -> bool {
+    const KNOWN: [&str; 8] = [
+        "out of memory",
+        "memoryallocation",
+        "cublas_status_alloc_failed",
+        "cudnn_status_alloc_failed",
+        "cudnn_status_internal_error_host_allocation_failed",
+        "can't allocate memory",
+        "bad_alloc",
+        "could not create a memory",
+    ];
+    let words = words.to_ascii_lowercase();
+    KNOWN.iter().any(|known| words.contains(known))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_wording_of_no_memory_left_is_understood() {
+        let exhausted = [
+            "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 139.81 GiB of which 3.00 GiB is free.",
+            "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call",
+            "CUDA driver error: out of memory",
+            "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+            "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+            "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 16 bytes",
+            "std::bad_alloc",
+            "could not create a memory object",
+        ];
+        for words in exhausted {
+            let error = failed("decode")(TchError::Torch(words.to_owned()));
+            assert!(matches!(error, ModelError::OutOfMemory { what: "decode", .. }), "{words}");
+        }
+        for words in ["CUDA error: an illegal memory access was encountered", "shape mismatch", ""] {
+            let error = failed("decode")(TchError::Torch(words.to_owned()));
+            assert!(matches!(error, ModelError::Executor { .. }), "{words}");
+        }
     }
 }

@@ -1,4 +1,4 @@
-use tch::{TchError, Tensor};
+use tch::{Kind, TchError, Tensor};
 
 use super::super::detect::Scale;
 use super::super::layout::{Pool, Step, Tiny, TinyBlock};
@@ -15,19 +15,28 @@ const MAGNITUDE: f64 = 3.0;
 pub(super) struct ScaledTiny {
     pub(super) tiny: Tiny<Tensor>,
     pub(super) scale: Scale,
+    /// Element type of the weights.
+    pub(super) kind: Kind,
 }
 
 impl Net for ScaledTiny {
     fn decode(&self, latent: &Tensor) -> Option<Result<Tensor, TchError>> {
         let steps = self.tiny.decoder.as_deref()?;
         let own = latent.f_sub_scalar(self.scale.shift).and_then(|mut x| x.f_mul_scalar_(self.scale.scale));
-        Some(own.and_then(|x| run(steps, x)))
+        Some(own.and_then(|x| self.run(steps, x)))
     }
 
     fn encode(&self, image: &Tensor) -> Option<Result<Tensor, TchError>> {
         let steps = self.tiny.encoder.as_deref()?;
-        let own = run(steps, image.shallow_clone());
+        let own = self.run(steps, image.shallow_clone());
         Some(own.and_then(|mut x| x.f_div_scalar_(self.scale.scale)?.f_add_scalar_(self.scale.shift)))
+    }
+}
+
+impl ScaledTiny {
+    /// Float32 through the network's own element type and back.
+    fn run(&self, steps: &[Step<Tensor>], x: Tensor) -> Result<Tensor, TchError> {
+        run(steps, x.f_to_kind(self.kind)?)?.f_to_kind(Kind::Float)
     }
 }
 

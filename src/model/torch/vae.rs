@@ -5,41 +5,53 @@ use tch::{Device as Compute, Kind, TchError, Tensor};
 
 use super::super::detect::{VaeLayout, vae_layout};
 use super::super::{ModelError, ModelFile, Vae, VaeInput, VaePlan, vae_facts};
+use super::ladder::descend;
+use super::target::{Target, kind_of_precision};
 use super::tiles::Tiled;
 use super::tiny::ScaledTiny;
 use super::weights::{Backing, LoadOptions, Weights};
 use super::{failed, kind_of};
-use crate::device::Span;
+use crate::device::{Place, Span, StreamRef};
 use crate::service::{VaeMode, VaeOperation};
 use crate::tensor::{DType, TensorMeta};
 
-/// A network on float32 NCHW tensors: raw latents on one side, images in 0…1 (not clamped) on the other.
+/// A network on float32 NCHW tensors, whatever it computes in: raw latents on one side, images in 0…1 (not clamped) on
+/// the other.
 /// `None` where the file holds no such half. A result is the caller's to write to.
 pub(super) trait Net: fmt::Debug {
     fn decode(&self, latent: &Tensor) -> Option<Result<Tensor, TchError>>;
     fn encode(&self, image: &Tensor) -> Option<Result<Tensor, TchError>>;
 }
 
-/// Loads the VAE in `file`, to be run in float32 on the CPU by the calling thread.
+/// Loads the VAE in `file`, to be run by the calling thread.
 ///
 /// # Errors
 /// As [`vae_facts`]; [`ModelError::OutOfMemory`] where the weights do not fit, [`ModelError::Changed`] where the file
 /// is no longer the one that was opened.
 pub fn load_vae(file: Arc<ModelFile>, options: LoadOptions<'_>) -> Result<Box<dyn Vae>, ModelError> {
+    let loaded = load(&file, options);
+    // What a failed attempt had loaded, and what a successful one needed for converting.
+    options.target.reclaim();
+    Ok(Box::new(loaded?))
+}
+
+fn load(file: &Arc<ModelFile>, options: LoadOptions<'_>) -> Result<TorchVae, ModelError> {
     let _no_grad = tch::no_grad_guard();
+    let _current = options.target.make_current()?;
     file.check_unchanged()?;
-    let facts = vae_facts(&file)?;
-    let layout = vae_layout(&file)?;
+    let facts = vae_facts(file)?;
+    let layout = vae_layout(file)?;
+    let kind = kind_of_precision(options.target.precision(&facts));
     let mut lengths = Vec::new();
     layout.each(|stored| lengths.push(stored.elements()))?;
-    let mut weights = Weights::new(&file, options, &lengths)?;
+    let mut weights = Weights::new(file, options, kind, &lengths)?;
     let mut load = |stored: &_| weights.tensor(stored);
     let net: Box<dyn Net> = match layout {
         VaeLayout::Kl(kl) => Box::new(kl.try_map(&mut load)?),
-        VaeLayout::Tiny(tiny, scale) => Box::new(ScaledTiny { tiny: tiny.try_map(&mut load)?, scale }),
+        VaeLayout::Tiny(tiny, scale) => Box::new(ScaledTiny { tiny: tiny.try_map(&mut load)?, scale, kind }),
     };
-    let backing = weights.into_backing(&file);
-    Ok(Box::new(TorchVae { net, ratio: facts.ratio, backing }))
+    let backing = weights.into_backing(file);
+    Ok(TorchVae { net, ratio: facts.ratio, target: options.target.clone(), backing })
 }
 
 #[derive(Debug)]
@@ -47,6 +59,7 @@ struct TorchVae {
     // Declared before `backing`, so that it is dropped before the memory that its tensors point into.
     net: Box<dyn Net>,
     ratio: u64,
+    target: Target,
     backing: Backing,
 }
 
@@ -57,16 +70,37 @@ impl Vae for TorchVae {
         input: VaeInput<'_>,
         output: &Span,
         stop: &dyn Fn() -> bool,
-    ) -> Result<(), ModelError> {
+    ) -> Result<VaeMode, ModelError> {
         if let Backing::File(file) = &self.backing {
             file.check_unchanged()?;
         }
         let _no_grad = tch::no_grad_guard();
-        let what = plan.operation.name();
+        let _current = self.target.make_current()?;
+        let call = Call { operation: plan.operation, output: &plan.output, stop };
+        descend(&plan.modes(), |mode| self.attempt(&call, mode, &input, output), || self.target.reclaim())
+    }
+
+    fn stream(&self) -> Option<StreamRef> {
+        self.target.stream()
+    }
+}
+
+/// One call, apart from its memory and the way it is run.
+struct Call<'a> {
+    operation: VaeOperation,
+    output: &'a TensorMeta,
+    stop: &'a dyn Fn() -> bool,
+}
+
+impl TorchVae {
+    /// Runs the whole call in one way. Every tensor made here is gone on return: what is out of memory now may fit in
+    /// another way.
+    fn attempt(&self, call: &Call<'_>, mode: VaeMode, input: &VaeInput<'_>, output: &Span) -> Result<(), ModelError> {
+        let what = call.operation.name();
         // Both are views on the caller's memory. They and whatever is made of them stay inside this call.
-        let source = view(what, &input.meta, input.memory)?;
-        let target = view(what, &plan.output, output)?;
-        let (source, target) = match plan.operation {
+        let source = self.view(what, &input.meta, input.memory)?;
+        let target = self.view(what, call.output, output)?;
+        let (source, target) = match call.operation {
             VaeOperation::Decode => (source, channels_first(&target).map_err(failed(what))?),
             VaeOperation::Encode => {
                 let source = channels_first(&source).map_err(failed(what))?;
@@ -77,38 +111,30 @@ impl Vae for TorchVae {
             return Err(shape_error(what));
         }
         for at in 0..target.size4().map_err(failed(what))?.0 {
-            if stop() {
+            if (call.stop)() {
                 return Err(ModelError::Cancelled);
             }
-            let one = sample(&source, at).map_err(failed(what))?;
+            let one = sample(&source, at, self.target.device()).map_err(failed(what))?;
             let place = target.f_narrow(0, at, 1).map_err(failed(what))?;
-            self.sample(plan, &one, &place, stop)?;
+            self.sample(call, mode, &one, &place)?;
         }
         Ok(())
     }
-}
 
-impl TorchVae {
     /// Runs one sample; `place` is its view on the result.
-    fn sample(
-        &self,
-        plan: &VaePlan,
-        input: &Tensor,
-        place: &Tensor,
-        stop: &dyn Fn() -> bool,
-    ) -> Result<(), ModelError> {
-        let what = plan.operation.name();
+    fn sample(&self, call: &Call<'_>, mode: VaeMode, input: &Tensor, place: &Tensor) -> Result<(), ModelError> {
+        let what = call.operation.name();
         let (_, channels, height, width) = place.size4().map_err(failed(what))?;
-        let model = |part: &Tensor| self.forward(plan.operation, part);
-        let result = match plan.mode {
+        let model = |part: &Tensor| self.forward(call.operation, part);
+        let result = match mode {
             VaeMode::Full => model(input)?,
             VaeMode::Tiled(tiles) => Tiled {
-                operation: plan.operation,
+                operation: call.operation,
                 tiles,
                 ratio: self.ratio.cast_signed(),
                 output: [channels, height, width],
                 model: &model,
-                stop,
+                stop: call.stop,
             }
             .run(input)?,
         };
@@ -116,10 +142,7 @@ impl TorchVae {
         if result.size() != place.size() || result.kind() != Kind::Float || place.kind() != Kind::Float {
             return Err(shape_error(what));
         }
-        match plan.operation {
-            VaeOperation::Decode => result.f_clamp_out(place, 0.0, 1.0).map(drop).map_err(failed(what)),
-            VaeOperation::Encode => place.shallow_clone().f_copy_(&result).map_err(failed(what)),
-        }
+        write(call.operation, result, place).map_err(failed(what))
     }
 
     fn forward(&self, operation: VaeOperation, part: &Tensor) -> Result<Tensor, ModelError> {
@@ -133,35 +156,59 @@ impl TorchVae {
             None => Err(ModelError::Executor { what, cause: "the file holds no such half".to_owned() }),
         }
     }
+
+    /// A tensor over `memory`, on the CPU or on the lane's GPU. Not to be kept beyond the call that `memory` was
+    /// borrowed for.
+    fn view(&self, what: &'static str, meta: &TensorMeta, memory: &Span) -> Result<Tensor, ModelError> {
+        let refused = |cause: &str| ModelError::Executor { what, cause: cause.to_owned() };
+        meta.validate()?;
+        meta.check_fits(memory.length())?;
+        let device = match (memory.region().place(), &self.target) {
+            (Place::Host, _) => Compute::Cpu,
+            (Place::Gpu(_), Target::Cuda { .. }) => self.target.device(),
+            (Place::Gpu(_), Target::Cpu) => return Err(refused("a model on the CPU cannot reach memory of a GPU")),
+        };
+        if !memory.address().is_multiple_of(meta.dtype.size_bytes()) {
+            return Err(refused("a tensor is not aligned to its element type"));
+        }
+        let as_i64 = |value: &u64| i64::try_from(*value);
+        let shape: Result<Vec<i64>, _> = meta.shape.as_slice().iter().map(as_i64).collect();
+        // The stride of a dimension of one element means nothing and may be any number.
+        let pairs = meta.shape.as_slice().iter().zip(meta.strides.as_slice());
+        let strides: Result<Vec<i64>, _> =
+            pairs.map(|(&extent, stride)| if extent > 1 { as_i64(stride) } else { Ok(1) }).collect();
+        let (Ok(shape), Ok(strides)) = (shape, strides) else {
+            return Err(refused("a tensor is larger than the address space"));
+        };
+        let address = memory.address() as *const u8;
+        // SAFETY: `check_fits` established that shape and strides stay inside the memory, which is aligned. Host memory
+        // is mapped for as long as the caller's borrow, and no work on it is left when `run` returns; the caller keeps a
+        // GPU's memory until the lane's stream has passed this call. The library asks the driver which GPU the address
+        // belongs to and refuses one that is not `device`. The tensor is dropped inside `run`.
+        unsafe { Tensor::f_from_blob(address, &shape, &strides, kind_of(meta.dtype), device) }.map_err(failed(what))
+    }
 }
 
 fn shape_error(what: &'static str) -> ModelError {
     ModelError::Executor { what, cause: "the result does not have the planned shape".to_owned() }
 }
 
-/// A tensor over `memory`. Not to be kept beyond the call that `memory` was borrowed for.
-fn view(what: &'static str, meta: &TensorMeta, memory: &Span) -> Result<Tensor, ModelError> {
-    let refused = |cause: String| ModelError::Executor { what, cause };
-    meta.validate()?;
-    meta.check_fits(memory.length())?;
-    let bytes = memory.bytes(meta.span_bytes()?).map_err(|error| refused(error.to_string()))?;
-    if !(bytes.as_ptr() as usize).is_multiple_of(meta.dtype.size_bytes()) {
-        return Err(refused("a tensor is not aligned to its element type".to_owned()));
+/// Puts `result` into `place`: straight where both are on one device. From a GPU to the host it goes in one piece in
+/// the order it has there, and the copy waits for it.
+fn write(operation: VaeOperation, mut result: Tensor, place: &Tensor) -> Result<(), TchError> {
+    if result.device() == place.device() {
+        return match operation {
+            VaeOperation::Decode => result.f_clamp_out(place, 0.0, 1.0).map(drop),
+            VaeOperation::Encode => place.shallow_clone().f_copy_(&result),
+        };
     }
-    let as_i64 = |value: &u64| i64::try_from(*value);
-    let shape: Result<Vec<i64>, _> = meta.shape.as_slice().iter().map(as_i64).collect();
-    // The stride of a dimension of one element means nothing and may be any number.
-    let pairs = meta.shape.as_slice().iter().zip(meta.strides.as_slice());
-    let strides: Result<Vec<i64>, _> =
-        pairs.map(|(&extent, stride)| if extent > 1 { as_i64(stride) } else { Ok(1) }).collect();
-    let (Ok(shape), Ok(strides)) = (shape, strides) else {
-        return Err(refused("a tensor is larger than the address space".to_owned()));
-    };
-    // As a number, not by way of the slice: one of the two tensors is written to.
-    let address = memory.address() as *const u8;
-    // SAFETY: `check_fits` established that shape and strides stay inside the memory, which is aligned, mapped host
-    // memory for as long as the caller's borrow; the tensor is dropped inside `run`.
-    unsafe { Tensor::f_from_blob(address, &shape, &strides, kind_of(meta.dtype), Compute::Cpu) }.map_err(failed(what))
+    match operation {
+        VaeOperation::Decode => {
+            let image = result.f_clamp_(0.0, 1.0)?.f_permute([0, 2, 3, 1])?.f_contiguous()?;
+            place.f_permute([0, 2, 3, 1])?.f_copy_(&image)
+        }
+        VaeOperation::Encode => place.shallow_clone().f_copy_(&result.f_contiguous()?),
+    }
 }
 
 /// NHWC as NCHW, without moving anything; channels beyond the third are left out.
@@ -176,7 +223,11 @@ fn crop(image: &Tensor, ratio: i64) -> Result<Tensor, TchError> {
     rows.f_narrow(3, width % ratio / 2, width - width % ratio)
 }
 
-/// One sample in the layout and element type computed in.
-fn sample(batch: &Tensor, at: i64) -> Result<Tensor, TchError> {
-    batch.f_narrow(0, at, 1)?.f_to_kind(kind_of(DType::F32))?.f_contiguous()
+/// One sample where, in which layout and as which element type models take it. Crosses to a GPU as it is stored.
+fn sample(batch: &Tensor, at: i64, device: Compute) -> Result<Tensor, TchError> {
+    batch.f_narrow(0, at, 1)?.f_to_device(device)?.f_to_kind(kind_of(DType::F32))?.f_contiguous()
 }
+
+#[cfg(test)]
+#[path = "vae_tests.rs"]
+mod tests;

@@ -3,6 +3,7 @@ use std::sync::Arc;
 use tch::{Device as Compute, Kind, TchError, Tensor};
 
 use super::super::{ModelError, ModelFile, StoredTensor, WeightStorage};
+use super::target::Target;
 use super::{failed, kind_of};
 use crate::device::{Device, DeviceError, Region};
 
@@ -14,7 +15,9 @@ const WHAT: &str = "load";
 /// How a model is loaded.
 #[derive(Clone, Copy)]
 pub struct LoadOptions<'a> {
-    /// Where the weights live.
+    /// What the model computes on.
+    pub target: &'a Target,
+    /// Where the weights live on the CPU; on a GPU they are always a copy in its memory.
     pub storage: WeightStorage,
     /// Allocates the memory of [`WeightStorage::Copied`].
     pub memory: &'a dyn Device,
@@ -25,6 +28,7 @@ pub struct LoadOptions<'a> {
 impl std::fmt::Debug for LoadOptions<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("LoadOptions")
+            .field("target", self.target)
             .field("storage", &self.storage)
             .field("memory", &self.memory)
             .finish_non_exhaustive()
@@ -38,6 +42,16 @@ pub(super) enum Backing {
     File(Arc<ModelFile>),
     /// A region that only this model holds.
     Region { _region: Arc<dyn Region> },
+    /// Nothing: the tensors own their memory, which is a GPU's. Dropping this gives it back to the driver.
+    Gpu(Target),
+}
+
+impl Drop for Backing {
+    fn drop(&mut self) {
+        if let Self::Gpu(target) = self {
+            target.reclaim();
+        }
+    }
 }
 
 /// Makes tensors of a file's weights, in the element type computed in.
@@ -53,14 +67,18 @@ pub(super) struct Weights<'a> {
 }
 
 impl<'a> Weights<'a> {
-    /// Prepares to load tensors of `lengths` elements each, in float32 on the CPU.
-    pub(super) fn new(file: &'a ModelFile, options: LoadOptions<'a>, lengths: &[u64]) -> Result<Self, ModelError> {
-        let kind = Kind::Float;
+    /// Prepares to load tensors of `lengths` elements each.
+    pub(super) fn new(
+        file: &'a ModelFile,
+        options: LoadOptions<'a>,
+        kind: Kind,
+        lengths: &[u64],
+    ) -> Result<Self, ModelError> {
         let width = kind.elt_size_in_bytes() as u64;
         let total_bytes = lengths.iter().map(|elements| elements.saturating_mul(width)).fold(0, u64::saturating_add);
-        let region = match options.storage {
-            WeightStorage::Mapped => None,
-            WeightStorage::Copied => {
+        let region = match (options.target, options.storage) {
+            (Target::Cuda { .. }, _) | (Target::Cpu, WeightStorage::Mapped) => None,
+            (Target::Cpu, WeightStorage::Copied) => {
                 let padded = |elements: &u64| elements.saturating_mul(width).next_multiple_of(ALIGNMENT);
                 let size_bytes = lengths.iter().map(padded).fold(0, u64::saturating_add);
                 let size_bytes = usize::try_from(size_bytes).unwrap_or(usize::MAX);
@@ -80,7 +98,11 @@ impl<'a> Weights<'a> {
                 self.next += (stored.elements() * self.kind.elt_size_in_bytes() as u64).next_multiple_of(ALIGNMENT);
                 target
             }
-            None => source.f_to_kind(self.kind).map_err(failed(WHAT))?,
+            // The stored bytes are what crosses to a GPU; they are converted there.
+            None => {
+                let there = source.f_to_device(self.options.target.device()).map_err(failed(WHAT))?;
+                there.f_to_kind(self.kind).map_err(failed(WHAT))?
+            }
         };
         self.done_bytes += stored.elements() * self.kind.elt_size_in_bytes() as u64;
         (self.options.progress)(self.done_bytes, self.total_bytes);
@@ -89,9 +111,10 @@ impl<'a> Weights<'a> {
 
     /// What must outlive the tensors.
     pub(super) fn into_backing(self, file: &Arc<ModelFile>) -> Backing {
-        match self.region {
-            Some(region) => Backing::Region { _region: region },
-            None => Backing::File(Arc::clone(file)),
+        match (self.region, self.options.target) {
+            (Some(region), _) => Backing::Region { _region: region },
+            (None, Target::Cpu) => Backing::File(Arc::clone(file)),
+            (None, gpu @ Target::Cuda { .. }) => Backing::Gpu(gpu.clone()),
         }
     }
 
