@@ -129,12 +129,17 @@ fn a_missing_function_is_named() {
     });
 }
 
+type Retain = extern "C" fn(*mut *mut c_void, c_int) -> c_int;
+type Release = extern "C" fn(c_int) -> c_int;
+type SetCurrent = extern "C" fn(*mut c_void) -> c_int;
+type GetCurrent = extern "C" fn(*mut *mut c_void) -> c_int;
+
 /// The contexts of other libraries in the process, as torch's.
 struct Contexts {
-    retain: extern "C" fn(*mut *mut c_void, c_int) -> c_int,
-    release: extern "C" fn(c_int) -> c_int,
-    set: extern "C" fn(*mut c_void) -> c_int,
-    get: extern "C" fn(*mut *mut c_void) -> c_int,
+    retain: Retain,
+    release: Release,
+    set: SetCurrent,
+    get: GetCurrent,
 }
 
 impl Contexts {
@@ -142,10 +147,10 @@ impl Contexts {
         // SAFETY: the signatures are those of cuda.h.
         unsafe {
             Self {
-                retain: std::mem::transmute::<*mut c_void, _>(driver_function("cuDevicePrimaryCtxRetain")),
-                release: std::mem::transmute::<*mut c_void, _>(driver_function("cuDevicePrimaryCtxRelease_v2")),
-                set: std::mem::transmute::<*mut c_void, _>(driver_function("cuCtxSetCurrent")),
-                get: std::mem::transmute::<*mut c_void, _>(driver_function("cuCtxGetCurrent")),
+                retain: std::mem::transmute::<*mut c_void, Retain>(driver_function("cuDevicePrimaryCtxRetain")),
+                release: std::mem::transmute::<*mut c_void, Release>(driver_function("cuDevicePrimaryCtxRelease_v2")),
+                set: std::mem::transmute::<*mut c_void, SetCurrent>(driver_function("cuCtxSetCurrent")),
+                get: std::mem::transmute::<*mut c_void, GetCurrent>(driver_function("cuCtxGetCurrent")),
             }
         }
     }
