@@ -44,8 +44,9 @@ thread_local! {
     static CURRENT: RefCell<Vec<Option<usize>>> = const { RefCell::new(Vec::new()) };
 }
 
+/// A thread that is ending has no context any more.
 fn top() -> Option<usize> {
-    CURRENT.with_borrow(|stack| stack.last().copied().flatten())
+    CURRENT.try_with(|stack| stack.borrow().last().copied().flatten()).ok().flatten()
 }
 
 /// The device whose context is current in this thread and healthy.

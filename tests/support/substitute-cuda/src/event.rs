@@ -8,6 +8,7 @@ use crate::abi::{Opaque, Out, call};
 use crate::code::{INVALID_HANDLE, INVALID_VALUE, NOT_READY, Result};
 use crate::event_page::{BYTES, Page};
 use crate::faults::faults;
+use crate::thread_of_work::Ticket;
 use crate::{context, run, stream};
 
 const DISABLE_TIMING: c_uint = 2;
@@ -30,6 +31,9 @@ pub(crate) struct Event {
     pub(crate) device: usize,
     pub(crate) reach: Reach,
     pub(crate) page: Page,
+    /// The newest record of this process. A wait keeps it, since a later record, on a faster stream, may be reached
+    /// before this one.
+    pub(crate) newest: Mutex<Option<Ticket>>,
 }
 
 static EVENTS: Mutex<Option<HashMap<Opaque, Arc<Event>>>> = Mutex::new(None);
@@ -62,11 +66,16 @@ fn create(flags: c_uint) -> Result<Opaque> {
         return Err(INVALID_VALUE);
     }
     if flags & INTERPROCESS == 0 {
-        return Ok(insert(Event { device, reach: Reach::Local, page: Page::Local(Box::default()) }));
+        return Ok(insert(Event {
+            device,
+            reach: Reach::Local,
+            page: Page::Local(Box::default()),
+            newest: Mutex::default(),
+        }));
     }
     let number = run::fresh_number();
     let page = Page::shared(&run::create("event", number, BYTES as u64)?)?;
-    Ok(insert(Event { device, reach: Reach::Exportable(number), page }))
+    Ok(insert(Event { device, reach: Reach::Exportable(number), page, newest: Mutex::default() }))
 }
 
 #[unsafe(no_mangle)]
@@ -96,10 +105,12 @@ fn record(event: Opaque, on: Opaque) -> c_int {
             event.page.finish(number);
             return Ok(());
         }
-        stream.submit(move || {
-            event.page.finish(number);
+        let reached = Arc::clone(&event);
+        let record = stream.submit(move || {
+            reached.page.finish(number);
             Ok(())
         });
+        *event.newest.lock().unwrap_or_else(PoisonError::into_inner) = Some(record);
         Ok(())
     })
 }
@@ -122,8 +133,12 @@ extern "C" fn cuStreamWaitEvent(on: Opaque, event: Opaque, flags: c_uint) -> c_i
             return Err(INVALID_VALUE);
         }
         let number = event.page.issued();
+        let newest = event.newest.lock().unwrap_or_else(PoisonError::into_inner).clone();
         stream.submit(move || {
-            event.page.wait(number);
+            match (event.reach, newest) {
+                (Reach::Local, Some(record)) => record.wait(),
+                _ => event.page.wait(number),
+            }
             Ok(())
         });
         Ok(())

@@ -6,7 +6,7 @@ use crate::abi::{DevicePointer, Out, call};
 use crate::code::{Code, HOST_MEMORY_ALREADY_REGISTERED, HOST_MEMORY_NOT_REGISTERED, INVALID_VALUE, Result};
 use crate::mapping::{Access, Mapping};
 use crate::region::{self, Kind, Region};
-use crate::{context, stream};
+use crate::{context, device, stream};
 
 const HOST_ALLOC_FLAGS: c_uint = 0b111;
 const REGISTER_FLAGS: c_uint = 0b1111;
@@ -26,8 +26,9 @@ fn allocate(bytes: usize, flags: c_uint) -> Result<usize> {
 
 /// Forgets a range by its base once the work that may use it is done.
 fn forget(pointer: usize, is_meant: fn(&Kind) -> bool, otherwise: Code) -> Result {
-    let device = context::current()?;
-    stream::drain(device);
+    context::current()?;
+    // Any device may be copying from or to it.
+    (0..device::all()?.len()).for_each(stream::drain);
     region::write(|table| {
         let meant = table.at(pointer as DevicePointer).is_some_and(|region| is_meant(&region.kind));
         if !meant {

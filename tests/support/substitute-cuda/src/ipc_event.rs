@@ -1,6 +1,7 @@
 //! Events that other processes open.
 
 use std::ffi::c_int;
+use std::sync::Mutex;
 
 use crate::abi::{Bytes64, Opaque, Out, call};
 use crate::code::{INVALID_HANDLE, INVALID_VALUE, MAP_FAILED, Result};
@@ -25,7 +26,7 @@ fn open(bytes: &Bytes64) -> Result<Opaque> {
     let handle = Handle::decode(bytes, Sort::Event)?;
     ipc::admit(&handle, device)?;
     let file = run::existing("event", handle.process, handle.number)?.ok_or(INVALID_VALUE)?;
-    Ok(event::insert(Event { device, reach: Reach::Imported, page: Page::shared(&file)? }))
+    Ok(event::insert(Event { device, reach: Reach::Imported, page: Page::shared(&file)?, newest: Mutex::default() }))
 }
 
 #[unsafe(no_mangle)]

@@ -1,0 +1,200 @@
+//! Tests in which two processes play: a broker's part and a client's, or one process that needs settings of its own.
+//!
+//! The test starts itself again, once for each role, and the copies find their role in the environment. They are
+//! connected by a socket that each finds at its standard input.
+#![allow(dead_code, unreachable_pub, reason = "each test file uses its own part")]
+
+use std::io::{IoSlice, IoSliceMut, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::process::{Child, Command, Stdio};
+
+use luna_broker::device::RegionHandle;
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
+};
+
+use crate::cuda::SubstituteCuda;
+
+/// Names the role to a test that was started again.
+const VARIABLE: &str = "LUNA_BROKER_TEST_ROLE";
+
+/// Who a setting is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    Broker,
+    Client,
+}
+
+/// Where a test plays: its processes find the substitute driver, with the settings made here.
+#[derive(Debug, Default)]
+pub struct Stage {
+    settings: Vec<(Option<Role>, &'static str, String)>,
+    /// Whether the driver does not get as far as counting what it holds.
+    is_driverless: bool,
+}
+
+impl Stage {
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// A variable for every process.
+    pub fn set(mut self, name: &'static str, value: impl ToString) -> Self {
+        self.settings.push((None, name, value.to_string()));
+        self
+    }
+
+    /// A variable for one of the two processes.
+    pub fn set_for(mut self, role: Role, name: &'static str, value: impl ToString) -> Self {
+        self.settings.push((Some(role), name, value.to_string()));
+        self
+    }
+
+    /// The driver will not start, and so cannot tell what is left.
+    pub fn without_driver(mut self) -> Self {
+        self.is_driverless = true;
+        self
+    }
+
+    /// Plays one part, the broker's. Nothing of the driver's may be left when it ends.
+    pub fn alone(self, play: impl FnOnce()) {
+        match role() {
+            Some(_) => play(),
+            None => self.run([(Role::Broker, None)]),
+        }
+    }
+
+    /// Plays two parts, each in a process of its own. Nothing of the driver's may be left when they end.
+    pub fn two(self, broker: impl FnOnce(Peer), client: impl FnOnce(Peer)) {
+        match role() {
+            Some(Role::Broker) => broker(Peer::of_this_process()),
+            Some(Role::Client) => client(Peer::of_this_process()),
+            None => {
+                let (left, right) = UnixStream::pair().unwrap();
+                self.run([(Role::Broker, Some(left)), (Role::Client, Some(right))]);
+            }
+        }
+    }
+
+    fn run<const N: usize>(self, parts: [(Role, Option<UnixStream>); N]) {
+        let cuda = SubstituteCuda::new();
+        let processes = parts.map(|(role, socket)| (role, self.start(&cuda, role, socket)));
+        let ends = processes.map(|(role, mut child)| (role, child.id(), child.wait().unwrap()));
+        for (role, _, end) in ends {
+            assert!(end.success(), "the {role:?} failed, see above: {end}");
+        }
+        for (role, process, _) in ends.into_iter().filter(|_| !self.is_driverless) {
+            let left: Vec<_> = cuda.leaks(process).into_iter().filter(|(_, count)| *count > 0).collect();
+            assert!(left.is_empty(), "the {role:?} left {left:?}");
+        }
+    }
+
+    fn start(&self, cuda: &SubstituteCuda, role: Role, socket: Option<UnixStream>) -> Child {
+        let mut command = again(role);
+        command.envs(cuda.environment());
+        let settings = self.settings.iter().filter(|(of, ..)| of.is_none_or(|of| of == role));
+        command.envs(settings.map(|(_, name, value)| (name, value)));
+        command.stdin(socket.map_or_else(Stdio::null, |socket| OwnedFd::from(socket).into()));
+        command.spawn().unwrap()
+    }
+}
+
+fn role() -> Option<Role> {
+    match std::env::var(VARIABLE).ok()?.as_str() {
+        "Broker" => Some(Role::Broker),
+        _ => Some(Role::Client),
+    }
+}
+
+/// The command that starts the calling test once more.
+fn again(role: Role) -> Command {
+    let thread = std::thread::current();
+    let test = thread.name().expect("the harness names a test's thread after the test");
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args([test, "--exact", "--nocapture"]).env(VARIABLE, format!("{role:?}")).stdout(Stdio::null());
+    command
+}
+
+/// The process that plays the other role.
+#[derive(Debug)]
+pub struct Peer(UnixStream);
+
+impl Peer {
+    fn of_this_process() -> Self {
+        let stream = UnixStream::from(std::io::stdin().as_fd().try_clone_to_owned().unwrap());
+        Self(stream)
+    }
+
+    pub fn say(&self, bytes: &[u8]) {
+        (&self.0).write_all(&(bytes.len() as u64).to_le_bytes()).expect("the other process listens");
+        (&self.0).write_all(bytes).expect("the other process listens");
+    }
+
+    /// What the other process says; `None` when it is gone.
+    pub fn listen(&self) -> Option<Vec<u8>> {
+        let mut length = [0; 8];
+        (&self.0).read_exact(&mut length).ok()?;
+        let mut bytes = vec![0; u64::from_le_bytes(length) as usize];
+        (&self.0).read_exact(&mut bytes).ok()?;
+        Some(bytes)
+    }
+
+    pub fn hear(&self) -> Vec<u8> {
+        self.listen().expect("the other process failed")
+    }
+
+    pub fn say_number(&self, number: u64) {
+        self.say(&number.to_le_bytes());
+    }
+
+    pub fn hear_number(&self) -> u64 {
+        u64::from_le_bytes(self.hear().try_into().expect("a number"))
+    }
+
+    /// Both processes are here.
+    pub fn meet(&self) {
+        self.say(b"here");
+        assert_eq!(self.hear(), b"here");
+    }
+
+    pub fn hand_over(&self, handle: RegionHandle) {
+        match handle {
+            RegionHandle::CudaIpc(handle) => self.say(&handle),
+            RegionHandle::Fd(fd) => self.hand_over_fd(b"memory", &fd),
+            RegionHandle::CudaVmm(fd) => self.hand_over_fd(b"cuda", &fd),
+            other => panic!("{other:?} does not cross processes"),
+        }
+    }
+
+    fn hand_over_fd(&self, kind: &[u8], fd: &OwnedFd) {
+        self.say(kind);
+        let fds = [fd.as_fd()];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut rights = SendAncillaryBuffer::new(&mut space);
+        assert!(rights.push(SendAncillaryMessage::ScmRights(&fds)));
+        rustix::net::sendmsg(&self.0, &[IoSlice::new(b"!")], &mut rights, SendFlags::empty()).unwrap();
+    }
+
+    pub fn receive(&self) -> RegionHandle {
+        match self.hear().as_slice() {
+            b"memory" => RegionHandle::Fd(self.receive_fd()),
+            b"cuda" => RegionHandle::CudaVmm(self.receive_fd()),
+            handle => RegionHandle::CudaIpc(handle.try_into().expect("a handle")),
+        }
+    }
+
+    fn receive_fd(&self) -> OwnedFd {
+        let mut byte = [0];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut rights = RecvAncillaryBuffer::new(&mut space);
+        let mut data = [IoSliceMut::new(&mut byte)];
+        rustix::net::recvmsg(&self.0, &mut data, &mut rights, RecvFlags::CMSG_CLOEXEC).unwrap();
+        let mut fds = rights.drain().filter_map(|message| match message {
+            RecvAncillaryMessage::ScmRights(fds) => Some(fds),
+            _ => None,
+        });
+        fds.next().and_then(|mut fds| fds.next()).expect("a descriptor")
+    }
+}
