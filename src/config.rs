@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::error::{Error, ErrorKind};
-use crate::service::Rung;
+use crate::service::{Precision, Rung};
 
 /// Why a configuration cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -40,12 +40,17 @@ pub struct BrokerConfig {
     /// Whether the weights of a model are copied into memory of the broker's own instead of used from the mapped
     /// file. Off by default: a copy costs its size once, and survives whatever happens to the file.
     pub copy_weights: bool,
+    /// The element type VAEs compute in on a GPU. Default `None`: what suits model and GPU, see
+    /// [`VaeFacts::precision`](crate::model::VaeFacts::precision).
+    pub vae_precision: Option<Precision>,
     /// Threads a lane computes with on the CPU. Default 0: as many as libtorch chooses.
     pub threads: usize,
     /// How long a new connection may take to negotiate. Default 5 s.
     pub negotiation_timeout: Duration,
     /// Whether named segments are used where sealed memory could be. Off by default.
     pub named_segments: bool,
+    /// Where models run: `cpu`, `cuda:0` or the UUID of a GPU. Default `cpu`.
+    pub device: String,
 }
 
 impl Default for BrokerConfig {
@@ -60,9 +65,11 @@ impl Default for BrokerConfig {
             session_bytes: 4 << 30,
             vae_budget_bytes: 4 << 30,
             copy_weights: false,
+            vae_precision: None,
             threads: 0,
             negotiation_timeout: Duration::from_secs(5),
             named_segments: false,
+            device: "cpu".to_owned(),
         }
     }
 }

@@ -14,7 +14,7 @@ use luna_broker::model::torch::{LoadOptions, Target, TorchCuda, load_vae, shim_v
 use luna_broker::model::{CudaUnavailable, ModelError, ModelFile, VaeInput, WeightStorage, vae_facts};
 use luna_broker::service::{Tiling, VaeCall, VaeOperation};
 use object::Endianness;
-use object::elf::FileHeader64;
+use object::elf::{DT_NEEDED, FileHeader64};
 use object::read::elf::{Dyn, FileHeader};
 
 fn has_driver() -> bool {
@@ -101,7 +101,7 @@ fn needs(path: &Path) -> Vec<String> {
     let sections = file.sections(endian, &*bytes).expect("sections");
     let (entries, strings) = sections.dynamic(endian, &*bytes).expect("readable").expect("a dynamic section");
     let strings = sections.strings(endian, &*bytes, strings).expect("its strings");
-    let needed = entries.iter().filter(|entry| entry.tag32(endian) == Some(object::elf::DT_NEEDED));
+    let needed = entries.iter().filter(|entry| entry.tag(endian) == DT_NEEDED);
     needed.map(|entry| String::from_utf8_lossy(entry.string(endian, strings).expect("a name")).into_owned()).collect()
 }
 

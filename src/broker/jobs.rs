@@ -1,9 +1,10 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use super::loader::Loader;
 use super::memory::Held;
 use super::outbox::Payload;
-use super::registry::{Loader, ModelEntry, Registry};
+use super::registry::{ModelEntry, Registry};
 use super::responder::Responder;
 use crate::error::{Error, ErrorKind, Fault, Result};
 use crate::id::ModelId;

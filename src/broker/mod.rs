@@ -3,6 +3,7 @@
 mod clock;
 mod incoming;
 mod jobs;
+mod loader;
 mod memory;
 mod outbox;
 mod registry;

@@ -5,8 +5,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 
+use super::loader::{CPU, Placement};
 use crate::id::ModelId;
-use crate::model::{HandOff, ModelError, ModelFile, Vae, VaeFacts, WeightStorage, vae_facts};
+use crate::model::{HandOff, ModelError, ModelFile, VaeFacts, vae_facts};
 use crate::protocol::ModelReport;
 use crate::service::Service;
 
@@ -23,11 +24,14 @@ pub(super) struct ModelEntry {
     name: String,
     source: Source,
     facts: VaeFacts,
+    /// What it runs on, as users are told.
+    device: String,
     loaded: AtomicBool,
 }
 
+/// Where a model comes from.
 #[derive(Debug)]
-enum Source {
+pub(super) enum Source {
     HandOff,
     File(Arc<ModelFile>),
 }
@@ -53,6 +57,10 @@ impl ModelEntry {
         self.id
     }
 
+    pub(super) fn source(&self) -> &Source {
+        &self.source
+    }
+
     pub(super) fn facts(&self) -> &VaeFacts {
         &self.facts
     }
@@ -73,7 +81,7 @@ impl ModelEntry {
             family: self.facts.family.to_owned(),
             loaded: self.loaded.load(Ordering::Relaxed),
             bytes: self.facts.weight_bytes,
-            device: "cpu".to_owned(),
+            device: self.device.clone(),
             latent_channels: self.facts.latent_channels,
             ratio: self.facts.ratio,
         }
@@ -85,14 +93,15 @@ impl ModelEntry {
 pub(super) struct Registry {
     folders: Vec<PathBuf>,
     bench_models: bool,
+    placement: Placement,
     next: AtomicU64,
     /// By every name under which somebody asked for them.
     known: Mutex<HashMap<String, Arc<ModelEntry>>>,
 }
 
 impl Registry {
-    pub(super) fn new(folders: Vec<PathBuf>, bench_models: bool) -> Self {
-        Self { folders, bench_models, next: AtomicU64::new(1), known: Mutex::default() }
+    pub(super) fn new(folders: Vec<PathBuf>, bench_models: bool, placement: Placement) -> Self {
+        Self { folders, bench_models, placement, next: AtomicU64::new(1), known: Mutex::default() }
     }
 
     /// The model of that name or path. Reads the header of a file that was not asked for before; loads nothing.
@@ -108,7 +117,7 @@ impl Registry {
         }
         let path = self.find(name)?;
         let file = ModelFile::open(&path)?;
-        let facts = vae_facts(&file)?;
+        let facts = self.placement.facts(vae_facts(&file)?);
         Ok(self.add(name, Source::File(Arc::new(file)), facts))
     }
 
@@ -125,7 +134,11 @@ impl Registry {
             return entry;
         }
         let id = ModelId(self.next.fetch_add(1, Ordering::Relaxed));
-        let entry = ModelEntry { id, name: source.shown(name), source, facts, loaded: AtomicBool::new(false) };
+        let device = match source {
+            Source::HandOff => CPU.to_owned(),
+            Source::File(_) => self.placement.device.clone(),
+        };
+        let entry = ModelEntry { id, name: source.shown(name), source, facts, device, loaded: AtomicBool::new(false) };
         tracing::info!(
             model = entry.name,
             family = entry.facts.family,
@@ -212,54 +225,5 @@ impl Registry {
     fn relative_name(&self, path: &Path) -> String {
         let relative = self.folders.iter().find_map(|folder| path.strip_prefix(folder).ok());
         relative.unwrap_or(path).to_string_lossy().into_owned()
-    }
-}
-
-/// Turns an entry into something that runs, on the lane's thread.
-#[derive(Debug, Clone)]
-#[cfg_attr(not(feature = "torch"), expect(dead_code, reason = "only executors look at the settings"))]
-pub(super) struct Loader {
-    pub(super) storage: WeightStorage,
-    pub(super) threads: usize,
-    /// Bytes of the model being loaded that are in place.
-    pub(super) loading: Arc<AtomicU64>,
-}
-
-impl Loader {
-    pub(super) fn prepare_thread(&self) {
-        #[cfg(feature = "torch")]
-        if self.threads > 0 {
-            crate::model::torch::set_threads(self.threads);
-        }
-    }
-
-    /// # Errors
-    /// [`ModelError`]; [`ModelError::Unsupported`] for a file in a build without executors.
-    pub(super) fn load(&self, model: &ModelEntry) -> Result<Box<dyn Vae>, ModelError> {
-        match &model.source {
-            Source::HandOff => Ok(Box::new(HandOff)),
-            #[cfg(feature = "torch")]
-            Source::File(file) => self.load_file(file),
-            #[cfg(not(feature = "torch"))]
-            Source::File(file) => Err(ModelError::Unsupported {
-                path: file.path().to_owned(),
-                what: "running a VAE in a broker that was built without the feature torch".to_owned(),
-            }),
-        }
-    }
-
-    #[cfg(feature = "torch")]
-    fn load_file(&self, file: &Arc<ModelFile>) -> Result<Box<dyn Vae>, ModelError> {
-        use crate::model::torch::{LoadOptions, Target, load_vae};
-        let started = std::time::Instant::now();
-        let progress = |done: u64, _total: u64| self.loading.store(done, Ordering::Relaxed);
-        let memory = crate::device::HostDevice::default();
-        let options = LoadOptions { target: &Target::Cpu, storage: self.storage, memory: &memory, progress: &progress };
-        let loaded = load_vae(Arc::clone(file), options);
-        self.loading.store(0, Ordering::Relaxed);
-        if loaded.is_ok() {
-            tracing::info!(model = %file.path().display(), seconds = started.elapsed().as_secs_f64(), "model loaded");
-        }
-        loaded
     }
 }

@@ -7,14 +7,14 @@ use parking_lot::Mutex;
 
 use super::clock::Clock;
 use super::jobs::VaeExecutor;
-use super::registry::{Loader, Registry};
+use super::loader::{Loader, Placement};
+use super::registry::Registry;
 use super::session::Session;
 use super::state::{Counters, Sessions, State};
 use crate::config::BrokerConfig;
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::Epoch;
 use crate::lane::{Lane, Policy, Queue};
-use crate::model::WeightStorage;
 use crate::protocol::{ModelReport, ServerMessage, Status};
 use crate::transport::{Connection, Listener, LocalListener, MemoryConnection, MemoryListener};
 
@@ -79,10 +79,10 @@ fn no_thread(error: std::io::Error) -> Error {
 fn make_state(config: BrokerConfig, address: String) -> Result<State> {
     let mut epoch = [0; 8];
     getrandom::fill(&mut epoch).map_err(|error| Error::new(ErrorKind::Internal, error.to_string(), ""))?;
-    let registry = Arc::new(Registry::new(config.model_folders.clone(), config.bench_models));
-    let storage = if config.copy_weights { WeightStorage::Copied } else { WeightStorage::Mapped };
     let loading = Arc::new(AtomicU64::new(0));
-    let loader = Loader { storage, threads: config.threads, loading: Arc::clone(&loading) };
+    let placement = Placement::new(&config)?;
+    let loader = Loader::new(&config, placement.clone(), Arc::clone(&loading));
+    let registry = Arc::new(Registry::new(config.model_folders.clone(), config.bench_models, placement));
     let lane_registry = Arc::clone(&registry);
     let queue = Queue::new(Policy::Fifo, config.lane_capacity);
     let vae_lane =

@@ -1,0 +1,165 @@
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+#[cfg(feature = "torch")]
+use std::sync::{OnceLock, atomic::Ordering};
+#[cfg(feature = "torch")]
+use std::time::Instant;
+
+use super::registry::{ModelEntry, Source};
+use crate::config::BrokerConfig;
+use crate::error::Error;
+use crate::model::{Capability, HandOff, ModelError, Vae, VaeFacts, WeightStorage};
+use crate::service::Precision;
+#[cfg(feature = "torch")]
+use crate::{
+    device::HostDevice,
+    model::ModelFile,
+    model::torch::{self, LoadOptions, Target, TorchCuda, load_vae},
+};
+
+/// The setting for models on the CPU, and what it is called to users.
+pub(super) const CPU: &str = "cpu";
+
+/// What models run on, as far as it shows in what is told of them.
+#[derive(Debug, Clone)]
+pub(super) struct Placement {
+    /// `cpu`, or the GPU by a name that means the same in every process.
+    pub(super) device: String,
+    gpu: Option<Gpu>,
+    precision: Option<Precision>,
+}
+
+/// The GPU that models run on.
+#[derive(Debug, Clone, Copy)]
+struct Gpu {
+    #[cfg_attr(not(feature = "torch"), expect(dead_code, reason = "only executors open it"))]
+    ordinal: i32,
+    /// `None` where the driver does not say: models are then taken to need what they need in float32.
+    capability: Option<Capability>,
+}
+
+impl Placement {
+    /// What `config` asks for.
+    ///
+    /// # Errors
+    /// A name that is no device's, or a GPU that this process does not see.
+    pub(super) fn new(config: &BrokerConfig) -> Result<Self, Error> {
+        let wanted = config.device.trim();
+        let (device, gpu) = match wanted.eq_ignore_ascii_case(CPU) {
+            true => (CPU.to_owned(), None),
+            false => find(wanted).map(|(device, gpu)| (device, Some(gpu)))?,
+        };
+        Ok(Self { device, gpu, precision: config.vae_precision })
+    }
+
+    /// The facts of a VAE as it runs here.
+    pub(super) fn facts(&self, facts: VaeFacts) -> VaeFacts {
+        let suited = facts.precision(self.gpu.and_then(|gpu| gpu.capability));
+        let asked_for = self.precision.filter(|_| self.gpu.is_some());
+        facts.in_precision(asked_for.unwrap_or(suited))
+    }
+}
+
+/// The GPU of that name, and what to call it.
+#[cfg(all(feature = "cuda", unix))]
+fn find(name: &str) -> Result<(String, Gpu), Error> {
+    let driver = crate::device::cuda::Driver::get()?;
+    let gpu = driver.named(name)?;
+    let capability = driver.compute_capability(gpu.uuid).and_then(|(major, minor)| {
+        Some(Capability { major: i32::try_from(major).ok()?, minor: i32::try_from(minor).ok()? })
+    });
+    Ok((gpu.uuid.to_string(), Gpu { ordinal: gpu.ordinal, capability }))
+}
+
+/// The same by ordinal alone: without the driver's layer nobody knows the GPUs' identities.
+#[cfg(not(all(feature = "cuda", unix)))]
+fn find(name: &str) -> Result<(String, Gpu), Error> {
+    let ordinal = name.strip_prefix("cuda").and_then(|rest| match rest {
+        "" => Some(0),
+        rest => rest.strip_prefix(':')?.parse().ok(),
+    });
+    let refused = || {
+        let reason = format!("{name:?} is not a device this build knows; use cpu, cuda or cuda:N");
+        crate::config::ConfigError { setting: "device", reason }
+    };
+    let ordinal = ordinal.ok_or_else(refused)?;
+    Ok((format!("cuda:{ordinal}"), Gpu { ordinal, capability: None }))
+}
+
+/// Turns an entry into something that runs, on the lane's thread.
+#[derive(Debug)]
+#[cfg_attr(not(feature = "torch"), expect(dead_code, reason = "only executors look at the settings"))]
+pub(super) struct Loader {
+    storage: WeightStorage,
+    threads: usize,
+    placement: Placement,
+    /// Bytes of the model being loaded that are in place.
+    loading: Arc<AtomicU64>,
+    /// Made with the first model: until then a GPU serves tensors alone, which needs nothing of libtorch's.
+    #[cfg(feature = "torch")]
+    target: OnceLock<Target>,
+}
+
+impl Loader {
+    pub(super) fn new(config: &BrokerConfig, placement: Placement, loading: Arc<AtomicU64>) -> Self {
+        Self {
+            storage: if config.copy_weights { WeightStorage::Copied } else { WeightStorage::Mapped },
+            threads: config.threads,
+            placement,
+            loading,
+            #[cfg(feature = "torch")]
+            target: OnceLock::new(),
+        }
+    }
+
+    pub(super) fn prepare_thread(&self) {
+        #[cfg(feature = "torch")]
+        if self.threads > 0 {
+            torch::set_threads(self.threads);
+        }
+    }
+
+    /// # Errors
+    /// [`ModelError`]; [`ModelError::Cuda`] where the GPU cannot run models; [`ModelError::Unsupported`] for a file in a
+    /// build without executors.
+    pub(super) fn load(&self, model: &ModelEntry) -> Result<Box<dyn Vae>, ModelError> {
+        match model.source() {
+            Source::HandOff => Ok(Box::new(HandOff)),
+            #[cfg(feature = "torch")]
+            Source::File(file) => self.load_file(file),
+            #[cfg(not(feature = "torch"))]
+            Source::File(file) => Err(ModelError::Unsupported {
+                path: file.path().to_owned(),
+                what: "running a VAE in a broker that was built without the feature torch".to_owned(),
+            }),
+        }
+    }
+
+    #[cfg(feature = "torch")]
+    fn load_file(&self, file: &Arc<ModelFile>) -> Result<Box<dyn Vae>, ModelError> {
+        let started = Instant::now();
+        let progress = |done: u64, _total: u64| self.loading.store(done, Ordering::Relaxed);
+        let memory = HostDevice::default();
+        let options =
+            LoadOptions { target: self.target()?, storage: self.storage, memory: &memory, progress: &progress };
+        let loaded = load_vae(Arc::clone(file), options);
+        self.loading.store(0, Ordering::Relaxed);
+        if loaded.is_ok() {
+            tracing::info!(model = %file.path().display(), seconds = started.elapsed().as_secs_f64(), "model loaded");
+        }
+        loaded
+    }
+
+    /// What models run on. A GPU that cannot be opened is tried again with the next model.
+    #[cfg(feature = "torch")]
+    fn target(&self) -> Result<&Target, ModelError> {
+        if let Some(target) = self.target.get() {
+            return Ok(target);
+        }
+        let target = match self.placement.gpu {
+            None => Target::Cpu,
+            Some(gpu) => Target::Cuda { lane: TorchCuda::open(gpu.ordinal)?, precision: self.placement.precision },
+        };
+        Ok(self.target.get_or_init(|| target))
+    }
+}
