@@ -23,6 +23,9 @@ pub enum CopyWay {
 }
 
 /// A stream by its driver handle, as torch and DLPack give it out. The default stream is 0, or 1 in DLPack.
+///
+/// Whoever makes one of a number answers for it: it names a living stream of the GPU's primary context wherever it is
+/// used. The driver may crash on any other.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct StreamRef(pub usize);
 
@@ -74,7 +77,7 @@ impl Drop for CudaStream {
 }
 
 pub(super) fn synchronize(context: &Context, stream: StreamRef) -> Result<(), DeviceError> {
-    // SAFETY: the caller's stream is one of this context; the driver checks handles it does not know.
+    // SAFETY: a `StreamRef` names a living stream of this context.
     unsafe { context.current()?.cuStreamSynchronize(stream.raw()) }
 }
 
@@ -85,6 +88,7 @@ pub(super) fn delay(context: &Context, stream: StreamRef, time: Duration) -> Res
     // The time travels in place of the pointer: nothing has to outlive this call.
     let nanoseconds = usize::try_from(time.as_nanos()).unwrap_or(usize::MAX);
     let argument = std::ptr::without_provenance_mut(nanoseconds);
-    // SAFETY: the function makes no driver call, which it must not, and dereferences nothing.
+    // SAFETY: a `StreamRef` names a living stream of this context; the function makes no driver call, which it must not,
+    // and dereferences nothing.
     unsafe { context.current()?.cuLaunchHostFunc(stream.raw(), Some(pause), argument) }
 }
