@@ -17,10 +17,6 @@ use object::Endianness;
 use object::elf::{DT_NEEDED, FileHeader64};
 use object::read::elf::{Dyn, FileHeader};
 
-fn has_driver() -> bool {
-    Path::new("/proc/driver/nvidia").exists()
-}
-
 fn mapped(library: &str) -> bool {
     std::fs::read_to_string("/proc/self/maps").expect("this process's mappings").contains(library)
 }
@@ -63,10 +59,11 @@ fn asking_for_a_gpu_in_vain_names_what_is_missing_and_leaves_the_cpu_alone() {
     println!("{refused}; {}", refused.remedy());
     let ModelError::Cuda(why) = &refused else { panic!("{refused}") };
     match why {
-        CudaUnavailable::NoDriver => assert!(!has_driver()),
+        CudaUnavailable::NoDriver => assert!(!mapped("libcuda.so")),
+        CudaUnavailable::Driver { code, cause } => assert!(*code != 0 && !cause.is_empty()),
         // A build against a libtorch for the CPU, or without the headers.
         CudaUnavailable::NoCudaHalf { .. } | CudaUnavailable::NoShim { .. } => assert!(!mapped("libtorch_cuda")),
-        CudaUnavailable::TooLate => assert!(has_driver()),
+        CudaUnavailable::TooLate => assert!(mapped("libcuda.so")),
         other => panic!("{other}"),
     }
     assert!(!refused.remedy().is_empty());

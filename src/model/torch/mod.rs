@@ -64,15 +64,19 @@ fn failed(what: &'static str) -> impl Fn(TchError) -> ModelError {
     }
 }
 
-/// Whether an error's words are about memory: those of the caching allocator and of the CUDA runtime and driver,
-/// of the libraries that allocate beside it, of the CPU's allocator, and of kernels that make scratch of their own.
+/// Whether an error's words are about memory.
 fn is_exhaustion(words: &str) -> bool {
-    const KNOWN: [&str; 8] = [
+    const KNOWN: [&str; 9] = [
+        // The caching allocator, the CUDA runtime and driver, by message and by name.
         "out of memory",
+        "out_of_memory",
         "memoryallocation",
-        "cublas_status_alloc_failed",
-        "cudnn_status_alloc_failed",
-        "cudnn_status_internal_error_host_allocation_failed",
+        // Libraries that allocate beside it.
+        "status_alloc_failed",
+        "host_allocation_failed",
+        // What is left to say of a convolution once every kernel for it was refused its scratch.
+        "unable to find an engine to execute this computation",
+        // The CPU: the allocator, the language, and kernels that make scratch of their own.
         "can't allocate memory",
         "bad_alloc",
         "could not create a memory",
@@ -93,6 +97,8 @@ mod tests {
             "CUDA driver error: out of memory",
             "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
             "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+            "CUDA_ERROR_OUT_OF_MEMORY",
+            "GET was unable to find an engine to execute this computation",
             "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 16 bytes",
             "std::bad_alloc",
             "could not create a memory object",

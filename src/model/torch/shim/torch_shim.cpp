@@ -153,7 +153,8 @@ int32_t make_current(const StreamNumbers* target, Before* before, Text text) noe
 int32_t restore(const Before* before, Text text) noexcept {
   return guarded(text, [&] {
     c10::cuda::setCurrentCUDAStream(stream_of(before->stream, before->stream_device));
-    c10::cuda::set_device(static_cast<c10::DeviceIndex>(before->device));
+    // Only where that device is in use already: making it current would set it up, with hundreds of MiB of its memory.
+    C10_CUDA_CHECK(c10::cuda::MaybeSetDevice(static_cast<c10::DeviceIndex>(before->device)));
   });
 }
 
