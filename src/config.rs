@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::error::{Error, ErrorKind};
-use crate::service::{Precision, Rung};
+use crate::service::{GpuOrder, Precision, Rung};
 
 /// Why a configuration cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -51,6 +51,13 @@ pub struct BrokerConfig {
     pub named_segments: bool,
     /// Where models run: `cpu`, `cuda:0` or the UUID of a GPU. Default `cpu`.
     pub device: String,
+    /// Bytes of the first tensor arena on the GPU, and the least a further one has. Default 32 MiB: GPU memory is
+    /// used up as soon as it is allocated. The driver allocates multiples of 2 MiB.
+    pub gpu_arena_bytes: u64,
+    /// Bytes of all tensor arenas on the GPU together. Default 2 GiB. A tensor beyond it is refused as out of memory.
+    pub gpu_bytes: u64,
+    /// How GPU work of broker and clients is kept in order. Default: by events.
+    pub gpu_order: GpuOrder,
 }
 
 impl Default for BrokerConfig {
@@ -70,6 +77,9 @@ impl Default for BrokerConfig {
             negotiation_timeout: Duration::from_secs(5),
             named_segments: false,
             device: "cpu".to_owned(),
+            gpu_arena_bytes: 32 << 20,
+            gpu_bytes: 2 << 30,
+            gpu_order: GpuOrder::Events,
         }
     }
 }
@@ -90,6 +100,9 @@ impl BrokerConfig {
         if self.arena_bytes == 0 || self.arena_bytes > self.session_bytes {
             return refuse("arena size", "it must be positive and at most the session's bytes");
         }
+        if self.gpu_arena_bytes == 0 || self.gpu_arena_bytes > self.gpu_bytes {
+            return refuse("GPU arena size", "it must be positive and at most the bytes of all arenas");
+        }
         Ok(())
     }
 }
@@ -107,6 +120,8 @@ pub struct ClientConfig {
     pub rung: Option<Rung>,
     /// Bytes of input slots kept for the next call. Default 64 MiB.
     pub idle_input_bytes: u64,
+    /// How GPU work of broker and client is kept in order. Default: `LUNA_BROKER_GPU_ORDER`, else by events.
+    pub gpu_order: GpuOrder,
 }
 
 impl Default for ClientConfig {
@@ -119,6 +134,7 @@ impl Default for ClientConfig {
             connect_timeout: Duration::from_secs(5),
             rung: None,
             idle_input_bytes: 64 << 20,
+            gpu_order: gpu_order_from_environment(),
         }
     }
 }
@@ -129,6 +145,16 @@ pub const ADDRESS_VARIABLE: &str = "LUNA_BROKER";
 /// Environment variable that forces a rung.
 pub const TRANSPORT_VARIABLE: &str = "LUNA_BROKER_TRANSPORT";
 
+/// Environment variable that makes GPU work be waited for on the host, where it says `host`.
+pub const GPU_ORDER_VARIABLE: &str = "LUNA_BROKER_GPU_ORDER";
+
+fn gpu_order_from_environment() -> GpuOrder {
+    match std::env::var(GPU_ORDER_VARIABLE) {
+        Ok(order) if order == "host" => GpuOrder::Host,
+        _ => GpuOrder::Events,
+    }
+}
+
 /// The rung that `LUNA_BROKER_TRANSPORT` forces.
 ///
 /// # Errors
@@ -138,7 +164,7 @@ pub fn rung_from_environment() -> Result<Option<Rung>, ConfigError> {
         Ok(name) if !name.is_empty() => match Rung::from_name(&name) {
             Some(rung) => Ok(Some(rung)),
             None => {
-                let reason = format!("{name:?} is not a rung; use local, shm or inline");
+                let reason = format!("{name:?} is not a rung; use {}", Rung::ALL.map(Rung::name).join(", "));
                 Err(ConfigError { setting: TRANSPORT_VARIABLE, reason })
             }
         },

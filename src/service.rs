@@ -115,6 +115,12 @@ impl Precision {
 pub enum Rung {
     /// The client lives in the broker's process.
     Local,
+    /// Memory of the broker's GPU, opened by `cudaIpcMemHandle`.
+    CudaIpc,
+    /// Memory of the broker's GPU, opened by a file descriptor: crosses PID namespaces.
+    CudaVmm,
+    /// Memory of the broker's GPU, reached from another GPU; results are copied once.
+    Peer,
     /// Shared memory of the machine.
     Shm,
     /// Bytes behind the frame.
@@ -127,6 +133,9 @@ impl Rung {
     pub const fn name(self) -> &'static str {
         match self {
             Self::Local => "local",
+            Self::CudaIpc => "cuda-ipc",
+            Self::CudaVmm => "cuda-vmm",
+            Self::Peer => "peer",
             Self::Shm => "shm",
             Self::Inline => "inline",
         }
@@ -135,8 +144,27 @@ impl Rung {
     /// The rung of that name.
     #[must_use]
     pub fn from_name(name: &str) -> Option<Self> {
-        [Self::Local, Self::Shm, Self::Inline].into_iter().find(|rung| rung.name() == name)
+        Self::ALL.into_iter().find(|rung| rung.name() == name)
     }
+
+    /// Every rung, best first.
+    pub const ALL: [Self; 6] = [Self::Local, Self::CudaIpc, Self::CudaVmm, Self::Peer, Self::Shm, Self::Inline];
+
+    /// Whether tensors of a GPU cross in memory of a GPU.
+    #[must_use]
+    pub const fn is_gpu(self) -> bool {
+        matches!(self, Self::CudaIpc | Self::CudaVmm | Self::Peer)
+    }
+}
+
+/// How work of two processes on one GPU is kept in order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum GpuOrder {
+    /// By events: nobody's thread waits for the GPU.
+    Events,
+    /// Each side waits for its GPU work before it tells the other: slower, and always right.
+    Host,
 }
 
 impl fmt::Display for Rung {

@@ -214,7 +214,7 @@ fn callers_that_give_up_at_once_leave_the_client_usable() {
         std::thread::scope(|scope| {
             for _ in 0..4 {
                 scope.spawn(|| {
-                    let hurried = CallOptions { timeout: None, interrupted: Some(&|| true) };
+                    let hurried = CallOptions { interrupted: Some(&|| true), ..CallOptions::default() };
                     _ = client.ping_with(&hurried);
                 });
             }

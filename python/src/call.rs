@@ -23,7 +23,7 @@ pub(crate) fn released<T: Send>(
                 true
             }
         };
-        call(&CallOptions { timeout, interrupted: Some(&interrupted) })
+        call(&CallOptions { timeout, interrupted: Some(&interrupted), ..CallOptions::default() })
     });
     match (signal.into_inner(), done) {
         (Some(raised), _) => Err(raised),

@@ -6,6 +6,7 @@ use super::memory::Held;
 use super::outbox::Payload;
 use super::registry::{ModelEntry, Registry};
 use super::responder::Responder;
+use crate::device::{DeviceError, StreamRef};
 use crate::error::{Error, ErrorKind, Fault, Result};
 use crate::id::ModelId;
 use crate::lane::{Job, Refusal, StopSignal};
@@ -31,36 +32,50 @@ impl VaeCallJob {
     /// Runs the call on `vae` and answers it; a failure comes back with the duty to answer.
     pub(super) fn run_on(mut self, vae: &mut dyn Vae, stop: &dyn Fn() -> bool) -> Option<Unfinished> {
         self.responder.started();
-        let input = VaeInput { meta: self.input_meta, memory: self.input.span() };
-        let ran = vae.run(&self.plan, input, self.output.span(), stop);
+        let stream = vae.stream();
+        let ran = self.input.await_written(stream).map_err(enqueue_failed).and_then(|()| {
+            let input = VaeInput { meta: self.input_meta, memory: self.input.span() };
+            vae.run(&self.plan, input, self.output.span(), stop)
+        });
         self.responder.finished();
         match ran {
             Ok(mode) => {
-                self.answer(mode);
+                self.answer(mode, stream);
                 None
             }
-            Err(error) => Some(Unfinished { responder: self.responder, error }),
+            Err(error) => {
+                // An error leaves GPU work enqueued: neither slot is reused before that is done.
+                self.output.give_up(stream);
+                Some(Unfinished { responder: self.responder, error })
+            }
         }
     }
 
-    fn answer(self, mode: VaeMode) {
+    fn answer(self, mode: VaeMode, stream: Option<StreamRef>) {
         let Self { responder, plan, input, output, inline, .. } = self;
-        // Given back before the client can know: its next call finds the slot free.
-        drop(input);
         let meta = plan.output;
         if inline {
             let length = match meta.size_bytes() {
                 Ok(length) => length,
                 Err(error) => return responder.fail(error),
             };
+            drop(input);
             return responder
                 .answer_with_payload(Outcome::InlineTensor { meta, mode }, Payload { held: output, length });
         }
-        match output.hand_over(meta) {
+        let handed_over = output.hand_over(meta, stream);
+        // Given back before the client can know, so that its next call finds the slot free; but behind the mark that
+        // says when the GPU is done with it.
+        drop(input);
+        match handed_over {
             Ok(descriptor) => responder.answer(Outcome::Tensor { descriptor, mode }),
             Err(error) => responder.fail(error),
         }
     }
+}
+
+fn enqueue_failed(error: DeviceError) -> ModelError {
+    ModelError::Executor { what: "waiting for the input", cause: error.to_string() }
 }
 
 /// A call that failed and is not answered yet.

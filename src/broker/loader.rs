@@ -124,7 +124,7 @@ impl Loader {
     /// build without executors.
     pub(super) fn load(&self, model: &ModelEntry) -> Result<Box<dyn Vae>, ModelError> {
         match model.source() {
-            Source::HandOff => Ok(Box::new(HandOff)),
+            Source::HandOff => Ok(Box::new(HandOff::default())),
             #[cfg(feature = "torch")]
             Source::File(file) => self.load_file(file),
             #[cfg(not(feature = "torch"))]

@@ -1,48 +1,58 @@
-use std::collections::{HashMap, HashSet};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::collections::HashSet;
+use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
 
-use crate::device::{Device, DeviceError, Region, RegionHandle, Span};
+use super::pool::{ArenaPool, Gate, Place as PinnedSlot};
+use crate::device::{DeviceError, Order, Place, RegionHandle, Span, StreamRef};
 use crate::error::{Error, ErrorKind, Result};
-use crate::id::{ArenaId, Epoch, LeaseRef, SessionId};
-use crate::memory::{Grant, Ledger, LedgerError, Pin};
-use crate::protocol::{ArenaHandle, ArenaOffer, Descriptor};
+use crate::id::{ArenaId, Epoch, GpuUuid, LeaseRef, SessionId};
+use crate::memory::Pin;
+use crate::protocol::{ArenaHandle, ArenaOffer, Descriptor, Release};
 use crate::tensor::TensorMeta;
 use crate::transport::Attachment;
 
-/// Slots start at multiples of this: more than any vector instruction or page-cache line asks for.
-const SLOT_ALIGNMENT: u64 = 512;
+/// How the arenas of a pool reach a session's client.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Handing {
+    /// Not at all: bytes cross in frames.
+    Never,
+    /// As they are: the client lives in this process.
+    Itself,
+    /// By handles.
+    Handles,
+}
 
-/// One session's tensor memory: its arenas, and who may use which part of them.
+/// Whose pool a session's memory is part of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Sharing {
+    /// The session's own: it goes with it.
+    Private,
+    /// All sessions'.
+    Common,
+}
+
+/// One session's tensor memory on one device.
 #[derive(Debug)]
 pub(super) struct SessionMemory {
     session: SessionId,
     epoch: Epoch,
-    device: Arc<dyn Device>,
-    /// Whether the client maps the arenas; otherwise bytes cross in frames and the arenas stay private.
-    exported: bool,
-    limits: Limits,
-    arena_ids: Arc<AtomicU32>,
-    table: Mutex<Table>,
+    pool: Arc<ArenaPool>,
+    handing: Handing,
+    sharing: Sharing,
+    /// The client's GPU that uses it; absent for host memory.
+    gpu: Option<GpuUuid>,
+    /// Between the GPU work of broker and client; absent for host memory and where each side waits on the host.
+    order: OnceLock<Arc<dyn Order>>,
+    told: Mutex<Told>,
 }
 
-/// Bounds of a session's memory, in bytes.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Limits {
-    /// Least size of an arena.
-    pub(super) arena: u64,
-    /// All arenas together.
-    pub(super) session: u64,
-}
-
+/// What the client knows and keeps.
 #[derive(Debug, Default)]
-struct Table {
-    ledger: Ledger,
-    regions: HashMap<ArenaId, Arc<dyn Region>>,
-    /// Arenas the client has not been told of, ready to be handed over.
-    unannounced: HashMap<ArenaId, RegionHandle>,
+struct Told {
+    arenas: HashSet<ArenaId>,
+    /// Leases of a common pool.
+    granted: HashSet<LeaseRef>,
     /// Leases that the client keeps for its inputs.
     inputs: HashSet<LeaseRef>,
 }
@@ -57,15 +67,35 @@ pub(super) struct MemoryCounts {
 }
 
 impl SessionMemory {
-    pub(super) fn new(
+    /// Host memory of the session's own.
+    pub(super) fn new(session: SessionId, epoch: Epoch, pool: Arc<ArenaPool>, handing: Handing) -> Arc<Self> {
+        let (order, told) = (OnceLock::new(), Mutex::default());
+        Arc::new(Self { session, epoch, pool, handing, sharing: Sharing::Private, gpu: None, order, told })
+    }
+
+    /// A part of the arenas that all sessions have on the broker's GPU, for a GPU of the client's.
+    pub(super) fn on_gpu(
         session: SessionId,
         epoch: Epoch,
-        device: Arc<dyn Device>,
-        exported: bool,
-        limits: Limits,
-        arena_ids: Arc<AtomicU32>,
+        pool: Arc<ArenaPool>,
+        handing: Handing,
+        gpu: GpuUuid,
     ) -> Arc<Self> {
-        Arc::new(Self { session, epoch, device, exported, limits, arena_ids, table: Mutex::default() })
+        let (order, told) = (OnceLock::new(), Mutex::default());
+        Arc::new(Self { session, epoch, pool, handing, sharing: Sharing::Common, gpu: Some(gpu), order, told })
+    }
+
+    /// From here on GPU work is ordered by marks.
+    pub(super) fn order_by(&self, order: Arc<dyn Order>) {
+        if self.order.set(order).is_err() {
+            tracing::error!(session = %self.session, "the order of a session's GPU work was settled twice");
+        }
+    }
+
+    /// What a slot must wait for before it is free: everything enqueued for the session, and the client's mark.
+    fn gate(&self, peers: u64) -> Option<Gate> {
+        let order = Arc::clone(self.order.get()?);
+        Some(Gate { own: order.recorded(), order, peers })
     }
 
     /// A slot of at least `length` bytes, leased to the session and held for a job.
@@ -73,57 +103,21 @@ impl SessionMemory {
     /// # Errors
     /// [`ErrorKind::OutOfMemory`] beyond the session's bytes, or where the system has no memory.
     pub(super) fn lease(self: &Arc<Self>, length: u64) -> Result<Held> {
-        let mut table = self.table.lock();
-        let grant = match table.ledger.acquire(self.session, length) {
-            Some(grant) => grant,
-            None => {
-                self.grow(&mut table, length)?;
-                table.ledger.acquire(self.session, length).ok_or_else(|| self.exhausted(length))?
-            }
-        };
-        let Grant { address, offset, length: slot_length } = grant;
-        let pin = table.ledger.pin(self.session, address, offset, slot_length)?;
-        let region = table.regions.get(&address.arena).cloned().ok_or_else(|| self.exhausted(length))?;
-        drop(table);
-        let span = Span::new(region, offset as usize, slot_length as usize)?;
-        Ok(Held { memory: Arc::clone(self), pin: Some(pin), span, offset, ends_lease: true })
+        let slot = self.pool.lease(self.session, length)?;
+        if self.sharing == Sharing::Common {
+            self.told.lock().granted.insert(slot.pin.address());
+        }
+        Ok(self.held(slot, 0, EndsLease::Yes))
     }
 
-    fn grow(&self, table: &mut Table, length: u64) -> Result<()> {
-        let held = table.ledger.arena_bytes();
-        let room = self.limits.session.saturating_sub(held);
-        let needed = length.checked_next_multiple_of(SLOT_ALIGNMENT).ok_or_else(|| self.exhausted(length))?;
-        if needed > room {
-            return Err(self.exhausted(length));
-        }
-        // Rounded up, so that a tensor that grows a little from call to call does not make an arena each time.
-        let size = needed.checked_next_power_of_two().unwrap_or(needed).max(self.limits.arena).min(room);
-        let region = self.device.allocate(usize::try_from(size).map_err(|_| self.exhausted(length))?)?;
-        let id = ArenaId(self.arena_ids.fetch_add(1, Ordering::Relaxed));
-        if self.exported {
-            // Before anything is in the arena: one that cannot be handed over is of no use.
-            table.unannounced.insert(id, region.export()?);
-        }
-        table.ledger.add_arena(id, size, SLOT_ALIGNMENT);
-        table.regions.insert(id, region);
-        Ok(())
-    }
-
-    fn exhausted(&self, length: u64) -> Error {
-        Error::new(
-            ErrorKind::OutOfMemory,
-            format!(
-                "a tensor of {length} bytes does not fit into what is left of the session's {} bytes; \
-                 the tensors it holds are intact",
-                self.limits.session
-            ),
-            "drop tensors that are no longer needed, send a smaller batch, or raise --session-bytes",
-        )
+    fn held(self: &Arc<Self>, slot: PinnedSlot, written: u64, ends_lease: EndsLease) -> Held {
+        let PinnedSlot { pin, span, offset } = slot;
+        Held { memory: Arc::clone(self), pin: Some(pin), span, offset, written, ends_lease }
     }
 
     /// The client keeps this lease for its inputs.
     pub(super) fn note_input(&self, lease: LeaseRef) {
-        self.table.lock().inputs.insert(lease);
+        self.told.lock().inputs.insert(lease);
     }
 
     /// The memory a client's descriptor refers to, held for a job.
@@ -152,86 +146,103 @@ impl SessionMemory {
                 "start the tensor at a whole element",
             ));
         }
-        let stale = LedgerError::Stale {
-            arena: descriptor.lease.arena,
-            slot: descriptor.lease.slot,
-            generation: descriptor.lease.generation,
-        };
-        let mut table = self.table.lock();
-        let region = table.regions.get(&descriptor.lease.arena).cloned().ok_or(stale)?;
-        let offset = descriptor.offset;
-        let pin = table.ledger.pin(self.session, descriptor.lease, offset, length as u64)?;
-        match Span::new(region, offset as usize, length) {
-            Ok(span) => Ok(Held { memory: Arc::clone(self), pin: Some(pin), span, offset, ends_lease: false }),
-            Err(error) => {
-                table.ledger.unpin(pin);
-                Err(error.into())
-            }
-        }
+        let slot = self.pool.pin(self.session, descriptor.lease, descriptor.offset, length)?;
+        Ok(self.held(slot, descriptor.sequence, EndsLease::No))
     }
 
-    /// Ends leases the client gave back. A reference that is stale was given back before: nothing is lost.
-    pub(super) fn release(&self, leases: &[LeaseRef]) {
-        if leases.is_empty() {
-            return;
-        }
-        let mut table = self.table.lock();
-        for &lease in leases {
-            table.inputs.remove(&lease);
-            if let Err(error) = table.ledger.release(self.session, lease) {
-                tracing::debug!(session = %self.session, %error, "a release was ignored");
-            }
-        }
+    /// Ends a lease the client gave back.
+    pub(super) fn release(&self, release: &Release) {
+        let mut told = self.told.lock();
+        told.inputs.remove(&release.lease);
+        told.granted.remove(&release.lease);
+        drop(told);
+        self.pool.release(self.session, release.lease, self.gate(release.sequence));
     }
 
-    /// The session is over: all leases end, arenas go as soon as no job uses them.
-    pub(super) fn reap(&self) -> u64 {
-        let mut table = self.table.lock();
-        table.regions.clear();
-        table.unannounced.clear();
-        table.inputs.clear();
-        table.ledger.reap(self.session)
+    /// The session is over: all leases end once the broker's own GPU work for it is done. The client's must be done
+    /// before.
+    pub(super) fn reap(&self) {
+        if let Some(order) = self.order.get()
+            && let Err(error) = order.synchronize_own(order.recorded())
+        {
+            tracing::warn!(session = %self.session, %error, "GPU work of a session that ended could not be awaited");
+        }
+        if self.sharing == Sharing::Private {
+            self.pool.close();
+        }
+        self.pool.reap(self.session);
+    }
+
+    /// Whether the lease was granted through this memory and not given back. Told of common pools only, as several
+    /// memories of a session may be parts of one.
+    pub(super) fn granted(&self, lease: LeaseRef) -> bool {
+        self.told.lock().granted.contains(&lease)
     }
 
     /// The offer of an arena that the client has not been told of, with what travels beside the message.
     pub(super) fn announce(&self, arena: ArenaId, attachments: &mut Vec<Attachment>) -> Option<ArenaOffer> {
-        let mut table = self.table.lock();
-        let handle = table.unannounced.remove(&arena)?;
-        let size_bytes = table.regions.get(&arena)?.size_bytes() as u64;
-        drop(table);
-        let handle = match handle {
-            #[cfg(unix)]
-            RegionHandle::Fd(fd) => {
-                attachments.push(Attachment::Fd(fd));
-                ArenaHandle::Attached
-            }
-            RegionHandle::Name(name) => ArenaHandle::Named(name),
-            RegionHandle::Local(region) => {
-                attachments.push(Attachment::Local(Arc::new(region)));
-                ArenaHandle::Attached
-            }
-            // Sessions have arenas of host memory only.
-            RegionHandle::CudaIpc(_) => return None,
-            #[cfg(unix)]
-            RegionHandle::CudaVmm(_) => return None,
-        };
-        Some(ArenaOffer { arena, size_bytes, handle })
+        if self.handing == Handing::Never || !self.told.lock().arenas.insert(arena) {
+            return None;
+        }
+        let region = self.pool.region(arena)?;
+        let size_bytes = region.size_bytes() as u64;
+        if self.handing == Handing::Itself {
+            attachments.push(Attachment::Local(Arc::new(region)));
+            return Some(ArenaOffer { arena, size_bytes, handle: ArenaHandle::Attached, gpu: self.gpu });
+        }
+        let handle = region.export().map(|handle| attach(handle, attachments));
+        let handle = handle.inspect_err(|error| tracing::error!(%arena, %error, "an arena cannot be handed over"));
+        Some(ArenaOffer { arena, size_bytes, handle: handle.ok()?, gpu: self.gpu })
     }
 
     /// The client has the arena mapped.
     pub(super) fn opened(&self, arena: ArenaId) {
-        if let Some(region) = self.table.lock().regions.get(&arena) {
+        if let Some(region) = self.pool.region(arena) {
             region.opened();
         }
     }
 
     pub(super) fn counts(&self) -> MemoryCounts {
-        let table = self.table.lock();
-        let (leases, leased_bytes) = table.ledger.held(self.session);
-        let input_slots = table.inputs.len() as u64;
-        let leases = leases.saturating_sub(input_slots);
-        MemoryCounts { leases, input_slots, leased_bytes, arena_bytes: table.ledger.arena_bytes() }
+        let counts = self.pool.counts(self.session);
+        let input_slots = self.told.lock().inputs.len() as u64;
+        MemoryCounts {
+            leases: counts.leases.saturating_sub(input_slots),
+            input_slots,
+            leased_bytes: counts.leased_bytes,
+            arena_bytes: counts.arena_bytes,
+        }
     }
+}
+
+/// What a message says of a region's handle; what cannot be said travels beside it.
+pub(super) fn attach(handle: RegionHandle, attachments: &mut Vec<Attachment>) -> ArenaHandle {
+    match handle {
+        #[cfg(unix)]
+        RegionHandle::Fd(fd) => {
+            attachments.push(Attachment::Fd(fd));
+            ArenaHandle::Attached
+        }
+        RegionHandle::Name(name) => ArenaHandle::Named(name),
+        RegionHandle::Local(region) => {
+            attachments.push(Attachment::Local(Arc::new(region)));
+            ArenaHandle::Attached
+        }
+        RegionHandle::CudaIpc(handle) => ArenaHandle::CudaIpc(handle.to_vec()),
+        #[cfg(unix)]
+        RegionHandle::CudaVmm(fd) => {
+            attachments.push(Attachment::Fd(fd));
+            ArenaHandle::CudaVmm
+        }
+    }
+}
+
+/// Whether a lease ends with the job's hold on it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum EndsLease {
+    /// A result that was not handed over.
+    Yes,
+    /// An input of the client's.
+    No,
 }
 
 /// A slot held for a job. Dropping it gives the pin back, and the lease too unless it was passed on to the client.
@@ -242,8 +253,9 @@ pub(super) struct Held {
     span: Span,
     /// Start of the tensor in its arena.
     offset: u64,
-    /// Whether the lease ends with the hold: a result that was not handed over, not an input of the client's.
-    ends_lease: bool,
+    /// The client's mark behind its writing; 0 for what is visible already.
+    written: u64,
+    ends_lease: EndsLease,
 }
 
 impl Held {
@@ -255,35 +267,75 @@ impl Held {
         self.offset
     }
 
-    /// The arena the slot lies in.
-    pub(super) fn arena(&self) -> Option<ArenaId> {
-        self.pin.as_ref().map(|pin| pin.address().arena)
+    pub(super) fn lease(&self) -> Option<LeaseRef> {
+        self.pin.as_ref().map(Pin::address)
     }
 
     pub(super) fn span_mut(&mut self) -> &mut Span {
         &mut self.span
     }
 
-    /// Passes the lease on to the client: the descriptor of what was written.
+    /// GPU work enqueued on `stream` from now on sees what the client wrote.
+    ///
+    /// # Errors
+    /// [`DeviceError::NotRecorded`] for a mark that the client has not made.
+    pub(super) fn await_written(&self, stream: Option<StreamRef>) -> Result<(), DeviceError> {
+        match (self.memory.order.get(), stream) {
+            (Some(order), Some(stream)) => order.wait(self.written, stream),
+            // Without marks the client waited before it sent the descriptor.
+            _ => Ok(()),
+        }
+    }
+
+    /// Passes the lease on to the client: the descriptor of what was written, on `stream` where that is GPU work.
     ///
     /// # Errors
     /// The device's, where it cannot publish the write; the lease ends then.
-    pub(super) fn hand_over(mut self, meta: TensorMeta) -> Result<Descriptor> {
-        let sequence = self.span.region().record()?;
-        let lease = self.pin.as_ref().map(Pin::address).ok_or(DeviceError::Imported)?;
-        self.ends_lease = false;
+    pub(super) fn hand_over(mut self, meta: TensorMeta, stream: Option<StreamRef>) -> Result<Descriptor> {
+        let sequence = self.publish(stream)?;
+        let lease = self.lease().ok_or(DeviceError::Imported)?;
+        self.ends_lease = EndsLease::No;
         Ok(Descriptor { epoch: self.memory.epoch, lease, offset: self.offset, sequence, meta })
+    }
+
+    /// Passes the lease on to the client without anything written.
+    ///
+    /// # Errors
+    /// [`DeviceError::Imported`] where the slot is not held, which cannot be.
+    pub(super) fn lend(mut self, meta: TensorMeta) -> Result<Descriptor> {
+        let lease = self.lease().ok_or(DeviceError::Imported)?;
+        self.ends_lease = EndsLease::No;
+        Ok(Descriptor { epoch: self.memory.epoch, lease, offset: self.offset, sequence: 0, meta })
+    }
+
+    /// A job failed with GPU work enqueued: the slot is not reused before that is done.
+    pub(super) fn give_up(self, stream: Option<StreamRef>) {
+        if self.span.place() != Place::Host
+            && let Err(error) = self.publish(stream)
+        {
+            tracing::warn!(%error, "GPU work of a failed job could not be awaited");
+        }
+    }
+
+    fn publish(&self, stream: Option<StreamRef>) -> Result<u64, DeviceError> {
+        match (self.memory.order.get(), stream) {
+            (Some(order), Some(stream)) => order.record(stream),
+            // Host memory, or a GPU whose work is waited for here.
+            _ => self.span.region().record(),
+        }
     }
 }
 
 impl Drop for Held {
     fn drop(&mut self) {
         let Some(pin) = self.pin.take() else { return };
-        let mut table = self.memory.table.lock();
-        if self.ends_lease {
+        let SessionMemory { session, pool, .. } = &*self.memory;
+        let gate = self.memory.gate(0);
+        if self.ends_lease == EndsLease::Yes {
+            self.memory.told.lock().granted.remove(&pin.address());
             // Gone already where the session was reaped meanwhile.
-            _ = table.ledger.release(self.memory.session, pin.address());
+            pool.release(*session, pin.address(), gate.clone());
         }
-        table.ledger.unpin(pin);
+        pool.unpin(*session, pin, gate);
     }
 }

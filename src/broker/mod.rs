@@ -1,11 +1,20 @@
 //! The serving side: sessions, their memory and the lanes, over listeners and devices.
 
 mod clock;
+#[cfg(all(feature = "cuda", unix))]
+mod gpu;
+#[cfg(not(all(feature = "cuda", unix)))]
+#[path = "no_gpu.rs"]
+mod gpu;
 mod incoming;
 mod jobs;
 mod loader;
+mod memories;
 mod memory;
+mod open_gpu;
 mod outbox;
+mod pool;
+mod quarantine;
 mod registry;
 mod responder;
 mod server;

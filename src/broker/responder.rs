@@ -1,15 +1,15 @@
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 
-use super::memory::SessionMemory;
+use super::memories::Memories;
 use super::outbox::{Outbox, Payload};
 use super::state::State;
 use crate::error::{Error, ErrorKind, Fault};
 use crate::id::{RequestId, SessionId};
 use crate::protocol::{DeviceRung, Outcome, Reply, ServerMessage, SessionMachine, Times};
-use crate::transport::Peer;
+use crate::transport::{Attachment, Peer};
 
 /// The part of a session that lanes and `status` reach.
 #[derive(Debug)]
@@ -19,6 +19,8 @@ pub(super) struct SessionLink {
     pub(super) outbox: Arc<Outbox>,
     pub(super) machine: Mutex<SessionMachine>,
     pub(super) answered: AtomicU64,
+    /// The connection is over; GPU memory is kept until the process is.
+    pub(super) quarantined: AtomicBool,
     /// Absent until the session is negotiated.
     pub(super) open: std::sync::OnceLock<OpenSession>,
 }
@@ -28,7 +30,7 @@ pub(super) struct SessionLink {
 pub(super) struct OpenSession {
     pub(super) name: String,
     pub(super) rung: DeviceRung,
-    pub(super) memory: Arc<SessionMemory>,
+    pub(super) memories: Memories,
 }
 
 impl SessionLink {
@@ -39,6 +41,7 @@ impl SessionLink {
             outbox,
             machine: Mutex::new(SessionMachine::new(in_flight)),
             answered: AtomicU64::new(0),
+            quarantined: AtomicBool::new(false),
             open: std::sync::OnceLock::new(),
         })
     }
@@ -83,11 +86,16 @@ impl Responder {
     }
 
     pub(super) fn answer(mut self, outcome: Outcome) {
-        self.send(outcome, None);
+        self.send(outcome, None, Vec::new());
     }
 
     pub(super) fn answer_with_payload(mut self, outcome: Outcome, payload: Payload) {
-        self.send(outcome, Some(payload));
+        self.send(outcome, Some(payload), Vec::new());
+    }
+
+    /// Answers with handles beside the message, of which the outcome speaks.
+    pub(super) fn answer_with_handles(mut self, outcome: Outcome, handles: Vec<Attachment>) {
+        self.send(outcome, None, handles);
     }
 
     pub(super) fn fail(self, error: impl Into<Error>) {
@@ -103,7 +111,7 @@ impl Responder {
         }
     }
 
-    fn send(&mut self, outcome: Outcome, payload: Option<Payload>) {
+    fn send(&mut self, outcome: Outcome, payload: Option<Payload>, mut handles: Vec<Attachment>) {
         self.answered = true;
         if self.times.finished_ns == 0 {
             self.times.finished_ns = self.state.clock.now_ns();
@@ -119,13 +127,14 @@ impl Responder {
         // Before the answer is out: the client may use the id again as soon as it has read it.
         self.link.machine.lock().answered(self.request);
         let (id, times) = (self.request, self.times);
-        let memory = self.link.open.get().map(|open| &open.memory);
-        let arena = match &outcome {
-            Outcome::Tensor { descriptor, .. } | Outcome::Allocated { descriptor } => Some(descriptor.lease.arena),
+        let memories = self.link.open.get().map(|open| &open.memories);
+        let lease = match &outcome {
+            Outcome::Tensor { descriptor, .. } | Outcome::Allocated { descriptor } => Some(descriptor.lease),
             _ => None,
         };
         self.link.outbox.post(payload, |attachments| {
-            let offer = memory.zip(arena).and_then(|(memory, arena)| memory.announce(arena, attachments));
+            let offer = memories.zip(lease).and_then(|(memories, lease)| memories.announce(lease, attachments));
+            attachments.append(&mut handles);
             ServerMessage::Reply(Reply { id, times, arenas: offer.into_iter().collect(), outcome })
         });
     }
@@ -137,7 +146,7 @@ impl Drop for Responder {
             let message =
                 "the executor stopped in the middle of this request; the model and all other requests are intact";
             let remedy = "send it again; if it fails again, the broker's log has the cause";
-            self.send(Outcome::Fault(Fault::new(ErrorKind::Internal, message, remedy)), None);
+            self.send(Outcome::Fault(Fault::new(ErrorKind::Internal, message, remedy)), None, Vec::new());
         }
     }
 }

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 
 use super::clock::Clock;
+use super::gpu::BrokerGpu;
 use super::jobs::VaeExecutor;
 use super::loader::{Loader, Placement};
 use super::registry::Registry;
@@ -83,6 +84,8 @@ fn make_state(config: BrokerConfig, address: String) -> Result<State> {
     let placement = Placement::new(&config)?;
     let loader = Loader::new(&config, placement.clone(), Arc::clone(&loading));
     let registry = Arc::new(Registry::new(config.model_folders.clone(), config.bench_models, placement));
+    let arena_ids = Arc::new(AtomicU32::new(0));
+    let gpu = BrokerGpu::open(&config, &arena_ids)?;
     let lane_registry = Arc::clone(&registry);
     let queue = Queue::new(Policy::Fifo, config.lane_capacity);
     let vae_lane =
@@ -95,9 +98,10 @@ fn make_state(config: BrokerConfig, address: String) -> Result<State> {
         registry,
         vae_lane,
         loading,
-        sessions: Sessions::default(),
+        sessions: Arc::new(Sessions::default()),
         counters: Counters::default(),
-        arena_ids: Arc::new(AtomicU32::new(0)),
+        arena_ids,
+        gpu,
         stopping: AtomicBool::new(false),
     })
 }
@@ -123,7 +127,12 @@ fn serve(state: &Arc<State>, connection: Arc<dyn Connection>) {
     let session = Session::new(state, Arc::clone(&connection));
     let id = session.id();
     let thread = std::thread::Builder::new().name("luna-session".to_owned());
-    if let Err(error) = thread.spawn(move || session.serve()) {
+    let sessions = Arc::clone(&state.sessions);
+    let serve = move || {
+        session.serve();
+        sessions.remove(id);
+    };
+    if let Err(error) = thread.spawn(serve) {
         tracing::error!(%error, "no thread for a new session");
         Session::abandon(state, id, &*connection);
     }

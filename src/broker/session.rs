@@ -5,21 +5,25 @@ use std::time::{Duration, Instant};
 
 use super::incoming::Incoming;
 use super::jobs::{Unfinished, VaeCallJob, VaeWork};
-use super::memory::{Held, Limits, SessionMemory};
+use super::memories::Memories;
+use super::memory::{Handing, Held, SessionMemory};
+use super::open_gpu::{GpuDoor, Step};
 use super::outbox::Outbox;
+use super::pool::{ArenaPool, Limits};
+use super::quarantine::Process;
 use super::responder::{OpenSession, Responder, SessionLink};
 use super::state::State;
-use crate::device::{Device, HostDevice, HostSharing, InProcessDevice};
+use crate::device::{CopyStream, Device, HostDevice, HostSharing, InProcessDevice};
 use crate::error::{Error, ErrorKind, Fault, Result};
-use crate::id::{RequestId, SessionId};
+use crate::id::{GpuUuid, RequestId, SessionId};
 use crate::lane::Entry;
 use crate::model::HandOff;
 use crate::protocol::{
     Accepted, Action, DeviceRung, Features, Hello, NONCE_BYTES, Operation, Outcome, PROTOCOL_VERSION, Phase,
-    ProbeAnswer, ProbeOffer, ProbeOutcome, Reason, Rung, ServerMessage, TensorSource, VaeRequest, Welcome, codec,
-    negotiate, settle,
+    ProbeAnswer, ProbeOffer, ProbeOutcome, Reason, Release, Rung, ServerMessage, TensorSource, VaeRequest, Welcome,
+    codec, negotiate, settle,
 };
-use crate::tensor::TensorMeta;
+use crate::tensor::{DType, Dims, TensorMeta};
 use crate::transport::{Abilities, Connection, FrameReader, Peer};
 
 /// One connection on the broker's side, on the thread that reads it.
@@ -29,8 +33,10 @@ pub(super) struct Session {
     connection: Incoming,
     reader: FrameReader,
     probing: Option<Probing>,
-    /// Runs calls that are not worth a queue.
-    inline_vae: HandOff,
+    /// Absent until the session is open.
+    gpu_door: Option<GpuDoor>,
+    /// Watched from the first GPU on.
+    process: Option<Process>,
 }
 
 /// A session between its welcome and the answer to its probe.
@@ -51,7 +57,7 @@ impl Session {
         let link = SessionLink::new(id, connection.peer(), outbox, state.config.session_in_flight);
         state.sessions.add(&link);
         let reader = FrameReader::new(codec::MAX_MESSAGE_BYTES, state.config.session_bytes);
-        Self { state: Arc::clone(state), link, connection, reader, probing: None, inline_vae: HandOff }
+        Self { state: Arc::clone(state), link, connection, reader, probing: None, gpu_door: None, process: None }
     }
 
     /// Serves the connection until it ends.
@@ -84,11 +90,11 @@ impl Session {
             match action {
                 Action::Start { id, timeout_ms, releases, operation } => {
                     let responder = Responder::new(&self.state, &self.link, id);
-                    self.memory()?.release(&releases);
+                    self.memories()?.release(&releases);
                     self.start(responder, timeout_ms, operation);
                 }
                 Action::Cancel(id) => self.state.vae_lane.cancel(self.link.id(), id),
-                Action::Release(leases) => self.memory()?.release(&leases),
+                Action::Release(releases) => self.memories()?.release(&releases),
                 Action::Reject { id, releases, limit } => self.reject(id, &releases, limit)?,
                 Action::Opened(arena) => self.opened(arena),
                 Action::Negotiate(hello) => self.negotiate(hello)?,
@@ -108,14 +114,14 @@ impl Session {
         Err(Error::new(ErrorKind::Busy, message, "close clients that are no longer needed, or raise --max-sessions"))
     }
 
-    fn memory(&self) -> Result<&Arc<SessionMemory>> {
+    fn memories(&self) -> Result<&Memories> {
         let open = self.link.open.get();
-        open.map(|open| &open.memory)
+        open.map(|open| &open.memories)
             .ok_or_else(|| Error::new(ErrorKind::Protocol, "the session is not negotiated", ""))
     }
 
     fn end(self, ended: Result<()>) {
-        let Self { state, link, connection, probing, .. } = self;
+        let Self { state, link, connection, probing, gpu_door, process, .. } = self;
         link.machine.lock().close();
         match (&ended, link.open.get()) {
             (Ok(()), _) => tracing::info!(session = %link.id(), "session ended"),
@@ -136,11 +142,14 @@ impl Session {
         link.outbox.close();
         state.vae_lane.end_session(link.id());
         connection.close();
-        drop(probing);
+        drop((probing, gpu_door));
         if let Some(open) = link.open.get() {
-            open.memory.reap();
+            if let Some(process) = process.filter(|_| open.memories.holds_gpu_memory()) {
+                link.quarantined.store(true, Ordering::Relaxed);
+                process.wait_gone(|| state.stopping.load(Ordering::Acquire));
+            }
+            open.memories.reap();
         }
-        state.sessions.remove(link.id());
     }
 
     fn negotiate(&mut self, mut hello: Hello) -> Result<()> {
@@ -168,7 +177,7 @@ impl Session {
         self.link.outbox.post(None, |attachments| {
             let read_at = slot.offset();
             let write_at = read_at + NONCE_BYTES as u64;
-            let arena = slot.arena().and_then(|arena| memory.announce(arena, attachments));
+            let arena = slot.lease().and_then(|lease| memory.announce(lease.arena, attachments));
             ServerMessage::Welcome(welcome(arena.map(|arena| ProbeOffer { arena, read_at, write_at })))
         });
         self.probing = Some(Probing { hello, planned: (rung, reason), memory, slot, nonce });
@@ -187,22 +196,31 @@ impl Session {
     }
 
     fn make_memory(&self, rung: Rung, features: Features) -> Arc<SessionMemory> {
-        let device: Arc<dyn Device> = match rung {
-            Rung::Local | Rung::Inline => Arc::new(InProcessDevice),
-            Rung::Shm if features.contains(Features::HANDLES) => Arc::new(HostDevice::new(HostSharing::Memfd)),
-            Rung::Shm => Arc::new(HostDevice::new(HostSharing::Named)),
+        let (device, handing): (Arc<dyn Device>, _) = match rung {
+            Rung::Local => (Arc::new(InProcessDevice), Handing::Itself),
+            Rung::Shm if features.contains(Features::HANDLES) => {
+                (Arc::new(HostDevice::new(HostSharing::Memfd)), Handing::Handles)
+            }
+            Rung::Shm => (Arc::new(HostDevice::new(HostSharing::Named)), Handing::Handles),
+            // Rungs of GPUs are never the host's.
+            Rung::Inline | Rung::CudaIpc | Rung::CudaVmm | Rung::Peer => (Arc::new(InProcessDevice), Handing::Never),
         };
-        let limits = Limits { arena: self.state.config.arena_bytes, session: self.state.config.session_bytes };
-        let (id, epoch) = (self.link.id(), self.state.epoch);
-        let exported = rung != Rung::Inline;
-        SessionMemory::new(id, epoch, device, exported, limits, Arc::clone(&self.state.arena_ids))
+        let config = &self.state.config;
+        let limits = Limits {
+            arena: config.arena_bytes,
+            total: config.session_bytes,
+            session: config.session_bytes,
+            setting: "--session-bytes",
+        };
+        let pool = Arc::new(ArenaPool::new(device, limits, Arc::clone(&self.state.arena_ids)));
+        SessionMemory::new(self.link.id(), self.state.epoch, pool, handing)
     }
 
     fn opened(&self, arena: crate::id::ArenaId) {
         if let Some(probing) = &self.probing {
             probing.memory.opened(arena);
-        } else if let Ok(memory) = self.memory() {
-            memory.opened(arena);
+        } else if let Ok(memories) = self.memories() {
+            memories.opened(arena);
         }
     }
 
@@ -233,9 +251,10 @@ impl Session {
 
     fn open(&mut self, hello: Hello, memory: Arc<SessionMemory>, rung: Rung, reason: Reason) -> Result<()> {
         tracing::info!(session = %self.link.id(), name = hello.name, %rung, %reason, "session opened");
-        let rung = DeviceRung { device: "cpu".to_owned(), rung, reason };
+        self.gpu_door = Some(GpuDoor::new(self.link.id(), rung));
+        let rung = DeviceRung::host(rung, reason);
         let rungs = vec![rung.clone()];
-        let open = OpenSession { name: hello.name, rung, memory };
+        let open = OpenSession { name: hello.name, rung, memories: Memories::new(memory) };
         if self.link.open.set(open).is_err() {
             return Err(Error::new(ErrorKind::Internal, "a session was opened twice", ""));
         }
@@ -244,8 +263,8 @@ impl Session {
         Ok(())
     }
 
-    fn reject(&self, id: RequestId, releases: &[crate::id::LeaseRef], limit: usize) -> Result<()> {
-        self.memory()?.release(releases);
+    fn reject(&self, id: RequestId, releases: &[Release], limit: usize) -> Result<()> {
+        self.memories()?.release(releases);
         let message = format!("the session has {limit} requests in flight; this one was not started");
         let remedy = "wait for an answer before sending more, or raise --session-in-flight";
         Responder::new(&self.state, &self.link, id).fail(Fault::new(ErrorKind::Busy, message, remedy));
@@ -258,8 +277,19 @@ impl Session {
             Operation::Ping => responder.answer(Outcome::Done),
             Operation::Vae(request) => self.vae(responder, deadline, request),
             Operation::Allocate { size_bytes, kept } => {
-                let allocated = self.allocate(size_bytes, kept);
-                responder.settle(allocated);
+                let memory = self.memories().map(|memories| Arc::clone(&memories.host));
+                responder.settle(memory.and_then(|memory| allocate(&memory, size_bytes, kept)));
+            }
+            Operation::AllocateGpu { gpu, size_bytes, kept } => {
+                let memory = self.memories().and_then(|memories| gpu_memory(memories, gpu));
+                responder.settle(memory.and_then(|(memory, _)| allocate(&memory, size_bytes, kept)));
+            }
+            Operation::OpenGpu(wish) => {
+                self.step_gpu(responder, |door, state, memories, abilities| door.open(state, memories, abilities, wish))
+            }
+            Operation::GpuReady { gpu } => self.step_gpu(responder, |door, state, _, _| door.ready(state, gpu)),
+            Operation::GpuProbed(probed) => {
+                self.step_gpu(responder, |door, state, memories, _| door.probed(state, memories, probed));
             }
             Operation::Describe { model } => {
                 let described = self.state.registry.resolve(&model);
@@ -289,16 +319,27 @@ impl Session {
         self.state.vae_lane.submit(Entry { session, request, deadline, job });
     }
 
-    fn allocate(&self, size_bytes: u64, kept: bool) -> Result<Outcome> {
-        let memory = self.memory()?;
-        let held = memory.lease(size_bytes)?;
-        let length = held.span().length() as u64;
-        let descriptor =
-            held.hand_over(TensorMeta::contiguous(crate::tensor::DType::U8, crate::tensor::Dims::of([length])))?;
-        if kept {
-            memory.note_input(descriptor.lease);
+    /// Goes on with the search for a GPU's rung.
+    fn step_gpu(
+        &mut self,
+        responder: Responder,
+        step: impl FnOnce(&mut GpuDoor, &State, &Memories, Abilities) -> Result<Step>,
+    ) {
+        let Abilities { descriptors, same_process } = self.connection.abilities();
+        let sealed = descriptors && cfg!(target_os = "linux");
+        let abilities = Abilities { descriptors: sealed, same_process };
+        let (Some(door), Some(open)) = (&mut self.gpu_door, self.link.open.get()) else {
+            return responder.fail(Error::new(ErrorKind::Protocol, "the session is not negotiated", ""));
+        };
+        if self.process.is_none() && !same_process {
+            self.process = Some(Process::of(self.link.peer.pid));
         }
-        Ok(Outcome::Allocated { descriptor })
+        match step(door, &self.state, &open.memories, abilities) {
+            Ok(Step { answer, attachments }) => {
+                responder.answer_with_handles(Outcome::Gpu(Box::new(answer)), attachments);
+            }
+            Err(error) => responder.fail(error),
+        }
     }
 
     fn vae(&mut self, responder: Responder, deadline: Option<Instant>, request: VaeRequest) {
@@ -306,10 +347,11 @@ impl Session {
         // The responder moves into the job only once everything that can be refused early has been.
         match self.prepare(request) {
             Err(error) => responder.fail(error),
-            Ok(prepared) => {
+            Ok((prepared, queue)) => {
                 let job = prepared.with(responder);
                 if job.model.facts().runs_inline {
-                    if let Some(Unfinished { responder, error }) = job.run_on(&mut self.inline_vae, &|| false) {
+                    let mut vae = queue.map_or_else(HandOff::default, HandOff::on);
+                    if let Some(Unfinished { responder, error }) = job.run_on(&mut vae, &|| false) {
                         responder.fail(error);
                     }
                 } else {
@@ -319,8 +361,9 @@ impl Session {
         }
     }
 
-    fn prepare(&mut self, request: VaeRequest) -> Result<Prepared> {
-        let VaeRequest { model, call, input } = request;
+    /// Checks a call and finds its memory; the queue is that of the GPU where the memory is one's.
+    fn prepare(&mut self, request: VaeRequest) -> Result<(Prepared, Option<Arc<dyn CopyStream>>)> {
+        let VaeRequest { model, call, input, result } = request;
         let model = self.state.registry.resolve(&model)?;
         let meta = match &input {
             TensorSource::Leased(descriptor) => descriptor.meta,
@@ -328,24 +371,52 @@ impl Session {
         };
         meta.validate()?;
         let plan = model.facts().plan(&call, &meta, self.state.config.vae_budget_bytes)?;
-        let memory = Arc::clone(self.memory()?);
-        let input = match input {
-            TensorSource::Leased(descriptor) => memory.resolve(&descriptor)?,
-            TensorSource::Inline(meta) => self.receive(&memory, &meta)?,
+        let (input, mut queue) = match input {
+            TensorSource::Leased(descriptor) => self.memories()?.resolve(&descriptor)?,
+            TensorSource::Inline(meta) => (self.receive(&meta)?, None),
+        };
+        let memory = match result {
+            None => Arc::clone(&self.memories()?.host),
+            Some(gpu) => {
+                let (memory, its_queue) = gpu_memory(self.memories()?, gpu)?;
+                queue = Some(its_queue);
+                memory
+            }
         };
         let output = memory.lease(plan.output.size_bytes()? as u64)?;
-        let inline = self.link.open.get().is_some_and(|open| open.rung.rung == Rung::Inline);
-        Ok(Prepared { model, plan, input, meta, output, inline })
+        let crosses_inline = self.link.open.get().is_some_and(|open| open.rung.rung == Rung::Inline);
+        let inline = crosses_inline && result.is_none();
+        Ok((Prepared { model, plan, input, meta, output, inline }, queue))
     }
 
     /// Takes the bytes behind the frame into a slot.
-    fn receive(&mut self, memory: &Arc<SessionMemory>, meta: &TensorMeta) -> Result<Held> {
+    fn receive(&mut self, meta: &TensorMeta) -> Result<Held> {
         let length = meta.span_bytes()?;
-        let mut held = memory.lease(length as u64)?;
+        let mut held = self.memories()?.host.lease(length as u64)?;
         let target = held.span_mut().bytes_mut(length)?;
         self.reader.read_payload(&self.connection, target)?;
         Ok(held)
     }
+}
+
+/// The memory that a session shares for a GPU of its client's, and the queue for work on it.
+///
+/// # Errors
+/// [`ErrorKind::Unsupported`] where none is shared.
+fn gpu_memory(memories: &Memories, gpu: GpuUuid) -> Result<(Arc<SessionMemory>, Arc<dyn CopyStream>)> {
+    let opened = memories.shared_gpu(gpu)?;
+    Ok((Arc::clone(&opened.memory), Arc::clone(&opened.queue)))
+}
+
+fn allocate(memory: &Arc<SessionMemory>, size_bytes: u64, kept: bool) -> Result<Outcome> {
+    let held = memory.lease(size_bytes)?;
+    let length = held.span().length() as u64;
+    let lease = held.lease();
+    let descriptor = held.lend(TensorMeta::contiguous(DType::U8, Dims::of([length])))?;
+    if let Some(lease) = lease.filter(|_| kept) {
+        memory.note_input(lease);
+    }
+    Ok(Outcome::Allocated { descriptor })
 }
 
 /// A VAE call that only lacks who is answered.

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use parking_lot::{Condvar, Mutex};
 
 use super::clock::Clock;
+use super::gpu::BrokerGpu;
 use super::jobs::VaeWork;
 use super::registry::Registry;
 use super::responder::SessionLink;
@@ -23,9 +24,12 @@ pub(super) struct State {
     pub(super) vae_lane: Lane<VaeWork>,
     /// Bytes of the model being loaded that are in place.
     pub(super) loading: Arc<AtomicU64>,
-    pub(super) sessions: Sessions,
+    /// Outlives the state: a session is counted until nothing of it is left.
+    pub(super) sessions: Arc<Sessions>,
     pub(super) counters: Counters,
     pub(super) arena_ids: Arc<AtomicU32>,
+    /// Absent on the CPU.
+    pub(super) gpu: Option<BrokerGpu>,
     pub(super) stopping: AtomicBool,
 }
 

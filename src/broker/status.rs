@@ -38,18 +38,21 @@ impl State {
 
 fn session_report(link: &SessionLink) -> Option<SessionReport> {
     let open = link.open.get()?;
-    let memory = open.memory.counts();
+    let memory = open.memories.counts();
+    let mut rungs = vec![open.rung.clone()];
+    rungs.extend(open.memories.gpu_rungs());
     Some(SessionReport {
         id: link.id(),
         name: open.name.clone(),
         pid: link.peer.pid,
         uid: link.peer.uid,
-        rungs: vec![open.rung.clone()],
+        rungs,
         leases: memory.leases,
         input_slots: memory.input_slots,
         leased_bytes: memory.leased_bytes,
         arena_bytes: memory.arena_bytes,
         in_flight: link.machine.lock().in_flight() as u64,
         requests: link.answered.load(Ordering::Relaxed),
+        quarantined: link.quarantined.load(Ordering::Relaxed),
     })
 }

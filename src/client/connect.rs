@@ -5,14 +5,16 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
-use super::input::{allocate, unexpected_outcome};
+use super::gpu::gpu_named;
+use super::input::{allocate, allocate_on_gpu, unexpected_outcome};
 use super::link::Link;
 use super::session::SessionInfo;
 use super::tensor::{Storage, Tensor};
 use super::vae::Vae;
 use crate::config::{ADDRESS_VARIABLE, ClientConfig, rung_from_environment};
 use crate::error::{Error, ErrorKind, Result, Retry};
-use crate::protocol::{ModelReport, Operation, Outcome, Rung, Status};
+use crate::id::GpuUuid;
+use crate::protocol::{DeviceRung, ModelReport, Operation, Outcome, Rung, Status};
 use crate::tensor::TensorMeta;
 use crate::transport::{Connection, LocalConnection, default_address};
 
@@ -23,6 +25,21 @@ pub struct CallOptions<'a> {
     pub timeout: Option<Duration>,
     /// Asked about ten times a second while waiting; `true` takes the request back.
     pub interrupted: Option<&'a dyn Fn() -> bool>,
+    /// Where the result goes.
+    pub result: ResultPlace,
+}
+
+/// Where the result of a call goes. On a GPU without shared memory it comes in host memory all the same: the rung
+/// says so.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum ResultPlace {
+    /// Where the input came from.
+    #[default]
+    LikeInput,
+    /// Host memory.
+    Host,
+    /// Memory of this GPU.
+    Gpu(GpuUuid),
 }
 
 impl fmt::Debug for CallOptions<'_> {
@@ -97,7 +114,44 @@ impl Client {
     /// What negotiation settled: rung per device and why, broker version, name.
     #[must_use]
     pub fn session(&self) -> SessionInfo {
-        self.inner.link.lock().session.clone()
+        let link = Arc::clone(&self.inner.link.lock());
+        let mut session = link.session.clone();
+        session.rungs.extend(link.gpu_rungs());
+        session
+    }
+
+    /// Finds out how tensors of a GPU of this process cross, instead of with the first of them. `cuda:0`, or the UUID.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] where this process cannot use the GPU, [`ErrorKind::Refused`] for a forced rung that
+    /// cannot be had, [`ErrorKind::ConnectionLost`], [`ErrorKind::Timeout`].
+    pub fn open_gpu(&self, name: &str) -> Result<DeviceRung> {
+        let gpu = gpu_named(name)?;
+        let options = self.default_options();
+        self.with_link(|link| Ok(link.open_gpu(gpu, &options)?.rung.clone()))
+    }
+
+    /// As [`Client::empty`], in memory of a GPU of this process.
+    ///
+    /// # Errors
+    /// As [`Client::open_gpu`]; [`ErrorKind::Unsupported`] where the GPU's rung shares no memory of it,
+    /// [`ErrorKind::OutOfMemory`].
+    pub fn empty_on_gpu(&self, meta: TensorMeta, name: &str) -> Result<Tensor> {
+        let gpu = gpu_named(name)?;
+        let options = self.default_options();
+        let length = meta.span_bytes()?.max(1);
+        self.with_link(|link| {
+            let gpu = link.open_gpu(gpu, &options)?;
+            if !gpu.is_shared() {
+                return Err(Error::new(
+                    ErrorKind::Unsupported,
+                    format!("tensors of {} cross on the rung {}, which shares no memory of it", gpu.gpu, gpu.rung.rung),
+                    "build the tensor in your own memory and pass it",
+                ));
+            }
+            let lease = allocate_on_gpu(link, &gpu, length, false, &options)?;
+            Ok(Tensor::new(meta, Storage::Leased(lease)))
+        })
     }
 
     /// The client's settings.
@@ -109,7 +163,7 @@ impl Client {
     /// The options calls have when given none.
     #[must_use]
     pub fn default_options(&self) -> CallOptions<'static> {
-        CallOptions { timeout: self.inner.config.timeout, interrupted: None }
+        CallOptions { timeout: self.inner.config.timeout, ..CallOptions::default() }
     }
 
     /// An empty round trip, and how long it took.

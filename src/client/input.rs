@@ -1,10 +1,14 @@
 use std::borrow::Cow;
+use std::sync::Arc;
 
 use super::connect::CallOptions;
-use super::leases::Lease;
+use super::leases::{GpuLease, Lease};
 use super::link::Link;
+use super::open_gpu::LinkGpu;
 use super::tensor::{Storage, Tensor};
+use crate::device::GpuRange;
 use crate::error::{Error, ErrorKind, Result};
+use crate::id::{GpuUuid, LeaseRef};
 use crate::protocol::{Descriptor, Operation, Outcome, Rung, TensorSource};
 use crate::tensor::{TensorMeta, copy_dense};
 
@@ -15,7 +19,16 @@ const MIN_SLOT_BYTES: usize = 64 << 10;
 #[derive(Debug, Clone, Copy)]
 pub struct Input<'a> {
     meta: TensorMeta,
-    bytes: &'a [u8],
+    memory: Memory<'a>,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Memory<'a> {
+    Host(&'a [u8]),
+    /// Of another library's.
+    Gpu(GpuRange<'a>),
+    /// In a slot of a GPU.
+    Leased(&'a Lease, &'a GpuLease),
 }
 
 impl<'a> Input<'a> {
@@ -27,7 +40,23 @@ impl<'a> Input<'a> {
     pub fn new(meta: TensorMeta, bytes: &'a [u8]) -> Result<Self> {
         meta.validate()?;
         meta.check_fits(bytes.len())?;
-        Ok(Self { meta, bytes })
+        Ok(Self { meta, memory: Memory::Host(bytes) })
+    }
+
+    /// The tensor `meta` describes in GPU memory, written by work on the range's stream. It is copied once, on that
+    /// stream, unless it lies in a slot already. Elements must be dense: gaps and repetitions do not cross.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidTensor`] where the range is too short, the description impossible or not dense.
+    pub fn on_gpu(meta: TensorMeta, range: GpuRange<'a>) -> Result<Self> {
+        meta.validate()?;
+        meta.check_fits(range.length())?;
+        if !meta.is_dense() {
+            let message =
+                format!("a {} tensor {} in GPU memory with gaps between its elements", meta.dtype, meta.shape);
+            return Err(Error::new(ErrorKind::InvalidTensor, message, "make it contiguous first"));
+        }
+        Ok(Self { meta, memory: Memory::Gpu(range) })
     }
 
     /// Element type, shape and strides.
@@ -35,12 +64,26 @@ impl<'a> Input<'a> {
     pub fn meta(&self) -> &TensorMeta {
         &self.meta
     }
+
+    /// The GPU it lies on.
+    pub(super) fn gpu(&self) -> Option<GpuUuid> {
+        match self.memory {
+            Memory::Host(_) => None,
+            Memory::Gpu(range) => Some(range.gpu()),
+            Memory::Leased(_, lease) => Some(lease.gpu.gpu),
+        }
+    }
 }
 
 impl<'a> TryFrom<&'a Tensor> for Input<'a> {
     type Error = Error;
 
     fn try_from(tensor: &'a Tensor) -> Result<Self> {
+        if let Storage::Leased(lease) = tensor.storage()
+            && let Some(on_gpu) = lease.gpu()
+        {
+            return Ok(Self { meta: *tensor.meta(), memory: Memory::Leased(lease, on_gpu) });
+        }
         Self::new(*tensor.meta(), tensor.bytes()?)
     }
 }
@@ -54,56 +97,133 @@ pub(super) struct Staged<'a> {
     pub(super) copied_bytes: u64,
 }
 
+impl<'a> Staged<'a> {
+    fn in_place(descriptor: Descriptor) -> Self {
+        Self { source: TensorSource::Leased(descriptor), payload: Cow::Borrowed(&[]), slot: None, copied_bytes: 0 }
+    }
+
+    fn in_slot(descriptor: Descriptor, slot: Lease, copied: usize) -> Self {
+        let source = TensorSource::Leased(descriptor);
+        Self { source, payload: Cow::Borrowed(&[]), slot: Some(slot), copied_bytes: copied as u64 }
+    }
+}
+
 impl<'a> Input<'a> {
-    /// Brings the input where the broker can reach it over `link`.
+    /// Brings the input where the broker can reach it over `link`; `gpu` is how the input's GPU is shared.
     ///
     /// # Errors
     /// [`ErrorKind::OutOfMemory`] where the session has no room, or as [`Link::call`].
-    pub(super) fn stage(&self, link: &Link, options: &CallOptions<'_>) -> Result<Staged<'a>> {
-        if link.session.host_rung() == Rung::Inline {
-            return self.stage_inline();
-        }
-        if let Some(source) = self.in_place(link)? {
-            return Ok(Staged { source, payload: Cow::Borrowed(&[]), slot: None, copied_bytes: 0 });
-        }
-        let length = self.meta.densified().size_bytes()?;
-        let mut slot = match link.memory.idle_input(length) {
-            Some(slot) => slot,
-            None => {
-                // Rounded up, so that inputs of different sizes share a slot.
-                let rounded = length.max(MIN_SLOT_BYTES);
-                allocate(link, rounded.checked_next_power_of_two().unwrap_or(rounded), true, options)?
+    pub(super) fn stage(
+        &self,
+        link: &Link,
+        gpu: Option<&Arc<LinkGpu>>,
+        options: &CallOptions<'_>,
+    ) -> Result<Staged<'a>> {
+        match (self.memory, gpu) {
+            (Memory::Host(bytes), _) => self.stage_host(bytes, link, options),
+            (Memory::Gpu(range), Some(gpu)) if gpu.is_shared() => self.stage_gpu(&range, link, gpu, options),
+            (Memory::Gpu(range), Some(gpu)) => self.stage_through_host(&range, link, gpu, options),
+            (Memory::Leased(lease, on_gpu), _) => {
+                let queue = on_gpu.gpu.queue.handle();
+                on_gpu.gpu.wait(on_gpu.ready(), queue)?;
+                let sequence = on_gpu.gpu.publish(queue)?;
+                Ok(Staged::in_place(self.descriptor(link, lease.reference(), lease.offset(), sequence)))
             }
-        };
-        let target = slot.span_mut();
-        let meta = copy_dense(self.bytes, &self.meta, target.bytes_mut(target.length())?)?;
-        let descriptor =
-            Descriptor { epoch: link.session.epoch, lease: slot.reference(), offset: slot.offset(), sequence: 0, meta };
-        let source = TensorSource::Leased(descriptor);
-        Ok(Staged { source, payload: Cow::Borrowed(&[]), slot: Some(slot), copied_bytes: length as u64 })
+            (Memory::Gpu(_), None) => Err(unexpected_outcome()),
+        }
     }
 
-    fn stage_inline(&self) -> Result<Staged<'a>> {
+    fn descriptor(&self, link: &Link, lease: LeaseRef, offset: u64, sequence: u64) -> Descriptor {
+        Descriptor { epoch: link.session.epoch, lease, offset, sequence, meta: self.meta }
+    }
+
+    fn stage_host(&self, bytes: &'a [u8], link: &Link, options: &CallOptions<'_>) -> Result<Staged<'a>> {
+        if link.session.host_rung() == Rung::Inline {
+            return self.stage_inline(bytes);
+        }
+        let length = self.meta.span_bytes()?;
+        if let Some((lease, offset)) = link.memory.leases.locate(bytes.as_ptr() as usize, length) {
+            return Ok(Staged::in_place(self.descriptor(link, lease, offset, 0)));
+        }
+        let length = self.meta.densified().size_bytes()?;
+        let mut slot = host_slot(link, length, options)?;
+        let target = slot.span_mut();
+        let meta = copy_dense(bytes, &self.meta, target.bytes_mut(target.length())?)?;
+        let descriptor = Descriptor { meta, ..self.descriptor(link, slot.reference(), slot.offset(), 0) };
+        Ok(Staged::in_slot(descriptor, slot, length))
+    }
+
+    fn stage_inline(&self, bytes: &'a [u8]) -> Result<Staged<'a>> {
         let dense = self.meta.densified();
         let length = dense.size_bytes()?;
         let payload = if self.meta.is_dense() {
-            Cow::Borrowed(self.bytes.get(..length).unwrap_or_default())
+            Cow::Borrowed(bytes.get(..length).unwrap_or_default())
         } else {
             let mut copy = vec![0; length];
-            copy_dense(self.bytes, &self.meta, &mut copy)?;
+            copy_dense(bytes, &self.meta, &mut copy)?;
             Cow::Owned(copy)
         };
         Ok(Staged { source: TensorSource::Inline(dense), payload, slot: None, copied_bytes: length as u64 })
     }
 
-    /// Where the input is, if it lies in a slot of this session.
-    fn in_place(&self, link: &Link) -> Result<Option<TensorSource>> {
+    fn stage_gpu(
+        &self,
+        range: &GpuRange<'_>,
+        link: &Link,
+        gpu: &Arc<LinkGpu>,
+        options: &CallOptions<'_>,
+    ) -> Result<Staged<'a>> {
         let length = self.meta.span_bytes()?;
-        let found = link.memory.leases.locate(self.bytes.as_ptr() as usize, length);
-        Ok(found.map(|(lease, offset)| {
-            let epoch = link.session.epoch;
-            TensorSource::Leased(Descriptor { epoch, lease, offset, sequence: 0, meta: self.meta })
-        }))
+        if let Some((lease, offset)) = link.memory.leases.locate(range.address(), length) {
+            let sequence = gpu.publish(range.stream())?;
+            return Ok(Staged::in_place(self.descriptor(link, lease, offset, sequence)));
+        }
+        let slot = match link.memory.idle_input(length, Some(gpu)) {
+            Some(slot) => slot,
+            None => allocate_on_gpu(link, gpu, slot_bytes(length), true, options)?,
+        };
+        if let Some(on_gpu) = slot.gpu() {
+            gpu.wait(on_gpu.ready(), range.stream())?;
+            on_gpu.used_on(range.stream());
+        }
+        gpu.device.copy_in(range, slot.span())?;
+        let sequence = gpu.publish(range.stream())?;
+        let descriptor = self.descriptor(link, slot.reference(), slot.offset(), sequence);
+        Ok(Staged::in_slot(descriptor, slot, length))
+    }
+
+    /// No GPU memory is shared: the tensor crosses as one of the host's.
+    fn stage_through_host(
+        &self,
+        range: &GpuRange<'_>,
+        link: &Link,
+        gpu: &LinkGpu,
+        options: &CallOptions<'_>,
+    ) -> Result<Staged<'a>> {
+        let length = self.meta.span_bytes()?;
+        if link.session.host_rung() == Rung::Inline {
+            let mut copy = vec![0; length];
+            gpu.device.read(range, &mut copy)?;
+            let source = TensorSource::Inline(self.meta);
+            return Ok(Staged { source, payload: Cow::Owned(copy), slot: None, copied_bytes: length as u64 });
+        }
+        let mut slot = host_slot(link, length, options)?;
+        gpu.device.read(range, slot.span_mut().bytes_mut(length)?)?;
+        let descriptor = self.descriptor(link, slot.reference(), slot.offset(), 0);
+        Ok(Staged::in_slot(descriptor, slot, length))
+    }
+}
+
+/// Rounded up, so that inputs of different sizes share a slot.
+fn slot_bytes(length: usize) -> usize {
+    let rounded = length.max(MIN_SLOT_BYTES);
+    rounded.checked_next_power_of_two().unwrap_or(rounded)
+}
+
+fn host_slot(link: &Link, length: usize, options: &CallOptions<'_>) -> Result<Lease> {
+    match link.memory.idle_input(length, None) {
+        Some(slot) => Ok(slot),
+        None => allocate(link, slot_bytes(length), true, options),
     }
 }
 
@@ -114,7 +234,26 @@ impl<'a> Input<'a> {
 pub(super) fn allocate(link: &Link, length: usize, kept: bool, options: &CallOptions<'_>) -> Result<Lease> {
     let answer = link.call(Operation::Allocate { size_bytes: length as u64, kept }, &[], options)?;
     match answer.reply.outcome {
-        Outcome::Allocated { descriptor } => link.memory.take_up(&descriptor, link.session.epoch),
+        Outcome::Allocated { descriptor } => link.memory.take_up(&descriptor, link.session.epoch, None),
+        _ => Err(unexpected_outcome()),
+    }
+}
+
+/// The same in GPU memory.
+///
+/// # Errors
+/// As [`allocate`]; [`ErrorKind::Io`] where the memory could not be opened.
+pub(super) fn allocate_on_gpu(
+    link: &Link,
+    gpu: &Arc<LinkGpu>,
+    length: usize,
+    kept: bool,
+    options: &CallOptions<'_>,
+) -> Result<Lease> {
+    let operation = Operation::AllocateGpu { gpu: gpu.gpu, size_bytes: length as u64, kept };
+    let answer = link.call(operation, &[], options)?;
+    match answer.reply.outcome {
+        Outcome::Allocated { descriptor } => link.memory.take_up(&descriptor, link.session.epoch, Some(gpu)),
         _ => Err(unexpected_outcome()),
     }
 }

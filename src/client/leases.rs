@@ -1,11 +1,14 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 use parking_lot::Mutex;
 
-use crate::device::Span;
+use super::open_gpu::LinkGpu;
+use crate::device::{DeviceError, Span, StreamRef};
 use crate::id::LeaseRef;
+use crate::protocol::Release;
 
 /// A release is about 40 bytes: this many fill a sixth of the longest message.
 const MAX_RELEASES: usize = 4096;
@@ -22,11 +25,57 @@ pub(super) struct Leases {
 
 #[derive(Debug, Default)]
 struct Notes {
-    released: Vec<LeaseRef>,
+    released: Vec<Dropped>,
     /// By address of the first byte.
     live: BTreeMap<usize, Held>,
     /// Nobody is left to tell: the session is over.
     over: bool,
+}
+
+/// A lease that nobody holds any more.
+#[derive(Debug)]
+struct Dropped {
+    lease: LeaseRef,
+    used: Option<GpuUse>,
+}
+
+/// What a slot in GPU memory was last used by.
+#[derive(Debug)]
+struct GpuUse {
+    gpu: Arc<LinkGpu>,
+    streams: Vec<StreamRef>,
+}
+
+/// A lease in GPU memory: whose, and what its users enqueue their work on.
+#[derive(Debug)]
+pub(super) struct GpuLease {
+    pub(super) gpu: Arc<LinkGpu>,
+    /// The broker's mark behind which the slot holds what it should, or is free to be written.
+    ready: AtomicU64,
+    streams: Mutex<Vec<StreamRef>>,
+}
+
+impl GpuLease {
+    pub(super) fn new(gpu: Arc<LinkGpu>, ready: u64) -> Self {
+        Self { gpu, ready: AtomicU64::new(ready), streams: Mutex::default() }
+    }
+
+    pub(super) fn ready(&self) -> u64 {
+        self.ready.load(Ordering::Acquire)
+    }
+
+    /// The broker has enqueued its work on the slot; it is free behind this mark.
+    pub(super) fn set_ready(&self, sequence: u64) {
+        self.ready.store(sequence, Ordering::Release);
+    }
+
+    /// The slot is not given back before what is enqueued on `stream` then is done.
+    pub(super) fn used_on(&self, stream: StreamRef) {
+        let mut streams = self.streams.lock();
+        if !streams.contains(&stream) {
+            streams.push(stream);
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -45,23 +94,38 @@ impl Leases {
     }
 
     /// Takes up a lease on `span`, which starts `offset` bytes into its arena.
-    pub(super) fn hold(self: &Arc<Self>, lease: LeaseRef, offset: u64, span: Span) -> Lease {
+    pub(super) fn hold(self: &Arc<Self>, lease: LeaseRef, offset: u64, span: Span, gpu: Option<GpuLease>) -> Lease {
         let held = Held { length: span.length(), lease, offset };
         self.notes.lock().live.insert(span.address(), held);
-        Lease { lease, offset, span, leases: Arc::clone(self) }
+        Lease { lease, offset, span, gpu, leases: Arc::clone(self) }
     }
 
     /// Gives back a lease that nobody took up.
     pub(super) fn give_back(&self, lease: LeaseRef) {
-        self.notes.lock().released.push(lease);
+        self.notes.lock().released.push(Dropped { lease, used: None });
         self.ring();
     }
 
     /// Moves what is to be given back to `into`, as much as fits into one message.
-    pub(super) fn take_released(&self, into: &mut Vec<LeaseRef>) {
+    ///
+    /// Leases in GPU memory leave with a mark behind what used them; those whose use cannot be marked are kept, as the
+    /// GPU may not be done with them.
+    pub(super) fn take_released(&self, into: &mut Vec<Release>) {
         let mut notes = self.notes.lock();
         let count = notes.released.len().min(MAX_RELEASES.saturating_sub(into.len()));
-        into.extend(notes.released.drain(..count));
+        if notes.released.iter().take(count).all(|dropped| dropped.used.is_none()) {
+            into.extend(notes.released.drain(..count).map(|dropped| Release { lease: dropped.lease, sequence: 0 }));
+            return;
+        }
+        let dropped: Vec<Dropped> = notes.released.drain(..count).collect();
+        // Marking takes driver calls, and other threads drop leases meanwhile.
+        drop(notes);
+        for Dropped { lease, used } in dropped {
+            match used.map_or(Ok(0), |used| used.mark()) {
+                Ok(sequence) => into.push(Release { lease, sequence }),
+                Err(error) => tracing::warn!(%error, "a GPU slot is not given back before the session ends"),
+            }
+        }
     }
 
     /// The lease in which `length` bytes at `address` lie, and their offset in its arena.
@@ -92,7 +156,24 @@ pub(super) struct Lease {
     lease: LeaseRef,
     offset: u64,
     span: Span,
+    /// Absent in host memory.
+    gpu: Option<GpuLease>,
     leases: Arc<Leases>,
+}
+
+impl GpuUse {
+    /// The mark behind the last of the uses: marks pass in order.
+    fn mark(&self) -> Result<u64, DeviceError> {
+        if self.gpu.order.is_none() {
+            // Also what somebody enqueued on a stream that nobody spoke of.
+            return self.gpu.device.synchronize().map(|()| 0);
+        }
+        let mut newest = 0;
+        for stream in &self.streams {
+            newest = self.gpu.publish(*stream)?;
+        }
+        Ok(newest)
+    }
 }
 
 impl Lease {
@@ -109,6 +190,11 @@ impl Lease {
         &self.span
     }
 
+    /// What only a lease in GPU memory has.
+    pub(super) fn gpu(&self) -> Option<&GpuLease> {
+        self.gpu.as_ref()
+    }
+
     pub(super) fn span_mut(&mut self) -> &mut Span {
         &mut self.span
     }
@@ -121,7 +207,9 @@ impl Drop for Lease {
         if notes.over {
             return;
         }
-        notes.released.push(self.lease);
+        let used = self.gpu.take().map(|GpuLease { gpu, streams, .. }| GpuUse { gpu, streams: streams.into_inner() });
+        let used = used.filter(|used| !used.streams.is_empty());
+        notes.released.push(Dropped { lease: self.lease, used });
         drop(notes);
         self.leases.ring();
     }

@@ -3,20 +3,23 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Sender, bounded};
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 
 use super::connect::CallOptions;
 use super::janitor;
 use super::leases::Leases;
 use super::memory::ImportedMemory;
+use super::open_gpu::{LinkGpu, demoted, open_gpu, travels_beside};
 use super::router::{Answer, Router, Turn};
 use super::session::{Negotiation, SessionInfo};
 use crate::config::ClientConfig;
 use crate::error::{Error, ErrorKind, Fault, Result};
-use crate::id::{LeaseRef, RequestId};
+use crate::id::{GpuUuid, RequestId};
 use crate::protocol::{
-    ArenaHandle, ClientMessage, Operation, Outcome, ProtocolError, Reply, Request, ServerMessage, codec,
+    ClientMessage, DeviceRung, GpuAnswer, Operation, Outcome, ProtocolError, Release, Reply, Request, Rung,
+    RungFailure, ServerMessage, codec,
 };
+use crate::service::GpuOrder;
 use crate::transport::{Connection, FrameReader, FrameWriter, TransportError, Wait, begin_frame, finish_frame};
 
 /// How often a waiting caller looks at its deadline and whether it was interrupted.
@@ -38,6 +41,12 @@ pub(super) struct Link {
     /// The process that opened the session.
     process: u32,
     pub(super) session: SessionInfo,
+    /// The only rung that the client wants, on every device it can have.
+    pub(super) forced: Option<Rung>,
+    gpu_order: GpuOrder,
+    gpus: RwLock<Vec<Arc<LinkGpu>>>,
+    /// Held while a GPU's rung is looked for: the search is a conversation.
+    opening: Mutex<()>,
     pub(super) memory: ImportedMemory,
     /// Dropped to end the janitor.
     end: Mutex<Option<Sender<()>>>,
@@ -47,7 +56,7 @@ pub(super) struct Link {
 #[derive(Debug, Default)]
 struct Outgoing {
     frame: Vec<u8>,
-    releases: Vec<LeaseRef>,
+    releases: Vec<Release>,
 }
 
 impl Link {
@@ -73,6 +82,10 @@ impl Link {
             closing: AtomicBool::new(false),
             process: std::process::id(),
             session,
+            forced: config.rung,
+            gpu_order: config.gpu_order,
+            gpus: RwLock::default(),
+            opening: Mutex::default(),
             memory,
             end: Mutex::new(Some(end)),
         });
@@ -211,6 +224,10 @@ impl Link {
             other => return Err(ProtocolError::Unexpected { message: other.name() }.into()),
         };
         let opened = self.import(&mut reader, &reply)?;
+        let handles = match &reply.outcome {
+            Outcome::Gpu(step) => reader.take_attachments(handles_of(step)),
+            _ => Vec::new(),
+        };
         let payload = match usize::try_from(header.payload) {
             Ok(0) => None,
             Ok(length) => {
@@ -227,18 +244,79 @@ impl Link {
         for arena in opened {
             self.send(&ClientMessage::Opened { arena })?;
         }
-        Ok(Some(Answer { reply, payload }))
+        Ok(Some(Answer { reply, payload, handles }))
     }
 
     fn import(&self, reader: &mut FrameReader, reply: &Reply) -> Result<Vec<crate::id::ArenaId>> {
         let mut opened = Vec::new();
         for offer in &reply.arenas {
-            let attached = usize::from(offer.handle == ArenaHandle::Attached);
+            let attached = usize::from(travels_beside(&offer.handle));
             let attachment = reader.take_attachments(attached).pop();
-            self.memory.import(offer, attachment)?;
-            opened.push(offer.arena);
+            let Some(gpu) = offer.gpu else {
+                self.memory.import(offer, attachment, None)?;
+                opened.push(offer.arena);
+                continue;
+            };
+            // Not the end of the session: whoever needs the arena finds it missing, and takes another rung.
+            if let Err(error) = self.gpu(gpu).and_then(|gpu| self.memory.import(offer, attachment, Some(&gpu.device))) {
+                tracing::warn!(arena = %offer.arena, %error, "memory of the GPU could not be opened");
+            }
         }
         Ok(opened)
+    }
+
+    /// What was settled for a GPU.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Protocol`] before anything was.
+    fn gpu(&self, gpu: GpuUuid) -> Result<Arc<LinkGpu>> {
+        let gpus = self.gpus.read();
+        let newest = gpus.iter().rev().find(|one| one.gpu == gpu).cloned();
+        newest.ok_or_else(|| Error::new(ErrorKind::Protocol, format!("{gpu} is not open in this session"), ""))
+    }
+
+    /// How tensors of a GPU cross; found out with the first of them.
+    ///
+    /// # Errors
+    /// As [`open_gpu`].
+    pub(super) fn open_gpu(&self, gpu: GpuUuid, options: &CallOptions<'_>) -> Result<Arc<LinkGpu>> {
+        if let Ok(open) = self.gpu(gpu) {
+            return Ok(open);
+        }
+        let _opening = self.opening.lock();
+        match self.gpu(gpu) {
+            Ok(open) => Ok(open),
+            Err(_) => self.settle_gpu(gpu, None, options),
+        }
+    }
+
+    /// `worn` no longer works: the next rung for its GPU.
+    ///
+    /// # Errors
+    /// As [`open_gpu`].
+    pub(super) fn demote_gpu(&self, worn: &LinkGpu, why: &Error, options: &CallOptions<'_>) -> Result<Arc<LinkGpu>> {
+        let _opening = self.opening.lock();
+        match self.gpu(worn.gpu) {
+            // Another call met the same failure first.
+            Ok(open) if open.rung.rung != worn.rung.rung => Ok(open),
+            _ => {
+                tracing::warn!(gpu = %worn.gpu, rung = %worn.rung.rung, error = %why, "GPU memory no longer opens: taking the next rung");
+                self.settle_gpu(worn.gpu, Some(demoted(worn, why)), options)
+            }
+        }
+    }
+
+    fn settle_gpu(&self, gpu: GpuUuid, failed: Option<RungFailure>, options: &CallOptions<'_>) -> Result<Arc<LinkGpu>> {
+        let opened = Arc::new(open_gpu(self, gpu, self.gpu_order, failed, options)?);
+        self.gpus.write().push(Arc::clone(&opened));
+        Ok(opened)
+    }
+
+    /// Rungs of the GPUs in use now.
+    pub(super) fn gpu_rungs(&self) -> Vec<DeviceRung> {
+        let gpus = self.gpus.read();
+        let newest = |at: usize, gpu: &Arc<LinkGpu>| gpus.iter().skip(at + 1).all(|later| later.gpu != gpu.gpu);
+        gpus.iter().enumerate().filter(|(at, gpu)| newest(*at, gpu)).map(|(_, gpu)| gpu.rung.clone()).collect()
     }
 
     /// Gives back what came with an answer that nobody waits for.
@@ -310,6 +388,18 @@ impl Link {
 impl Drop for Link {
     fn drop(&mut self) {
         self.close();
+    }
+}
+
+/// Handles that travel beside a step of the search for a GPU's rung.
+fn handles_of(step: &GpuAnswer) -> usize {
+    match step {
+        GpuAnswer::Settled(_) | GpuAnswer::Marked { .. } => 0,
+        GpuAnswer::Probe(offer) => {
+            let arena = offer.arena.as_ref().is_some_and(|arena| travels_beside(&arena.handle));
+            let page = offer.fence.as_ref().is_some_and(|fence| travels_beside(&fence.page));
+            usize::from(arena) + usize::from(page)
+        }
     }
 }
 

@@ -1,17 +1,23 @@
 //! The calling side: typed calls, imported memory, leases, reconnection.
 
 mod connect;
+#[cfg(all(feature = "cuda", unix))]
+mod gpu;
+#[cfg(not(all(feature = "cuda", unix)))]
+#[path = "no_gpu.rs"]
+mod gpu;
 mod input;
 mod janitor;
 mod leases;
 mod link;
 mod memory;
+mod open_gpu;
 mod router;
 mod session;
 mod tensor;
 mod vae;
 
-pub use connect::{CallOptions, Client, address_from_environment};
+pub use connect::{CallOptions, Client, ResultPlace, address_from_environment};
 pub use input::Input;
 pub use session::SessionInfo;
 pub use tensor::Tensor;

@@ -7,12 +7,15 @@ use super::tensor::PooledBytes;
 use crate::error::Fault;
 use crate::id::RequestId;
 use crate::protocol::Reply;
+use crate::transport::Attachment;
 
 /// A reply with the bytes that came behind it.
 #[derive(Debug)]
 pub(super) struct Answer {
     pub(super) reply: Reply,
     pub(super) payload: Option<PooledBytes>,
+    /// What travelled beside it, arenas left out.
+    pub(super) handles: Vec<Attachment>,
 }
 
 /// What a waiting caller does next.
@@ -140,7 +143,7 @@ mod tests {
 
     fn answer(id: u64) -> Answer {
         let reply = Reply { id: RequestId(id), times: Times::default(), arenas: Vec::new(), outcome: Outcome::Done };
-        Answer { reply, payload: None }
+        Answer { reply, payload: None, handles: Vec::new() }
     }
 
     #[test]

@@ -85,16 +85,19 @@ impl Negotiation<'_> {
             features,
             name: config.name.clone(),
             pid: std::process::id(),
+            // Named with their first tensor: asking the driver now would initialise it in processes that never use it.
             gpus: Vec::new(),
-            forced: config.rung,
+            // Rungs of GPUs are settled with the first tensor of one.
+            forced: config.rung.filter(|rung| !rung.is_gpu()),
         }
     }
 
     /// Maps the offered arena and exchanges nonces through it, by the same path that tensors take.
     fn probe(&mut self, offer: &ProbeOffer, memory: &ImportedMemory) -> ProbeOutcome {
         let attachments = self.reader.take_attachments(1);
-        let exchanged =
-            memory.import(&offer.arena, attachments.into_iter().next()).and_then(|region| exchange(offer, region));
+        let exchanged = memory
+            .import(&offer.arena, attachments.into_iter().next(), None)
+            .and_then(|region| exchange(offer, region));
         match exchanged {
             Ok((read, wrote)) => ProbeOutcome::Mapped { read, wrote },
             Err(error) => ProbeOutcome::Failed(error.to_string()),

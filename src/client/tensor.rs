@@ -2,8 +2,8 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
-use super::leases::Lease;
-use crate::device::DeviceError;
+use super::leases::{GpuLease, Lease};
+use crate::device::{DeviceError, GpuRange, Place, StreamRef};
 use crate::error::Result;
 use crate::tensor::TensorMeta;
 
@@ -38,7 +38,68 @@ impl Tensor {
         &self.meta
     }
 
-    /// Address of the first element; valid while any clone of the tensor lives.
+    /// The memory it lies in. On the rung `peer` the GPU is the client's, which reaches the memory.
+    #[must_use]
+    pub fn place(&self) -> Place {
+        self.on_gpu().map_or(Place::Host, |on_gpu| Place::Gpu(on_gpu.gpu.gpu))
+    }
+
+    /// This process's ordinal of the GPU that the tensor lies on.
+    #[must_use]
+    pub fn gpu_ordinal(&self) -> Option<i32> {
+        self.on_gpu().map(|on_gpu| on_gpu.gpu.device.ordinal())
+    }
+
+    fn on_gpu(&self) -> Option<&GpuLease> {
+        match &*self.storage {
+            Storage::Leased(lease) => lease.gpu(),
+            Storage::Received(_) => None,
+        }
+    }
+
+    /// Work enqueued on `stream` from now on may use a tensor in GPU memory: it comes behind the broker's, and the
+    /// memory is not given back before it is done. Does nothing for a tensor in host memory.
+    ///
+    /// # Errors
+    /// [`DeviceError::Cuda`], [`DeviceError::NotRecorded`].
+    pub fn use_on(&self, stream: StreamRef) -> Result<()> {
+        if let Some(on_gpu) = self.on_gpu() {
+            on_gpu.used_on(stream);
+            on_gpu.gpu.wait(on_gpu.ready(), stream)?;
+        }
+        Ok(())
+    }
+
+    /// Copies a tensor in GPU memory to memory of the caller's, on the range's stream. What the rung `peer` needs
+    /// before the tensor is computed with.
+    ///
+    /// # Errors
+    /// [`DeviceError::WrongHandle`] for a tensor in host memory, [`DeviceError::OutOfBounds`], [`DeviceError::Cuda`].
+    pub fn copy_to_gpu(&self, range: &GpuRange<'_>) -> Result<()> {
+        let (Some(on_gpu), Storage::Leased(lease)) = (self.on_gpu(), &*self.storage) else {
+            return Err(DeviceError::WrongHandle { device: "CUDA" }.into());
+        };
+        self.use_on(range.stream())?;
+        let from = lease.span().part(0, self.meta.span_bytes()?)?;
+        Ok(on_gpu.gpu.device.copy_out(&from, range)?)
+    }
+
+    /// Copies the bytes from the first to the last element, wherever they lie, once the broker is done with them.
+    ///
+    /// # Errors
+    /// [`DeviceError::Cuda`].
+    pub fn to_vec(&self) -> Result<Vec<u8>> {
+        let length = self.meta.span_bytes()?;
+        let (Some(on_gpu), Storage::Leased(lease)) = (self.on_gpu(), &*self.storage) else {
+            return Ok(self.bytes()?.to_vec());
+        };
+        on_gpu.gpu.synchronize(on_gpu.ready())?;
+        let mut bytes = vec![0; length];
+        lease.span().read(&mut bytes)?;
+        Ok(bytes)
+    }
+
+    /// Address of the first element, on the GPU where it lies there; valid while any clone of the tensor lives.
     #[must_use]
     pub fn address(&self) -> usize {
         match &*self.storage {

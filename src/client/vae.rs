@@ -1,9 +1,13 @@
-use super::connect::{CallOptions, Client};
+use std::sync::Arc;
+
+use super::connect::{CallOptions, Client, ResultPlace};
 use super::input::{Input, unexpected_outcome};
 use super::link::Link;
+use super::open_gpu::LinkGpu;
 use super::router::Answer;
 use super::tensor::{Storage, Tensor};
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
+use crate::id::GpuUuid;
 use crate::protocol::{ModelReport, Operation, Outcome, Times, VaeRequest};
 use crate::service::{TileShape, Tiling, VaeCall, VaeMode, VaeOperation};
 
@@ -89,21 +93,52 @@ impl Vae {
     /// # Errors
     /// As [`Vae::decode`]; [`crate::ErrorKind::Cancelled`] where `options` interrupt it.
     pub fn call(&self, call: VaeCall, input: Input<'_>, options: &CallOptions<'_>) -> Result<VaeOutput> {
-        self.client.with_link(|link| self.call_over(link, call, input, options))
+        self.client.with_link(|link| {
+            loop {
+                match self.call_over(link, call, input, options)? {
+                    Called::Done(output) => return Ok(*output),
+                    // Nothing was changed by the call: it is made again on the next rung.
+                    Called::WornOut(gpu, why) => _ = link.demote_gpu(&gpu, &why, options)?,
+                }
+            }
+        })
     }
 
-    fn call_over(&self, link: &Link, call: VaeCall, input: Input<'_>, options: &CallOptions<'_>) -> Result<VaeOutput> {
-        let staged = input.stage(link, options)?;
-        let request = VaeRequest { model: self.model.clone(), call, input: staged.source };
+    fn call_over(&self, link: &Link, call: VaeCall, input: Input<'_>, options: &CallOptions<'_>) -> Result<Called> {
+        let opened = |gpu: Option<GpuUuid>| gpu.map(|gpu| link.open_gpu(gpu, options)).transpose();
+        let input_gpu = opened(input.gpu())?;
+        let result_gpu = match options.result {
+            ResultPlace::LikeInput => input_gpu.clone(),
+            ResultPlace::Host => None,
+            ResultPlace::Gpu(gpu) => opened(Some(gpu))?,
+        };
+        // Without shared GPU memory the result comes in the host's.
+        let result_gpu = result_gpu.filter(|gpu| gpu.is_shared());
+        let staged = match (input.stage(link, input_gpu.as_ref(), options), &input_gpu) {
+            (Err(error), Some(gpu)) if wears_out(&error, gpu) => return Ok(Called::WornOut(Arc::clone(gpu), error)),
+            (staged, _) => staged?,
+        };
+        let result = result_gpu.as_ref().map(|gpu| gpu.gpu);
+        let request = VaeRequest { model: self.model.clone(), call, input: staged.source, result };
         let answer = link.call(Operation::Vae(request), &staged.payload, options);
-        // The broker read the input before it answered; a request that was given up may still be reading it.
-        if let (Some(slot), Ok(_)) = (staged.slot, &answer) {
+        // The broker read the input before it answered, or behind the mark of the result; a request that was given up
+        // may still be reading it.
+        if let (Some(slot), Ok(answer)) = (staged.slot, &answer) {
+            if let (Some(on_gpu), Outcome::Tensor { descriptor, .. }) = (slot.gpu(), &answer.reply.outcome) {
+                on_gpu.set_ready(if result_gpu.is_some() { descriptor.sequence } else { 0 });
+            }
             link.memory.keep_input(slot);
         }
-        let Answer { reply, payload } = answer?;
+        let Answer { reply, payload, .. } = answer?;
         let (tensor, mode, copied_out_bytes) = match (reply.outcome, payload) {
             (Outcome::Tensor { descriptor, mode }, _) => {
-                let lease = link.memory.take_up(&descriptor, link.session.epoch)?;
+                let lease =
+                    match (link.memory.take_up(&descriptor, link.session.epoch, result_gpu.as_ref()), result_gpu) {
+                        (Err(error), Some(gpu)) if !link.memory.is_open(&descriptor, gpu.gpu) => {
+                            return Ok(Called::WornOut(gpu, error));
+                        }
+                        (lease, _) => lease?,
+                    };
                 (Tensor::new(descriptor.meta, Storage::Leased(lease)), mode, 0)
             }
             (Outcome::InlineTensor { meta, mode }, Some(bytes)) => {
@@ -113,8 +148,21 @@ impl Vae {
             }
             _ => return Err(unexpected_outcome()),
         };
-        Ok(VaeOutput { tensor, mode, times: reply.times, copied_in_bytes: staged.copied_bytes, copied_out_bytes })
+        let (times, copied_in_bytes) = (reply.times, staged.copied_bytes);
+        Ok(Called::Done(Box::new(VaeOutput { tensor, mode, times, copied_in_bytes, copied_out_bytes })))
     }
+}
+
+/// What a call came to on the rungs of the moment.
+enum Called {
+    Done(Box<VaeOutput>),
+    /// GPU memory that worked before no longer opens, and why.
+    WornOut(Arc<LinkGpu>, Error),
+}
+
+/// Whether an error on the way into GPU memory says that its rung is no longer good.
+fn wears_out(error: &Error, gpu: &LinkGpu) -> bool {
+    gpu.is_shared() && error.kind() == ErrorKind::Protocol
 }
 
 fn auto(operation: VaeOperation) -> VaeCall {

@@ -11,6 +11,8 @@ pub mod cuda;
 mod error;
 mod host;
 mod in_process;
+mod order;
+mod range;
 mod span;
 
 #[cfg(all(feature = "cuda", unix))]
@@ -18,6 +20,8 @@ pub use cuda::{CudaDevice, CudaSharing};
 pub use error::DeviceError;
 pub use host::{HostDevice, HostSharing};
 pub use in_process::InProcessDevice;
+pub use order::{CopyStream, Order};
+pub use range::GpuRange;
 pub use span::Span;
 
 use crate::id::GpuUuid;
@@ -33,8 +37,8 @@ pub enum Place {
 
 /// A stream of a GPU by its driver handle, as torch and DLPack give it out. The default stream is 0, or 1 in DLPack.
 ///
-/// It names the stream and does not own it. The driver's layer takes it and the tensor library's gives it; neither is
-/// in every build.
+/// It names the stream and does not own it: whoever makes one of a number answers for it that the stream lives, and is
+/// one of the GPU's primary context, wherever it is used. The driver may crash on any other.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct StreamRef(pub usize);
 

@@ -26,6 +26,21 @@ impl Span {
         &self.region
     }
 
+    /// The `length` bytes at `offset` bytes from the start of the range.
+    ///
+    /// # Errors
+    /// [`DeviceError::OutOfBounds`] where they leave the range.
+    pub fn part(&self, offset: usize, length: usize) -> Result<Self, DeviceError> {
+        check_range(offset, length, self.length)?;
+        Ok(Self { region: Arc::clone(&self.region), offset: self.offset + offset, length })
+    }
+
+    /// The kind of memory.
+    #[must_use]
+    pub fn place(&self) -> Place {
+        self.region.place()
+    }
+
     /// Bytes in the range.
     #[must_use]
     pub fn length(&self) -> usize {

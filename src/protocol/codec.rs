@@ -112,27 +112,29 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::id::{ArenaId, Epoch, Generation, LeaseRef, RequestId, SlotId};
+    use crate::id::{ArenaId, Epoch, Generation, GpuUuid, LeaseRef, RequestId, SlotId};
     use crate::protocol::*;
     use crate::service::{Tiling, VaeCall, VaeOperation};
     use crate::tensor::{DType, Dims, TensorMeta};
 
     fn request(id: u64, name: &str, extents: &[u64]) -> ClientMessage {
         let shape = Dims::new(extents).unwrap();
+        let lease = LeaseRef { arena: ArenaId(1), slot: SlotId(2), generation: Generation(3) };
         ClientMessage::Request(Request {
             id: RequestId(id),
             timeout_ms: Some(7),
-            releases: vec![LeaseRef { arena: ArenaId(1), slot: SlotId(2), generation: Generation(3) }],
+            releases: vec![Release { lease, sequence: id }],
             operation: Operation::Vae(VaeRequest {
                 model: name.to_owned(),
                 call: VaeCall { operation: VaeOperation::Decode, tiling: Tiling::Auto },
                 input: TensorSource::Leased(Descriptor {
                     epoch: Epoch(u64::MAX),
-                    lease: LeaseRef { arena: ArenaId(1), slot: SlotId(2), generation: Generation(3) },
+                    lease,
                     offset: 4096,
                     sequence: 9,
                     meta: TensorMeta { dtype: DType::F16, shape, strides: shape },
                 }),
+                result: Some(GpuUuid([7; 16])),
             }),
         })
     }

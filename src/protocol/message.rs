@@ -1,11 +1,11 @@
 use serde::{Deserialize, Serialize};
 
 use crate::error::Fault;
-use crate::id::{ArenaId, Epoch, LeaseRef, RequestId};
-use crate::service::{VaeCall, VaeMode};
+use crate::id::{ArenaId, Epoch, GpuUuid, LeaseRef, RequestId};
+use crate::service::{Rung, VaeCall, VaeMode};
 use crate::tensor::{DType, Dims, TensorMeta};
 
-use super::negotiate::{Accepted, Hello, ProbeAnswer, Welcome};
+use super::negotiate::{Accepted, DeviceRung, Hello, NONCE_BYTES, ProbeAnswer, RungFailure, Welcome};
 use super::report::{ModelReport, Status};
 
 /// Everything a client says.
@@ -24,7 +24,7 @@ pub enum ClientMessage {
         id: RequestId,
     },
     /// Leases given back. Not answered.
-    Release(Vec<LeaseRef>),
+    Release(Vec<Release>),
     /// The arena is mapped: its name, if it had one, can go. Not answered.
     Opened {
         /// The mapped arena.
@@ -59,13 +59,21 @@ pub struct Request {
     pub timeout_ms: Option<u32>,
     /// Leases given back with this request, before it is looked at.
     #[serde(default)]
-    pub releases: Vec<LeaseRef>,
+    pub releases: Vec<Release>,
     /// The work.
     pub operation: Operation,
 }
 
+/// A lease given back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Release {
+    /// The lease.
+    pub lease: LeaseRef,
+    /// The client's mark behind its last use of GPU memory; 0 where it is done with the slot already.
+    pub sequence: u64,
+}
+
 /// What a request asks for.
-#[expect(clippy::large_enum_variant, reason = "moved a few times; a box would be an allocation per call")]
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Operation {
     /// An empty round trip.
@@ -78,6 +86,24 @@ pub enum Operation {
         #[serde(default)]
         kept: bool,
     },
+    /// A slot in GPU memory that the session shares, for an input.
+    AllocateGpu {
+        /// The client's GPU.
+        gpu: GpuUuid,
+        /// Bytes needed.
+        size_bytes: u64,
+        /// As in [`Operation::Allocate`].
+        kept: bool,
+    },
+    /// Find the best rung for a GPU of the client's.
+    OpenGpu(OpenGpu),
+    /// The offered GPU memory and its events are open: write the marked nonce now.
+    GpuReady {
+        /// The client's GPU.
+        gpu: GpuUuid,
+    },
+    /// What the client found in the GPU memory it was offered.
+    GpuProbed(GpuProbed),
     /// A VAE call.
     Vae(VaeRequest),
     /// What a model is; loads nothing.
@@ -110,6 +136,9 @@ pub struct VaeRequest {
     pub call: VaeCall,
     /// The input tensor.
     pub input: TensorSource,
+    /// The client's GPU whose shared memory the result goes to; absent for host memory.
+    #[serde(default)]
+    pub result: Option<GpuUuid>,
 }
 
 /// Where a request's tensor is.
@@ -145,6 +174,8 @@ pub struct ArenaOffer {
     pub size_bytes: u64,
     /// How to map it.
     pub handle: ArenaHandle,
+    /// The client's GPU that opens it; absent for host memory.
+    pub gpu: Option<GpuUuid>,
 }
 
 /// How an arena is handed over.
@@ -154,16 +185,125 @@ pub enum ArenaHandle {
     Attached,
     /// By the name of a shared segment.
     Named(String),
+    /// By a `cudaIpcMemHandle`.
+    CudaIpc(Vec<u8>),
+    /// By the next handle attached to the frame, which stands for GPU memory.
+    CudaVmm,
 }
 
 impl std::fmt::Debug for ArenaHandle {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        // A segment's name is a capability and does not belong in logs.
+        // Names and handles are capabilities and do not belong in logs.
         f.write_str(match self {
             Self::Attached => "Attached",
             Self::Named(_) => "Named(…)",
+            Self::CudaIpc(_) => "CudaIpc(…)",
+            Self::CudaVmm => "CudaVmm",
         })
     }
+}
+
+/// A client's wish to share memory of a GPU.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OpenGpu {
+    /// The client's GPU.
+    pub gpu: GpuUuid,
+    /// The only rung it wants.
+    pub forced: Option<Rung>,
+    /// The rung that worked and does no more, and why: only lower ones are tried.
+    pub failed: Option<RungFailure>,
+}
+
+/// GPU memory to probe. From `lease`'s offset on lie four nonces: the broker's, the client's, and again the broker's
+/// and the client's, these two written behind a pause of the writer's stream and marked.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GpuOffer {
+    /// The client's GPU.
+    pub gpu: GpuUuid,
+    /// The rung this would be.
+    pub rung: Rung,
+    /// The arena of the probed slot, where the client does not have it; its handle is attached before the page's.
+    pub arena: Option<ArenaOffer>,
+    /// The slot with the nonces.
+    pub lease: LeaseRef,
+    /// Where it starts, in bytes from the start of its arena.
+    pub offset: u64,
+    /// The events of both directions and the page that counts their marks; absent where events cannot be had.
+    pub fence: Option<FenceOffer>,
+}
+
+/// What a client opens to wait for the broker's GPU work and to be waited for.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FenceOffer {
+    /// Host memory that both sides map, handed over like an arena.
+    pub page: ArenaHandle,
+    /// Bytes of it.
+    pub page_bytes: u64,
+    /// Handles of the events, one after the other.
+    pub events: Vec<u8>,
+}
+
+impl std::fmt::Debug for FenceOffer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        // Handles are capabilities and do not belong in logs.
+        f.debug_struct("FenceOffer").finish_non_exhaustive()
+    }
+}
+
+/// What a client found in offered GPU memory.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GpuProbed {
+    /// The client's GPU.
+    pub gpu: GpuUuid,
+    /// What came of it.
+    pub outcome: GpuProbeOutcome,
+}
+
+/// Result of opening and reading offered GPU memory.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum GpuProbeOutcome {
+    /// It opened.
+    Opened(GpuFindings),
+    /// It could not be opened, and why.
+    Failed(String),
+}
+
+/// What a client read and wrote.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GpuFindings {
+    /// How long opening took, in microseconds.
+    pub open_us: u32,
+    /// The broker's first nonce as read.
+    pub read: [u8; NONCE_BYTES],
+    /// The client's first nonce as written.
+    pub wrote: [u8; NONCE_BYTES],
+    /// What waiting by events gave; absent where that could not be tried.
+    pub marked: Option<MarkedFindings>,
+}
+
+/// What a client read behind the broker's mark, and wrote before its own.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MarkedFindings {
+    /// The broker's second nonce as read by a stream that waited for its mark.
+    pub read: [u8; NONCE_BYTES],
+    /// The client's second nonce as written.
+    pub wrote: [u8; NONCE_BYTES],
+    /// The client's mark behind it.
+    pub sequence: u64,
+}
+
+/// Where the search for a GPU's rung is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum GpuAnswer {
+    /// Probe this.
+    Probe(GpuOffer),
+    /// The marked nonce is on its way, behind a pause and before this mark.
+    Marked {
+        /// The broker's mark.
+        sequence: u64,
+    },
+    /// This is the rung.
+    Settled(DeviceRung),
 }
 
 /// When things happened to a request, in nanoseconds of the broker's clock; differences are what counts.
@@ -217,6 +357,8 @@ pub enum Outcome {
         /// How it was computed.
         mode: VaeMode,
     },
+    /// The next step towards a GPU's rung.
+    Gpu(Box<GpuAnswer>),
     /// One model.
     Model(ModelReport),
     /// All models.

@@ -5,6 +5,7 @@
 //! come ([`SessionMachine`]).
 
 pub mod codec;
+mod ladder;
 mod message;
 mod negotiate;
 mod report;
@@ -12,13 +13,16 @@ mod session;
 
 pub use crate::service::Rung;
 pub use codec::CodecError;
+pub use ladder::{GpuNonces, GpuSituation, gpu_reason, judge_gpu};
 pub use message::{
-    ArenaHandle, ArenaOffer, ClientMessage, Descriptor, Operation, Outcome, Reply, Request, ServerMessage,
-    TensorSource, Times, VaeRequest,
+    ArenaHandle, ArenaOffer, ClientMessage, Descriptor, FenceOffer, GpuAnswer, GpuFindings, GpuOffer, GpuProbeOutcome,
+    GpuProbed, MarkedFindings, OpenGpu, Operation, Outcome, Release, Reply, Request, ServerMessage, TensorSource,
+    Times, VaeRequest,
 };
+pub(crate) use negotiate::presentable;
 pub use negotiate::{
-    Accepted, DeviceRung, Features, Hello, NONCE_BYTES, PROTOCOL_VERSION, ProbeAnswer, ProbeOffer, ProbeOutcome,
-    Reason, Welcome, negotiate, settle,
+    Accepted, DeviceRung, FailureCode, Features, Hello, NONCE_BYTES, PROTOCOL_VERSION, ProbeAnswer, ProbeOffer,
+    ProbeOutcome, Reason, RungFailure, Welcome, negotiate, settle,
 };
 pub use report::{LaneReport, ModelReport, SessionReport, Status};
 pub use session::{Action, Phase, ProtocolError, SessionMachine};

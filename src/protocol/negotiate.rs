@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use super::message::ArenaOffer;
 use crate::error::{ErrorKind, Fault};
 use crate::id::{Epoch, GpuUuid, SessionId};
-use crate::service::Rung;
+use crate::service::{GpuOrder, Rung};
 
 /// The version this crate speaks. Raised when an older peer would misunderstand; added fields do not raise it.
 pub const PROTOCOL_VERSION: u32 = 1;
@@ -58,6 +58,56 @@ pub enum Reason {
     ProbeFailed(String),
     /// The connection cannot carry what shared memory needs.
     NoSharedMemory,
+    /// Memory of the GPU was opened and both sides read what the other wrote.
+    GpuMemoryProbed,
+    /// The broker has no memory on this GPU or any that reaches it; why.
+    NoSharedGpu(String),
+    /// Better rungs were tried and failed.
+    Failed(Vec<RungFailure>),
+}
+
+/// A rung that was tried and could not be had.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RungFailure {
+    /// The rung.
+    pub rung: Rung,
+    /// What stopped it.
+    pub code: FailureCode,
+    /// The words of whoever found it.
+    pub detail: String,
+}
+
+/// What stops a rung. Programs may rely on the names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FailureCode {
+    /// The driver makes no handle for the memory.
+    Export,
+    /// The handle does not open in the client's process.
+    Open,
+    /// One side read something else than the other wrote.
+    NonceMismatch,
+    /// It worked once and then no more.
+    Demoted,
+}
+
+impl FailureCode {
+    /// The name in messages.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Export => "export",
+            Self::Open => "open",
+            Self::NonceMismatch => "nonce_mismatch",
+            Self::Demoted => "demoted",
+        }
+    }
+}
+
+impl fmt::Display for RungFailure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}: {}", self.rung, self.code.name(), self.detail)
+    }
 }
 
 impl fmt::Display for Reason {
@@ -69,6 +119,12 @@ impl fmt::Display for Reason {
             Self::Forced => f.write_str("forced by the client"),
             Self::ProbeFailed(what) => write!(f, "shared memory failed the probe: {what}"),
             Self::NoSharedMemory => f.write_str("the connection carries no shared memory"),
+            Self::GpuMemoryProbed => f.write_str("GPU memory passed the probe"),
+            Self::NoSharedGpu(why) => write!(f, "no GPU memory is shared: {why}"),
+            Self::Failed(failures) => {
+                f.write_str("better rungs failed:")?;
+                failures.iter().try_for_each(|failure| write!(f, " [{failure}]"))
+            }
         }
     }
 }
@@ -76,12 +132,26 @@ impl fmt::Display for Reason {
 /// The rung in use for one device.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeviceRung {
-    /// The device: `cpu`.
+    /// The client's device: `cpu`, or the UUID of a GPU.
     pub device: String,
     /// The rung.
     pub rung: Rung,
     /// Why this one.
     pub reason: Reason,
+    /// How long opening GPU memory took, in microseconds.
+    #[serde(default)]
+    pub open_us: Option<u32>,
+    /// How GPU work is kept in order; absent where no GPU memory is shared.
+    #[serde(default)]
+    pub order: Option<GpuOrder>,
+}
+
+impl DeviceRung {
+    /// The rung for host memory.
+    #[must_use]
+    pub fn host(rung: Rung, reason: Reason) -> Self {
+        Self { device: "cpu".to_owned(), rung, reason, open_us: None, order: None }
+    }
 }
 
 /// A client's first message.
@@ -180,7 +250,7 @@ pub fn negotiate(hello: &mut Hello, ours: Features) -> Result<(Features, Rung, R
             "install the same version of luna-broker on both sides",
         ));
     }
-    hello.name = presentable(&hello.name, MAX_NAME_BYTES);
+    hello.name = cut(&hello.name, MAX_NAME_BYTES);
     let features = hello.features.intersection(ours);
     let best = if features.contains(Features::SAME_PROCESS) {
         (Rung::Local, Reason::SameProcess)
@@ -207,13 +277,18 @@ pub fn negotiate(hello: &mut Hello, ours: Features) -> Result<(Features, Rung, R
 }
 
 /// A peer's words as they may be shown: cut to `limit` bytes, without anything a terminal would obey.
-fn presentable(words: &str, limit: usize) -> String {
+fn cut(words: &str, limit: usize) -> String {
     let words: String = words.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
     let mut end = words.len().min(limit);
     while !words.is_char_boundary(end) {
         end -= 1;
     }
     words[..end].to_owned()
+}
+
+/// What a peer says went wrong, as it may be shown.
+pub(crate) fn presentable(words: &str) -> String {
+    cut(words, MAX_REASON_BYTES)
 }
 
 /// The rung after a probe: `planned` where each side read what the other wrote, else `inline` with what went wrong.
@@ -224,7 +299,7 @@ pub fn settle(
     answer: &ProbeOutcome,
     found: &[u8; NONCE_BYTES],
 ) -> (Rung, Reason) {
-    let failed = |what: &str| (Rung::Inline, Reason::ProbeFailed(presentable(what, MAX_REASON_BYTES)));
+    let failed = |what: &str| (Rung::Inline, Reason::ProbeFailed(presentable(what)));
     match answer {
         ProbeOutcome::Failed(what) => failed(what),
         ProbeOutcome::Mapped { read, .. } if read != ours => failed("the client read something else"),

@@ -59,6 +59,9 @@ pub struct SessionReport {
     pub in_flight: u64,
     /// Requests answered.
     pub requests: u64,
+    /// Whether it is over and its GPU memory is kept from others until its process has ended.
+    #[serde(default)]
+    pub quarantined: bool,
 }
 
 /// One model.

@@ -1,9 +1,9 @@
 use std::collections::HashSet;
 
-use super::message::{ClientMessage, Operation};
+use super::message::{ClientMessage, Operation, Release};
 use super::negotiate::{Hello, ProbeAnswer};
 use crate::error::{Error, ErrorKind};
-use crate::id::{ArenaId, LeaseRef, RequestId};
+use crate::id::{ArenaId, RequestId};
 
 /// Where a session is in its life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -67,7 +67,7 @@ pub enum Action {
         /// How long its caller waits.
         timeout_ms: Option<u32>,
         /// Leases to give back first.
-        releases: Vec<LeaseRef>,
+        releases: Vec<Release>,
         /// The work.
         operation: Operation,
     },
@@ -76,14 +76,14 @@ pub enum Action {
         /// The request.
         id: RequestId,
         /// Leases to give back.
-        releases: Vec<LeaseRef>,
+        releases: Vec<Release>,
         /// The bound.
         limit: usize,
     },
     /// Take the request back if it still waits; it is in flight.
     Cancel(RequestId),
     /// Give back leases.
-    Release(Vec<LeaseRef>),
+    Release(Vec<Release>),
     /// The arena's name can go.
     Opened(ArenaId),
     /// The client left in order.

@@ -188,7 +188,8 @@ fn an_operation_that_the_model_does_not_have_is_refused() {
     let mut raw = Raw::inline(&scene.place.socket());
     let mut call = |operation, tiling, shape: [u64; 4]| {
         let input = TensorSource::Inline(described(&shape));
-        let request = VaeRequest { model: HAND_OFF.to_owned(), call: VaeCall { operation, tiling }, input };
+        let request =
+            VaeRequest { model: HAND_OFF.to_owned(), call: VaeCall { operation, tiling }, input, result: None };
         let bytes = vec![0; 4 * shape.iter().product::<u64>() as usize];
         raw.fault(Operation::Vae(request), &bytes)
     };

@@ -1,7 +1,10 @@
 //! Random messages after a valid negotiation. `LUNA_BROKER_FUZZ_CASES` says how many of each kind.
 
-use luna_broker::id::{ArenaId, Epoch, Generation, LeaseRef, RequestId, SlotId};
-use luna_broker::protocol::{ClientMessage, Descriptor, Operation, Request, ServerMessage, TensorSource, VaeRequest};
+use luna_broker::id::{ArenaId, Epoch, Generation, GpuUuid, LeaseRef, RequestId, SlotId};
+use luna_broker::protocol::{
+    ClientMessage, Descriptor, FailureCode, GpuFindings, GpuProbeOutcome, GpuProbed, MarkedFindings, NONCE_BYTES,
+    OpenGpu, Operation, Release, Request, Rung, RungFailure, ServerMessage, TensorSource, VaeRequest,
+};
 use luna_broker::service::{TileShape, Tiling, VaeCall, VaeOperation};
 use luna_broker::tensor::{DType, Dims, TensorMeta};
 use luna_broker::transport::{HEADER_BYTES, TransportError};
@@ -67,6 +70,30 @@ fn source() -> impl Strategy<Value = TensorSource> {
     ]
 }
 
+fn gpu() -> impl Strategy<Value = GpuUuid> {
+    (0u8..3).prop_map(|byte| GpuUuid([byte; 16]))
+}
+
+fn gpu_search() -> impl Strategy<Value = Operation> {
+    let rung = || prop::sample::select(Rung::ALL.to_vec());
+    let failed =
+        (rung(), ".{0,300}").prop_map(|(rung, detail)| RungFailure { rung, code: FailureCode::Demoted, detail });
+    let wish = (gpu(), prop::option::of(rung()), prop::option::of(failed))
+        .prop_map(|(gpu, forced, failed)| Operation::OpenGpu(OpenGpu { gpu, forced, failed }));
+    let marked = (any::<[u8; NONCE_BYTES]>(), number()).prop_map(|(nonce, sequence)| MarkedFindings {
+        read: nonce,
+        wrote: nonce,
+        sequence,
+    });
+    let findings =
+        (any::<u32>(), any::<[u8; NONCE_BYTES]>(), prop::option::of(marked)).prop_map(|(open_us, nonce, marked)| {
+            GpuProbeOutcome::Opened(GpuFindings { open_us, read: nonce, wrote: nonce, marked })
+        });
+    let outcome = prop_oneof![findings, ".{0,300}".prop_map(GpuProbeOutcome::Failed)];
+    let probed = (gpu(), outcome).prop_map(|(gpu, outcome)| Operation::GpuProbed(GpuProbed { gpu, outcome }));
+    prop_oneof![wish, probed, gpu().prop_map(|gpu| Operation::GpuReady { gpu })]
+}
+
 fn operation() -> impl Strategy<Value = Operation> {
     let tiles = (number(), number(), number()).prop_map(|(width, height, overlap)| {
         Tiling::Tiles(TileShape { width: width as u32, height: height as u32, overlap: overlap as u32 })
@@ -77,8 +104,11 @@ fn operation() -> impl Strategy<Value = Operation> {
     });
     let model = prop_oneof![4 => Just(HAND_OFF.to_owned()), 1 => ".{0,40}"];
     prop_oneof![
-        6 => (model.clone(), call, source())
-            .prop_map(|(model, call, input)| Operation::Vae(VaeRequest { model, call, input })),
+        6 => (model.clone(), call, source(), prop::option::weighted(0.1, gpu()))
+            .prop_map(|(model, call, input, result)| Operation::Vae(VaeRequest { model, call, input, result })),
+        1 => (gpu(), number(), any::<bool>())
+            .prop_map(|(gpu, size_bytes, kept)| Operation::AllocateGpu { gpu, size_bytes, kept }),
+        1 => gpu_search(),
         2 => (number(), any::<bool>()).prop_map(|(size_bytes, kept)| Operation::Allocate { size_bytes, kept }),
         1 => model.prop_map(|model| Operation::Describe { model }),
         1 => prop::sample::select(vec![Operation::Ping, Operation::Models, Operation::Status]),
@@ -86,7 +116,8 @@ fn operation() -> impl Strategy<Value = Operation> {
 }
 
 fn message() -> impl Strategy<Value = ClientMessage> {
-    let releases = || prop::collection::vec(lease(), 0..4);
+    let release = || (lease(), number()).prop_map(|(lease, sequence)| Release { lease, sequence });
+    let releases = || prop::collection::vec(release(), 0..4);
     let timeout = prop::option::of(any::<u32>());
     prop_oneof![
         8 => (0u64..4, timeout, releases(), operation()).prop_map(|(id, timeout_ms, releases, operation)| {

@@ -11,8 +11,8 @@ use luna_broker::device::{Device, HostDevice, Region, RegionHandle, Span};
 use luna_broker::id::{Epoch, LeaseRef, RequestId};
 use luna_broker::protocol::{
     ArenaHandle, ArenaOffer, ClientMessage, Descriptor, Features, Hello, NONCE_BYTES, Operation, Outcome,
-    PROTOCOL_VERSION, ProbeAnswer, ProbeOutcome, Reply, Request, ServerMessage, TensorSource, VaeRequest, Welcome,
-    codec,
+    PROTOCOL_VERSION, ProbeAnswer, ProbeOutcome, Release, Reply, Request, ServerMessage, TensorSource, VaeRequest,
+    Welcome, codec,
 };
 use luna_broker::service::{Tiling, VaeCall, VaeOperation};
 use luna_broker::tensor::TensorMeta;
@@ -55,7 +55,7 @@ pub fn request(id: u64, operation: Operation) -> ClientMessage {
 
 /// A decode of the tensor in `input`.
 pub fn decode(model: &str, input: TensorSource) -> Operation {
-    Operation::Vae(VaeRequest { model: model.to_owned(), call: DECODE, input })
+    Operation::Vae(VaeRequest { model: model.to_owned(), call: DECODE, input, result: None })
 }
 
 impl Raw {
@@ -179,7 +179,7 @@ impl Raw {
 
     /// Gives a lease back and waits until the broker has seen it.
     pub fn release(&mut self, lease: LeaseRef) {
-        self.send(&ClientMessage::Release(vec![lease]));
+        self.send(&ClientMessage::Release(vec![Release { lease, sequence: 0 }]));
         assert_eq!(self.ask(Operation::Ping, &[]), Outcome::Done);
     }
 

@@ -1,4 +1,5 @@
 use std::collections::HashMap;
+use std::fmt;
 use std::marker::PhantomData;
 use std::ops::Deref;
 use std::sync::{Arc, LazyLock, Weak};
@@ -18,7 +19,6 @@ use crate::id::GpuUuid;
 pub(super) type Openings = HashMap<[u8; 64], Weak<CudaRegion<Opened>>>;
 
 /// The primary context of one GPU, the one that all libraries of the process share, retained while this lives.
-#[derive(Debug)]
 pub(super) struct Context {
     api: &'static Api,
     gpu: Gpu,
@@ -28,6 +28,13 @@ pub(super) struct Context {
     copies: Raw<sys::CUstream_st>,
     /// Held while a handle is opened or closed, so that the two do not cross.
     pub(super) openings: Mutex<Openings>,
+}
+
+impl fmt::Debug for Context {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Without the openings: their keys are capabilities and do not belong in logs.
+        f.debug_struct("Context").field("gpu", &self.gpu).finish_non_exhaustive()
+    }
 }
 
 impl Context {

@@ -9,7 +9,7 @@ use super::device::CudaDevice;
 use super::event::Event;
 use super::stream::CudaStream;
 use crate::device::host::await_published;
-use crate::device::{DeviceError, Place, Region, StreamRef, check_range};
+use crate::device::{DeviceError, Order, Place, Region, StreamRef, check_range};
 
 /// Bytes of one handle.
 const HANDLE_BYTES: usize = 64;
@@ -209,6 +209,36 @@ impl Fence {
         // SAFETY: `new` checked that the page is host memory of more bytes and aligned; it is mapped while `self` lives;
         // both processes use the words only as atomics.
         unsafe { AtomicU64::from_ptr(std::ptr::with_exposed_provenance_mut(self.page.address() + side.word)) }
+    }
+}
+
+impl Order for Fence {
+    fn record(&self, stream: StreamRef) -> Result<u64, DeviceError> {
+        Self::record(self, stream)
+    }
+
+    fn wait(&self, sequence: u64, stream: StreamRef) -> Result<(), DeviceError> {
+        Self::wait(self, sequence, stream)
+    }
+
+    fn recorded(&self) -> u64 {
+        Self::recorded(self)
+    }
+
+    fn passed_own(&self, sequence: u64) -> Result<bool, DeviceError> {
+        Self::passed_own(self, sequence)
+    }
+
+    fn passed_peers(&self, sequence: u64) -> Result<bool, DeviceError> {
+        Self::passed_peers(self, sequence)
+    }
+
+    fn synchronize_peers(&self, sequence: u64) -> Result<(), DeviceError> {
+        Self::synchronize_peers(self, sequence)
+    }
+
+    fn synchronize_own(&self, sequence: u64) -> Result<(), DeviceError> {
+        Self::synchronize_own(self, sequence)
     }
 }
 

@@ -14,6 +14,7 @@ mod driver;
 mod event;
 mod fence;
 mod ipc;
+mod range;
 mod region;
 mod stream;
 mod vmm;

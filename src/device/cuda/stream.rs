@@ -6,7 +6,7 @@ use cudarc::driver::sys;
 
 use super::api::{Raw, note_failure};
 use super::context::Context;
-use crate::device::{DeviceError, StreamRef};
+use crate::device::{CopyStream, DeviceError, Place, Span, StreamRef};
 
 /// The stream does not order with the default stream, on which other libraries of the process may work.
 pub(super) const NON_BLOCKING: u32 = 1;
@@ -55,6 +55,43 @@ impl CudaStream {
     /// [`DeviceError::Cuda`] where the GPU failed, also at work enqueued before.
     pub fn synchronize(&self) -> Result<(), DeviceError> {
         synchronize(&self.context, self.handle())
+    }
+}
+
+impl CopyStream for CudaStream {
+    fn handle(&self) -> StreamRef {
+        Self::handle(self)
+    }
+
+    fn copy(&self, from: &Span, to: &Span) -> Result<(), DeviceError> {
+        let to = to.part(0, from.length())?;
+        let (target, source, bytes) = (to.address(), from.address(), from.length());
+        if bytes == 0 {
+            return Ok(());
+        }
+        let (target_gpu, source_gpu) = (target as u64, source as u64);
+        let target_host = std::ptr::with_exposed_provenance_mut(target);
+        let source_host = std::ptr::with_exposed_provenance(source);
+        let cuda = self.context.current()?;
+        let stream = self.stream.0;
+        // SAFETY: both ranges lie in regions, of the kinds that their places say. Regions of GPU memory wait for the GPU
+        // before they close, and a copy with host memory is waited for below.
+        unsafe {
+            match (from.place(), to.place()) {
+                (Place::Gpu(_), Place::Gpu(_)) => {
+                    return cuda.cuMemcpyDtoDAsync_v2(target_gpu, source_gpu, bytes, stream);
+                }
+                (Place::Host, Place::Gpu(_)) => cuda.cuMemcpyHtoDAsync_v2(target_gpu, source_host, bytes, stream)?,
+                (Place::Gpu(_), Place::Host) => cuda.cuMemcpyDtoHAsync_v2(target_host, source_gpu, bytes, stream)?,
+                (Place::Host, Place::Host) => std::ptr::copy(source_host.cast::<u8>(), target_host.cast(), bytes),
+            }
+        }
+        drop(cuda);
+        self.synchronize()
+    }
+
+    fn synchronize(&self) -> Result<(), DeviceError> {
+        Self::synchronize(self)
     }
 }
 

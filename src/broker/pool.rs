@@ -1,0 +1,250 @@
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use parking_lot::Mutex;
+
+use crate::device::{Device, Order, Region, Span};
+use crate::error::{Error, ErrorKind, Result};
+use crate::id::{ArenaId, LeaseRef, SessionId};
+use crate::memory::{Grant, Ledger, LedgerError, Pin};
+
+/// Slots start at multiples of this: more than any vector instruction or page-cache line asks for.
+const SLOT_ALIGNMENT: u64 = 512;
+
+/// Bounds of a pool and of what one session may take of it, in bytes.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Limits {
+    /// Least size of an arena.
+    pub(super) arena: u64,
+    /// All arenas together.
+    pub(super) total: u64,
+    /// One session's slots.
+    pub(super) session: u64,
+    /// The setting that raises the bound.
+    pub(super) setting: &'static str,
+}
+
+/// Arenas on one device, and who may use which part of them.
+#[derive(Debug)]
+pub(super) struct ArenaPool {
+    device: Arc<dyn Device>,
+    limits: Limits,
+    arena_ids: Arc<AtomicU32>,
+    table: Mutex<Table>,
+}
+
+#[derive(Debug, Default)]
+struct Table {
+    ledger: Ledger,
+    regions: HashMap<ArenaId, Arc<dyn Region>>,
+    /// What ends once the GPU is past it.
+    pending: Vec<Pending>,
+}
+
+/// Something that must not happen while the GPU may still use a slot.
+#[derive(Debug)]
+struct Pending {
+    session: SessionId,
+    end: End,
+    gate: Gate,
+}
+
+#[derive(Debug)]
+enum End {
+    Lease(LeaseRef),
+    Pin(Pin),
+}
+
+/// Marks that the GPU must have passed.
+#[derive(Debug, Clone)]
+pub(super) struct Gate {
+    pub(super) order: Arc<dyn Order>,
+    /// The broker's.
+    pub(super) own: u64,
+    /// The client's.
+    pub(super) peers: u64,
+}
+
+impl Gate {
+    /// A driver that fails keeps the gate shut: a slot that is lost is better than one with two users.
+    fn is_open(&self) -> bool {
+        let passed = self.order.passed_own(self.own).and_then(|own| Ok(own && self.order.passed_peers(self.peers)?));
+        passed.unwrap_or_else(|error| {
+            tracing::warn!(%error, "a GPU slot stays out of use");
+            false
+        })
+    }
+}
+
+impl Table {
+    fn end(&mut self, session: SessionId, end: End) {
+        match end {
+            End::Lease(lease) => {
+                // A reference that is stale was given back before: nothing is lost.
+                if let Err(error) = self.ledger.release(session, lease) {
+                    tracing::debug!(%session, %error, "a release was ignored");
+                }
+            }
+            End::Pin(pin) => self.ledger.unpin(pin),
+        }
+    }
+
+    /// Ends what the GPU is past.
+    fn sweep(&mut self) {
+        if self.pending.is_empty() {
+            return;
+        }
+        let (open, shut) = std::mem::take(&mut self.pending).into_iter().partition(|pending| pending.gate.is_open());
+        self.pending = shut;
+        let open: Vec<Pending> = open;
+        for Pending { session, end, .. } in open {
+            self.end(session, end);
+        }
+    }
+}
+
+/// A slot pinned for a job.
+#[derive(Debug)]
+pub(super) struct Place {
+    pub(super) pin: Pin,
+    pub(super) span: Span,
+    /// Start of the tensor in its arena.
+    pub(super) offset: u64,
+}
+
+/// What a pool holds.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct PoolCounts {
+    pub(super) leases: u64,
+    pub(super) leased_bytes: u64,
+    pub(super) arena_bytes: u64,
+}
+
+impl ArenaPool {
+    pub(super) fn new(device: Arc<dyn Device>, limits: Limits, arena_ids: Arc<AtomicU32>) -> Self {
+        Self { device, limits, arena_ids, table: Mutex::default() }
+    }
+
+    /// A slot of at least `length` bytes, leased to the session and pinned.
+    ///
+    /// # Errors
+    /// [`ErrorKind::OutOfMemory`] beyond a bound, or where the system has no memory.
+    pub(super) fn lease(&self, session: SessionId, length: u64) -> Result<Place> {
+        let mut table = self.table.lock();
+        table.sweep();
+        if table.ledger.held(session).1.saturating_add(length) > self.limits.session {
+            return Err(self.exhausted(length));
+        }
+        let grant = match table.ledger.acquire(session, length) {
+            Some(grant) => grant,
+            None => {
+                self.grow(&mut table, length)?;
+                table.ledger.acquire(session, length).ok_or_else(|| self.exhausted(length))?
+            }
+        };
+        let Grant { address, offset, length: slot_length } = grant;
+        let pin = table.ledger.pin(session, address, offset, slot_length)?;
+        let region = table.regions.get(&address.arena).cloned().ok_or_else(|| self.exhausted(length))?;
+        drop(table);
+        Ok(Place { pin, span: Span::new(region, offset as usize, slot_length as usize)?, offset })
+    }
+
+    fn grow(&self, table: &mut Table, length: u64) -> Result<()> {
+        let held = table.ledger.arena_bytes();
+        let room = self.limits.total.saturating_sub(held);
+        let needed = length.checked_next_multiple_of(SLOT_ALIGNMENT).ok_or_else(|| self.exhausted(length))?;
+        if needed > room {
+            return Err(self.exhausted(length));
+        }
+        // Rounded up, so that a tensor that grows a little from call to call does not make an arena each time.
+        let size = needed.checked_next_power_of_two().unwrap_or(needed).max(self.limits.arena).min(room);
+        let region = self.device.allocate(usize::try_from(size).map_err(|_| self.exhausted(length))?)?;
+        // Before anything is in the arena: one that cannot be handed over is of no use.
+        drop(region.export()?);
+        let id = ArenaId(self.arena_ids.fetch_add(1, Ordering::Relaxed));
+        table.ledger.add_arena(id, size, SLOT_ALIGNMENT);
+        table.regions.insert(id, region);
+        Ok(())
+    }
+
+    fn exhausted(&self, length: u64) -> Error {
+        let Limits { total, session, setting, .. } = self.limits;
+        Error::new(
+            ErrorKind::OutOfMemory,
+            format!(
+                "a tensor of {length} bytes does not fit into what is left of the session's {} bytes; \
+                 the tensors it holds are intact",
+                total.min(session)
+            ),
+            format!("drop tensors that are no longer needed, send a smaller batch, or raise {setting}"),
+        )
+    }
+
+    /// Pins `length` bytes at `offset` of the arena, which must lie in the leased slot.
+    ///
+    /// # Errors
+    /// [`LedgerError`], [`crate::device::DeviceError::OutOfBounds`].
+    pub(super) fn pin(&self, session: SessionId, lease: LeaseRef, offset: u64, length: usize) -> Result<Place> {
+        let LeaseRef { arena, slot, generation } = lease;
+        let mut table = self.table.lock();
+        let region = table.regions.get(&arena).cloned().ok_or(LedgerError::Stale { arena, slot, generation })?;
+        let pin = table.ledger.pin(session, lease, offset, length as u64)?;
+        match Span::new(region, offset as usize, length) {
+            Ok(span) => Ok(Place { pin, span, offset }),
+            Err(error) => {
+                table.ledger.unpin(pin);
+                Err(error.into())
+            }
+        }
+    }
+
+    /// Ends a lease, at once or when the gate is open.
+    pub(super) fn release(&self, session: SessionId, lease: LeaseRef, gate: Option<Gate>) {
+        self.end_behind(session, End::Lease(lease), gate);
+    }
+
+    /// Ends a pin, at once or when the gate is open.
+    pub(super) fn unpin(&self, session: SessionId, pin: Pin, gate: Option<Gate>) {
+        self.end_behind(session, End::Pin(pin), gate);
+    }
+
+    fn end_behind(&self, session: SessionId, end: End, gate: Option<Gate>) {
+        let mut table = self.table.lock();
+        match gate {
+            Some(gate) => {
+                table.pending.push(Pending { session, end, gate });
+                table.sweep();
+            }
+            None => table.end(session, end),
+        }
+    }
+
+    /// The session is over and the GPU is past all of its work: what it held is free.
+    pub(super) fn reap(&self, session: SessionId) {
+        let mut table = self.table.lock();
+        let (over, others) = std::mem::take(&mut table.pending).into_iter().partition(|one| one.session == session);
+        table.pending = others;
+        let over: Vec<Pending> = over;
+        for Pending { end, .. } in over {
+            table.end(session, end);
+        }
+        table.ledger.reap(session);
+    }
+
+    /// Nobody uses the pool any more: arenas go as soon as no job uses them.
+    pub(super) fn close(&self) {
+        self.table.lock().regions.clear();
+    }
+
+    pub(super) fn region(&self, arena: ArenaId) -> Option<Arc<dyn Region>> {
+        self.table.lock().regions.get(&arena).cloned()
+    }
+
+    pub(super) fn counts(&self, session: SessionId) -> PoolCounts {
+        let mut table = self.table.lock();
+        table.sweep();
+        let (leases, leased_bytes) = table.ledger.held(session);
+        PoolCounts { leases, leased_bytes, arena_bytes: table.ledger.arena_bytes() }
+    }
+}

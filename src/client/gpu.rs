@@ -1,0 +1,68 @@
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::device::cuda::{Driver, Fence, FenceHandle};
+use crate::device::{
+    CopyStream, CudaDevice, CudaSharing, Device, DeviceError, GpuRange, Order, Region, RegionHandle, Span, StreamRef,
+};
+use crate::id::GpuUuid;
+
+/// A GPU as this process uses it.
+#[derive(Debug, Clone)]
+pub(super) struct GpuDevice(Arc<CudaDevice>);
+
+impl GpuDevice {
+    /// # Errors
+    /// [`DeviceError::NoDriver`], [`DeviceError::NoGpu`], [`DeviceError::Cuda`].
+    pub(super) fn open(gpu: GpuUuid) -> Result<Self, DeviceError> {
+        Ok(Self(CudaDevice::open(gpu, CudaSharing::Ipc)?))
+    }
+
+    pub(super) fn import(&self, handle: RegionHandle, size_bytes: usize) -> Result<Arc<dyn Region>, DeviceError> {
+        self.0.import(handle, size_bytes)
+    }
+
+    pub(super) fn queue(&self) -> Result<Arc<dyn CopyStream>, DeviceError> {
+        Ok(Arc::new(self.0.stream()?))
+    }
+
+    pub(super) fn order(&self, page: Arc<dyn Region>, events: &[u8]) -> Result<Arc<dyn Order>, DeviceError> {
+        Ok(Arc::new(Fence::open(&self.0, page, &FenceHandle::from_bytes(events)?)?))
+    }
+
+    pub(super) fn delay(&self, stream: StreamRef, time: Duration) -> Result<(), DeviceError> {
+        self.0.delay(stream, time)
+    }
+
+    pub(super) fn synchronize(&self) -> Result<(), DeviceError> {
+        self.0.synchronize()
+    }
+
+    pub(super) fn synchronize_stream(&self, stream: StreamRef) -> Result<(), DeviceError> {
+        self.0.synchronize_stream(stream)
+    }
+
+    pub(super) fn copy_in(&self, from: &GpuRange<'_>, to: &Span) -> Result<(), DeviceError> {
+        self.0.copy_range_in(from, to)
+    }
+
+    pub(super) fn copy_out(&self, from: &Span, to: &GpuRange<'_>) -> Result<(), DeviceError> {
+        self.0.copy_range_out(from, to)
+    }
+
+    pub(super) fn read(&self, from: &GpuRange<'_>, to: &mut [u8]) -> Result<(), DeviceError> {
+        self.0.read_range(from, to)
+    }
+
+    pub(super) fn ordinal(&self) -> i32 {
+        self.0.gpu().ordinal
+    }
+}
+
+/// The GPU of that name or ordinal in this process.
+///
+/// # Errors
+/// [`DeviceError::NoDriver`], [`DeviceError::UnknownGpu`].
+pub(super) fn gpu_named(name: &str) -> Result<GpuUuid, DeviceError> {
+    Ok(Driver::get()?.named(name)?.uuid)
+}

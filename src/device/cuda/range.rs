@@ -1,0 +1,50 @@
+use super::device::CudaDevice;
+use super::stream::CopyWay;
+use crate::device::{DeviceError, GpuRange, Place, Span, check_range};
+
+impl CudaDevice {
+    /// Enqueues a copy of `from` to the start of `to`, which is GPU memory, on the range's stream.
+    ///
+    /// # Errors
+    /// [`DeviceError::OutOfBounds`], [`DeviceError::WrongHandle`] for host memory, [`DeviceError::Cuda`].
+    pub fn copy_range_in(&self, from: &GpuRange<'_>, to: &Span) -> Result<(), DeviceError> {
+        check_range(0, from.length(), to.length())?;
+        gpu_memory(to)?;
+        // SAFETY: the range is valid for work on its stream, as whoever made it promised; the span's region waits for
+        // the GPU before it closes.
+        unsafe { self.copy(to.address(), from.address(), from.length(), CopyWay::DeviceToDevice, from.stream()) }
+    }
+
+    /// Enqueues a copy of `from`, which is GPU memory, to the start of `to`, on the range's stream.
+    ///
+    /// # Errors
+    /// As [`CudaDevice::copy_range_in`].
+    pub fn copy_range_out(&self, from: &Span, to: &GpuRange<'_>) -> Result<(), DeviceError> {
+        check_range(0, from.length(), to.length())?;
+        gpu_memory(from)?;
+        // SAFETY: as in `copy_range_in`.
+        unsafe { self.copy(to.address(), from.address(), from.length(), CopyWay::DeviceToDevice, to.stream()) }
+    }
+
+    /// Copies `from` to host memory, behind what is enqueued on the range's stream, and returns when it is there.
+    ///
+    /// # Errors
+    /// [`DeviceError::OutOfBounds`] where `to` is shorter, [`DeviceError::Cuda`].
+    pub fn read_range(&self, from: &GpuRange<'_>, to: &mut [u8]) -> Result<(), DeviceError> {
+        check_range(0, from.length(), to.len())?;
+        let target = to.as_mut_ptr().expose_provenance();
+        // SAFETY: the range is valid for work on its stream; the stream has run the copy before the borrow of `to` ends.
+        let enqueued =
+            unsafe { self.copy(target, from.address(), from.length(), CopyWay::DeviceToHost, from.stream()) };
+        // In any case: nothing may write to `to` once this has returned.
+        let done = self.synchronize_stream(from.stream());
+        enqueued.and(done)
+    }
+}
+
+fn gpu_memory(span: &Span) -> Result<(), DeviceError> {
+    match span.place() {
+        Place::Gpu(_) => Ok(()),
+        Place::Host => Err(DeviceError::WrongHandle { device: "CUDA" }),
+    }
+}

@@ -1,0 +1,85 @@
+use luna_broker::service::GpuOrder;
+
+use super::*;
+use crate::roles::Role;
+
+/// What a picture holds at this moment, for whoever does not wait.
+fn read_at_once(image: &Tensor) -> Vec<u8> {
+    let length = image.meta().size_bytes().unwrap();
+    // SAFETY: the substitute's device addresses are addresses of this process; the tensor is alive.
+    unsafe { std::slice::from_raw_parts(std::ptr::with_exposed_provenance(image.address()), length) }.to_vec()
+}
+
+#[test]
+fn a_reply_comes_before_the_work_is_done_and_only_waiting_shows_the_result() {
+    let stage = Stage::new().set_for(Role::Broker, "SUBSTITUTE_CUDA_DELAY_MS", 40);
+    play(stage, on_the_gpu(), |guest| {
+        let client = guest.connect();
+        client.open_gpu("cuda:0").unwrap();
+        let latent = OwnLatent::new(0, 16);
+        let image = decode(&client.vae(HAND_OFF).unwrap(), &latent);
+        let early = read_at_once(&image);
+        assert!(latent.check(&early).is_err(), "who does not wait reads what was there before");
+        latent.check(&image.to_vec().unwrap()).unwrap();
+    });
+}
+
+#[test]
+fn the_broker_reads_an_input_only_when_the_clients_stream_has_written_it() {
+    // The copy into the slot runs long after the request is on its way.
+    let stage = Stage::new().set_for(Role::Client, "SUBSTITUTE_CUDA_DELAY_MS", 25);
+    play(stage, on_the_gpu(), |guest| {
+        let client = guest.connect();
+        let vae = client.vae(HAND_OFF).unwrap();
+        let mut latent = OwnLatent::new(0, 16);
+        for _ in 0..4 {
+            latent.renew();
+            let image = decode(&vae, &latent);
+            latent.check(&image.to_vec().unwrap()).unwrap();
+        }
+    });
+}
+
+/// Fresh data in every round, slots reused as fast as they can be, with streams on both sides that lag.
+fn stress(config: BrokerConfig, expected: GpuOrder, rounds: usize) {
+    let stage = Stage::new().set_for(Role::Broker, "SUBSTITUTE_CUDA_DELAY_MS", 1);
+    play(stage, config, move |guest| {
+        let client = guest.connect();
+        let vae = client.vae(HAND_OFF).unwrap();
+        let mut latent = OwnLatent::new(0, 16);
+        let mut before: Option<(Tensor, OwnLatent)> = None;
+        for round in 0..rounds {
+            latent.renew();
+            let image = decode(&vae, &latent);
+            // Read one round later, so that several are in flight.
+            if let Some((image, latent)) = before.take() {
+                latent.check(&image.to_vec().unwrap()).unwrap_or_else(|error| panic!("round {round}: {error}"));
+            }
+            let mut kept = OwnLatent::new(0, 16);
+            kept.values.clone_from(&latent.values);
+            before = Some((image, kept));
+        }
+        assert_eq!(rung_of(&client, gpu(0)).order, Some(expected));
+        drop(before);
+        eventually("the leases' return", || guest.sessions()[0]["leases"] == 0);
+    });
+}
+
+#[test]
+fn many_rounds_of_fresh_data_are_all_right_by_events() {
+    stress(on_the_gpu(), GpuOrder::Events, 60);
+}
+
+#[test]
+fn many_rounds_of_fresh_data_are_all_right_by_waiting_on_the_host() {
+    stress(BrokerConfig { gpu_order: GpuOrder::Host, ..on_the_gpu() }, GpuOrder::Host, 20);
+}
+
+#[test]
+fn a_client_may_want_the_host_to_wait() {
+    play(Stage::new(), on_the_gpu(), |guest| {
+        let client = guest.connect_with(|config| config.gpu_order = GpuOrder::Host);
+        decode_checked(&client, &OwnLatent::new(0, 16));
+        assert_eq!(rung_of(&client, gpu(0)).order, Some(GpuOrder::Host));
+    });
+}
