@@ -33,8 +33,9 @@ pub enum Place {
 
 /// A stream of a GPU by its driver handle, as torch and DLPack give it out. The default stream is 0, or 1 in DLPack.
 ///
-/// It names the stream and does not own it. The driver's layer takes it and the tensor library's gives it; neither is
-/// in every build.
+/// Whoever makes one of a number answers for it: it names a living stream of the GPU's primary context wherever it is
+/// used. The driver may crash on any other. It does not own the stream. The driver's layer takes it and the tensor
+/// library's gives it; neither is in every build.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct StreamRef(pub usize);
 

@@ -96,7 +96,7 @@ fn gpus_that_reach_each_other_are_said_to() {
 
 #[test]
 fn a_driver_without_gpus_is_no_driver() {
-    Stage::new().set("SUBSTITUTE_CUDA_NO_DEVICE", 1).without_driver().alone(|| {
+    Stage::new().set("SUBSTITUTE_CUDA_NO_DEVICE", 1).unaccounted().alone(|| {
         for _ in 0..2 {
             let error = Driver::get().map(|_| ()).unwrap_err();
             assert!(matches!(&error, DeviceError::NoDriver { reason } if reason.contains("100")), "{error}");
@@ -109,7 +109,7 @@ fn a_driver_without_gpus_is_no_driver() {
 
 #[test]
 fn a_driver_that_hides_all_gpus_is_no_driver() {
-    Stage::new().set("CUDA_VISIBLE_DEVICES", "-1").without_driver().alone(|| {
+    Stage::new().set("CUDA_VISIBLE_DEVICES", "-1").unaccounted().alone(|| {
         assert!(matches!(Driver::get(), Err(DeviceError::NoDriver { .. })));
     });
 }
@@ -123,7 +123,7 @@ fn a_missing_function_is_named() {
     for name in ["libcuda.so", "libcuda.so.1"] {
         symlink(other, folder.path().join(name)).unwrap();
     }
-    Stage::new().set("LD_LIBRARY_PATH", folder.path().display()).without_driver().alone(|| {
+    Stage::new().set("LD_LIBRARY_PATH", folder.path().display()).unaccounted().alone(|| {
         let error = Driver::get().map(|_| ()).unwrap_err();
         assert!(matches!(&error, DeviceError::NoDriver { reason } if reason.contains("cuInit")), "{error}");
     });

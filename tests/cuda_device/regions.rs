@@ -1,6 +1,8 @@
 use std::sync::Arc;
 
+use luna_broker::device::cuda::CopyWay::DeviceToDevice;
 use luna_broker::device::cuda::CudaSharing::{self, Ipc, Vmm};
+use luna_broker::device::cuda::StreamRef;
 use luna_broker::device::{Device, DeviceError, HostDevice, InProcessDevice, Region, RegionHandle};
 
 use super::{MIB, device, live, read, refused, region};
@@ -189,15 +191,29 @@ fn descriptors_are_imported_where_they_were_made_too() {
 
 #[test]
 fn memory_imported_for_reading_is_only_read() {
-    Stage::new().two(hand_over_one(Vmm), |peer| {
+    Stage::new().unaccounted().two(hand_over_one(Vmm), |peer| {
         let RegionHandle::CudaVmm(fd) = peer.receive() else { panic!("a descriptor was expected") };
         let device = device(Ipc);
         let shared = device.import_read_only(fd, 6).unwrap();
         assert_eq!(read(&shared, 0, 6), b"shared");
         assert!(matches!(shared.copy_in(0, b"!"), Err(DeviceError::ReadOnly)));
         assert_eq!(read(&shared, 0, 6), b"shared");
-        drop(shared);
+        // What does not ask first is stopped by the driver, which then does nothing more for this process.
+        let own = region(&device);
+        // SAFETY: both ranges are mapped until the end.
+        let enqueued = unsafe { device.copy(shared.address(), own.address(), 1, DeviceToDevice, StreamRef::DEFAULT) };
+        let (_, code) = refused(enqueued.and_then(|()| device.synchronize()));
+        assert_ne!(code, 0);
+        drop((own, shared));
         peer.meet();
+    });
+}
+
+#[test]
+fn an_exported_descriptor_is_not_inherited() {
+    Stage::new().alone(|| {
+        let RegionHandle::CudaVmm(fd) = region(&device(Vmm)).export().unwrap() else { panic!("a descriptor") };
+        assert!(rustix::io::fcntl_getfd(&fd).unwrap().contains(rustix::io::FdFlags::CLOEXEC));
     });
 }
 

@@ -114,6 +114,24 @@ fn host_memory_is_pinned_once_and_for_as_long_as_asked() {
 }
 
 #[test]
+fn copies_to_and_from_pinned_memory_are_done_on_return_too() {
+    Stage::new().set("SUBSTITUTE_CUDA_DELAY_MS", 50).alone(|| {
+        let device = device(Ipc);
+        let pinned = device.pin(HostDevice::default().allocate(4096).unwrap()).unwrap();
+        let address = pinned.region().address() as *mut u8;
+        // SAFETY: the region is mapped for as many bytes and used through this slice alone until the end.
+        let bytes = unsafe { std::slice::from_raw_parts_mut(address, 4096) };
+        let region = region(&device);
+        bytes.fill(1);
+        region.copy_in(0, bytes).unwrap();
+        bytes.fill(2);
+        assert_eq!(read(&region, 0, 4096), vec![1; 4096]);
+        region.copy_out(0, bytes).unwrap();
+        assert_eq!(bytes, vec![1; 4096]);
+    });
+}
+
+#[test]
 fn the_cpu_has_no_view_of_gpu_memory() {
     Stage::new().alone(|| {
         let region = region(&device(Ipc));

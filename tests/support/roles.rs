@@ -31,8 +31,8 @@ pub enum Role {
 #[derive(Debug, Default)]
 pub struct Stage {
     settings: Vec<(Option<Role>, &'static str, String)>,
-    /// Whether the driver does not get as far as counting what it holds.
-    is_driverless: bool,
+    /// Whether the driver does not get as far as counting, or does not take back any more, what it holds.
+    is_unaccounted: bool,
 }
 
 impl Stage {
@@ -52,9 +52,9 @@ impl Stage {
         self
     }
 
-    /// The driver will not start, and so cannot tell what is left.
-    pub fn without_driver(mut self) -> Self {
-        self.is_driverless = true;
+    /// The driver will not start, or will break: what is left tells nothing.
+    pub fn unaccounted(mut self) -> Self {
+        self.is_unaccounted = true;
         self
     }
 
@@ -85,7 +85,7 @@ impl Stage {
         for (role, _, end) in ends {
             assert!(end.success(), "the {role:?} failed, see above: {end}");
         }
-        for (role, process, _) in ends.into_iter().filter(|_| !self.is_driverless) {
+        for (role, process, _) in ends.into_iter().filter(|_| !self.is_unaccounted) {
             let left: Vec<_> = cuda.leaks(process).into_iter().filter(|(_, count)| *count > 0).collect();
             assert!(left.is_empty(), "the {role:?} left {left:?}");
         }
@@ -93,7 +93,7 @@ impl Stage {
 
     fn start(&self, cuda: &SubstituteCuda, role: Role, socket: Option<UnixStream>) -> Child {
         let mut command = again(role);
-        command.envs(cuda.environment());
+        command.envs(cuda.environment()).env("SUBSTITUTE_CUDA_DIRTY", "1");
         let settings = self.settings.iter().filter(|(of, ..)| of.is_none_or(|of| of == role));
         command.envs(settings.map(|(_, name, value)| (name, value)));
         command.stdin(socket.map_or_else(Stdio::null, |socket| OwnedFd::from(socket).into()));

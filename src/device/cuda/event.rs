@@ -53,7 +53,7 @@ impl Event {
 
     /// Puts the event behind everything enqueued on the stream so far, in place of where it was.
     pub(super) fn record(&self, stream: StreamRef) -> Result<(), DeviceError> {
-        // SAFETY: the event lives while `self` does; the driver checks that the stream is one of this context.
+        // SAFETY: the event lives while `self` does; a `StreamRef` names a living stream of this context.
         unsafe { self.context.current()?.cuEventRecord(self.event.0, stream.raw()) }
     }
 

@@ -67,7 +67,7 @@ impl Drop for CudaStream {
 }
 
 pub(super) fn synchronize(context: &Context, stream: StreamRef) -> Result<(), DeviceError> {
-    // SAFETY: the caller's stream is one of this context; the driver checks handles it does not know.
+    // SAFETY: a `StreamRef` names a living stream of this context.
     unsafe { context.current()?.cuStreamSynchronize(stream.raw()) }
 }
 
@@ -78,6 +78,7 @@ pub(super) fn delay(context: &Context, stream: StreamRef, time: Duration) -> Res
     // The time travels in place of the pointer: nothing has to outlive this call.
     let nanoseconds = usize::try_from(time.as_nanos()).unwrap_or(usize::MAX);
     let argument = std::ptr::without_provenance_mut(nanoseconds);
-    // SAFETY: the function makes no driver call, which it must not, and dereferences nothing.
+    // SAFETY: a `StreamRef` names a living stream of this context; the function makes no driver call, which it must not,
+    // and dereferences nothing.
     unsafe { context.current()?.cuLaunchHostFunc(stream.raw(), Some(pause), argument) }
 }

@@ -17,6 +17,7 @@
 //! | `CUDA_VISIBLE_DEVICES` | as with the real driver: indices or `GPU-…` UUIDs (or their beginnings), reorders and hides | `1,0` |
 //! | `SUBSTITUTE_CUDA_NO_DEVICE` | `cuInit` finds no device (100) | `1` |
 //! | `SUBSTITUTE_CUDA_MEMORY` | bytes of each GPU, counted over all living processes of the run; what lies beyond is refused (2). Default: 16 GiB | `8388608` |
+//! | `SUBSTITUTE_CUDA_DIRTY` | fresh memory holds what somebody else might have left there | `1` |
 //! | `SUBSTITUTE_CUDA_P2P` | the GPUs may reach each other | `1` |
 //! | `SUBSTITUTE_CUDA_IPC` | `refused`: handles are made but memory and events do not open (400), as on WSL2 | `refused` |
 //! | `SUBSTITUTE_CUDA_FAIL_OPEN` | the n-th `cuIpcOpenMemHandle` of this process fails (205); `n+`: each from the n-th | `1`, `2+` |
@@ -32,7 +33,7 @@
 //! `substituteCudaLive` and `substituteCudaReport` (not part of CUDA) give the same counts at any time.
 //!
 //! # Differences that a test must know
-//! - Fresh memory reads as zeroes; the real driver promises nothing.
+//! - Fresh memory reads as zeroes unless it is set to be dirty; the real driver promises nothing.
 //! - The work of a killed process never finishes. A wait for its event ends, as if the event were recorded.
 //! - Another context than a device's primary one cannot be made, so "one context for each importing process" is not
 //!   checked. Pools, managed memory and MIG are left out.

@@ -10,6 +10,7 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Wea
 
 use crate::abi::DevicePointer;
 use crate::code::{INVALID_VALUE, Result};
+use crate::faults::faults;
 use crate::mapping::{Access, Mapping};
 use crate::run;
 use crate::slab::Slabs;
@@ -28,7 +29,12 @@ impl Object {
     pub(crate) fn create(device: usize, bytes: usize) -> Result<Self> {
         run::take_memory(device, bytes as u64)?;
         let number = run::fresh_number();
-        let mapped = run::create("memory", number, bytes as u64).and_then(|file| Mapping::shared(file.as_fd(), bytes));
+        let mapped = run::create("memory", number, bytes as u64).and_then(|file| {
+            if faults().dirty {
+                run::litter(file.as_fd(), bytes as u64)?;
+            }
+            Mapping::shared(file.as_fd(), bytes)
+        });
         match mapped {
             Ok(mapping) => Ok(Self { mapping, number, owner: Some(device) }),
             Err(code) => {

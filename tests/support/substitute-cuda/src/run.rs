@@ -6,7 +6,7 @@
 use std::env;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process;
@@ -88,6 +88,17 @@ pub(crate) fn create(kind: &str, number: u64, bytes: u64) -> Result<File> {
     let file = open(&path(kind, process::id(), number)?).map_err(|_| OUT_OF_MEMORY)?;
     file.set_len(bytes).map_err(|_| OUT_OF_MEMORY)?;
     Ok(file)
+}
+
+/// Writes into a new file of memory what somebody else might have left there.
+pub(crate) fn litter(file: BorrowedFd<'_>, bytes: u64) -> Result {
+    let file = File::from(file.try_clone_to_owned().map_err(|_| OUT_OF_MEMORY)?);
+    let leftovers = [0xa5; 1 << 16];
+    for at in (0..bytes).step_by(leftovers.len()) {
+        let length = leftovers.len().min((bytes - at) as usize);
+        file.write_all_at(&leftovers[..length], at).map_err(|_| OUT_OF_MEMORY)?;
+    }
+    Ok(())
 }
 
 pub(crate) fn existing(kind: &str, owner: u32, number: u64) -> Result<Option<File>> {

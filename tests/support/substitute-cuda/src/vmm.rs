@@ -6,12 +6,13 @@
 use std::collections::HashMap;
 use std::ffi::{CString, c_int, c_ulonglong};
 use std::fs;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::abi::{AllocationProperties, In, Location, Out, call};
 use crate::code::{INVALID_DEVICE, INVALID_VALUE, OUT_OF_MEMORY, Result};
 use crate::device::{self, Uuid};
+use crate::faults::faults;
 use crate::mapping::GRANULE;
 use crate::region::{self, Kind};
 use crate::run;
@@ -45,7 +46,11 @@ impl Physical {
         }
         // SAFETY: the descriptor is open and nobody else's.
         let file = unsafe { OwnedFd::from_raw_fd(raw) };
-        Ok(Self { file, bytes, uuid, lender: Some(device), handle_types })
+        let this = Self { file, bytes, uuid, lender: Some(device), handle_types };
+        if faults().dirty {
+            run::litter(this.file.as_fd(), bytes as u64)?;
+        }
+        Ok(this)
     }
 
     /// What another process exported.
