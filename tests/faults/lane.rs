@@ -124,7 +124,7 @@ fn a_request_whose_time_passes_while_it_waits_is_not_run() {
     let completed = crowd.lane().completed;
     // A client gives up by itself and takes the request back.
     let client = client_at(&crowd.scene.place);
-    let options = CallOptions { timeout: Some(Duration::from_millis(50)), interrupted: None };
+    let options = CallOptions { timeout: Some(Duration::from_millis(50)), ..CallOptions::default() };
     let error = crowd.decode(&client, &options).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Timeout, "{error}");
     assert!(!error.remedy().is_empty());
@@ -154,7 +154,7 @@ fn a_cancelled_request_frees_the_lane_whether_it_waits_or_runs() {
     let outcome = |at: usize| {
         let client = client_at(&crowd.scene.place);
         let interrupted = || stop[at].load(Ordering::Relaxed);
-        let options = CallOptions { timeout: None, interrupted: Some(&interrupted) };
+        let options = CallOptions { interrupted: Some(&interrupted), ..CallOptions::default() };
         let error = crowd.decode(&client, &options).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Cancelled, "{error}");
         // The session goes on; the slots of the request taken back are the broker's again once the job is off them.
@@ -191,7 +191,7 @@ fn a_call_queued_behind_an_unload_leaves_one_copy_that_can_be_unloaded() {
     std::thread::scope(|scope| {
         let running = scope.spawn(|| {
             let client = client_at(&crowd.scene.place);
-            crowd.decode(&client, &CallOptions { timeout: None, interrupted: Some(&interrupted) }).map(|_| ())
+            crowd.decode(&client, &CallOptions { interrupted: Some(&interrupted), ..CallOptions::default() }).map(|_| ())
         });
         crowd.await_lane(true, 0);
         let unloading = scope.spawn(|| client_at(&crowd.scene.place).unload(&crowd.model));
