@@ -44,6 +44,9 @@ pub struct BrokerConfig {
     pub threads: usize,
     /// How long a new connection may take to negotiate. Default 5 s.
     pub negotiation_timeout: Duration,
+    /// How long a client may pause in the middle of a tensor that crosses as bytes before its session ends.
+    /// Default 30 s.
+    pub payload_patience: Duration,
     /// Whether named segments are used where sealed memory could be. Off by default.
     pub named_segments: bool,
 }
@@ -62,6 +65,7 @@ impl Default for BrokerConfig {
             copy_weights: false,
             threads: 0,
             negotiation_timeout: Duration::from_secs(5),
+            payload_patience: Duration::from_secs(30),
             named_segments: false,
         }
     }

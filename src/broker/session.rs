@@ -20,7 +20,7 @@ use crate::protocol::{
     negotiate, settle,
 };
 use crate::tensor::TensorMeta;
-use crate::transport::{Abilities, Connection, FrameReader, Peer};
+use crate::transport::{Abilities, Connection, FrameReader, Peer, TransportError};
 
 /// One connection on the broker's side, on the thread that reads it.
 pub(super) struct Session {
@@ -50,7 +50,8 @@ impl Session {
         let id = state.sessions.next_id();
         let link = SessionLink::new(id, connection.peer(), outbox, state.config.session_in_flight);
         state.sessions.add(&link);
-        let reader = FrameReader::new(codec::MAX_MESSAGE_BYTES, state.config.session_bytes);
+        let reader = FrameReader::new(codec::MAX_MESSAGE_BYTES, state.config.session_bytes)
+            .payload_patience(state.config.payload_patience);
         Self { state: Arc::clone(state), link, connection, reader, probing: None, inline_vae: HandOff }
     }
 
@@ -85,7 +86,7 @@ impl Session {
                 Action::Start { id, timeout_ms, releases, operation } => {
                     let responder = Responder::new(&self.state, &self.link, id);
                     self.memory()?.release(&releases);
-                    self.start(responder, timeout_ms, operation);
+                    self.start(responder, timeout_ms, operation)?;
                 }
                 Action::Cancel(id) => self.state.vae_lane.cancel(self.link.id(), id),
                 Action::Release(leases) => self.memory()?.release(&leases),
@@ -252,11 +253,13 @@ impl Session {
         Ok(())
     }
 
-    fn start(&mut self, responder: Responder, timeout_ms: Option<u32>, operation: Operation) {
+    /// # Errors
+    /// What ends the session; what only ends the request is its answer.
+    fn start(&mut self, responder: Responder, timeout_ms: Option<u32>, operation: Operation) -> Result<()> {
         let deadline = timeout_ms.and_then(|ms| Instant::now().checked_add(Duration::from_millis(ms.into())));
         match operation {
             Operation::Ping => responder.answer(Outcome::Done),
-            Operation::Vae(request) => self.vae(responder, deadline, request),
+            Operation::Vae(request) => self.vae(responder, deadline, request)?,
             Operation::Allocate { size_bytes, kept } => {
                 let allocated = self.allocate(size_bytes, kept);
                 responder.settle(allocated);
@@ -283,6 +286,7 @@ impl Session {
             Operation::Models => responder.answer(Outcome::Models(self.state.registry.list())),
             Operation::Status => responder.answer(Outcome::Status(Box::new(self.state.status()))),
         }
+        Ok(())
     }
 
     fn submit(&self, session: SessionId, request: RequestId, deadline: Option<Instant>, job: VaeWork) {
@@ -301,11 +305,16 @@ impl Session {
         Ok(Outcome::Allocated { descriptor })
     }
 
-    fn vae(&mut self, responder: Responder, deadline: Option<Instant>, request: VaeRequest) {
+    fn vae(&mut self, responder: Responder, deadline: Option<Instant>, request: VaeRequest) -> Result<()> {
         let (session, id) = (responder.session(), responder.request());
         // The responder moves into the job only once everything that can be refused early has been.
         match self.prepare(request) {
-            Err(error) => responder.fail(error),
+            Err(Unprepared::Refused(error)) => responder.fail(error),
+            Err(Unprepared::Broken(error)) => {
+                let fault = error.into_fault();
+                responder.fail(fault.clone());
+                return Err(fault.into());
+            }
             Ok(prepared) => {
                 let job = prepared.with(responder);
                 if job.model.facts().runs_inline {
@@ -317,9 +326,10 @@ impl Session {
                 }
             }
         }
+        Ok(())
     }
 
-    fn prepare(&mut self, request: VaeRequest) -> Result<Prepared> {
+    fn prepare(&mut self, request: VaeRequest) -> Result<Prepared, Unprepared> {
         let VaeRequest { model, call, input } = request;
         let model = self.state.registry.resolve(&model)?;
         let meta = match &input {
@@ -339,12 +349,30 @@ impl Session {
     }
 
     /// Takes the bytes behind the frame into a slot.
-    fn receive(&mut self, memory: &Arc<SessionMemory>, meta: &TensorMeta) -> Result<Held> {
+    fn receive(&mut self, memory: &Arc<SessionMemory>, meta: &TensorMeta) -> Result<Held, Unprepared> {
         let length = meta.span_bytes()?;
         let mut held = memory.lease(length as u64)?;
         let target = held.span_mut().bytes_mut(length)?;
-        self.reader.read_payload(&self.connection, target)?;
-        Ok(held)
+        match self.reader.read_payload(&self.connection, target) {
+            Ok(()) => Ok(held),
+            // Said of the request by itself: the stream is where it was.
+            Err(error @ TransportError::FrameTooLong { .. }) => Err(error.into()),
+            Err(error) => Err(Unprepared::Broken(error.into())),
+        }
+    }
+}
+
+/// Why a VAE call does not come to run.
+enum Unprepared {
+    /// The request is answered with this; the session goes on.
+    Refused(Error),
+    /// The bytes behind the request did not come: nothing more can be read from this client.
+    Broken(Error),
+}
+
+impl<E: Into<Error>> From<E> for Unprepared {
+    fn from(error: E) -> Self {
+        Self::Refused(error.into())
     }
 }
 
