@@ -84,6 +84,9 @@ impl BrokerConfig {
         if self.session_in_flight == 0 {
             return refuse("requests in flight", "at least one request must be possible");
         }
+        if self.max_sessions == 0 {
+            return refuse("sessions", "at least one client must be able to connect");
+        }
         if self.arena_bytes == 0 || self.arena_bytes > self.session_bytes {
             return refuse("arena size", "it must be positive and at most the session's bytes");
         }

@@ -28,6 +28,7 @@ pub(super) struct Session {
     link: Arc<SessionLink>,
     connection: Incoming,
     reader: FrameReader,
+    has_room: bool,
     probing: Option<Probing>,
     /// Runs calls that are not worth a queue.
     inline_vae: HandOff,
@@ -49,10 +50,10 @@ impl Session {
         let connection = Incoming::new(connection, state.config.negotiation_timeout);
         let id = state.sessions.next_id();
         let link = SessionLink::new(id, connection.peer(), outbox, state.config.session_in_flight);
-        state.sessions.add(&link);
+        let has_room = state.sessions.add(&link, state.config.max_sessions);
         let reader = FrameReader::new(codec::MAX_MESSAGE_BYTES, state.config.session_bytes)
             .payload_patience(state.config.payload_patience);
-        Self { state: Arc::clone(state), link, connection, reader, probing: None, inline_vae: HandOff }
+        Self { state: Arc::clone(state), link, connection, reader, has_room, probing: None, inline_vae: HandOff }
     }
 
     /// Serves the connection until it ends.
@@ -101,10 +102,10 @@ impl Session {
     }
 
     fn check_room(&self) -> Result<()> {
-        let limit = self.state.config.max_sessions;
-        if self.state.sessions.count() <= limit {
+        if self.has_room {
             return Ok(());
         }
+        let limit = self.state.config.max_sessions;
         let message = format!("the broker serves {limit} sessions already");
         Err(Error::new(ErrorKind::Busy, message, "close clients that are no longer needed, or raise --max-sessions"))
     }
