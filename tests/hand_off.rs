@@ -219,6 +219,26 @@ fn a_broker_that_could_serve_nobody_does_not_start() {
     assert!(refused.to_string().contains("sessions"), "{refused}");
 }
 
+#[test]
+fn a_tensor_that_cannot_be_written_to_says_why() {
+    let place = Place::new();
+    let _broker = broker_at(&place, config());
+    let client = client_at(&place);
+    let latent = Latent::new(8, 8, 1.0);
+    let mut tensor = client.empty(latent.meta).unwrap();
+    let clone = tensor.clone();
+    let shared = tensor.write(&[0; 4]).unwrap_err();
+    assert_eq!(shared.kind(), ErrorKind::InvalidTensor);
+    assert!(shared.message().contains("clone") && !shared.remedy().is_empty(), "{shared}");
+    drop(clone);
+    tensor.write(&[0; 4]).unwrap();
+    let inline = connect(&place, |config| config.rung = Some(Rung::Inline));
+    let mut received = inline.vae(HAND_OFF).unwrap().decode(latent.input()).unwrap();
+    let private = received.write(&[0; 4]).unwrap_err();
+    assert_eq!(private.kind(), ErrorKind::InvalidTensor);
+    assert!(private.message().contains("shared") && !private.remedy().is_empty(), "{private}");
+}
+
 #[cfg(unix)]
 #[test]
 fn a_broker_whose_socket_file_was_removed_still_stops() {
