@@ -53,11 +53,17 @@ class Pair:
         self._server = Server(
             [*command, str(path)], path, folder / f"{name}-server.log", self._counted["server"].environment
         )
-        self._client = PeerProcess(
-            module, [str(path)], folder / f"{name}-client.log", self._counted["client"].environment
-        )
-        self._server.wait_for_socket()
-        self.opened = self._client.ask("open")
+        self._client: PeerProcess | None = None
+        try:
+            self._client = PeerProcess(
+                module, [str(path)], folder / f"{name}-client.log", self._counted["client"].environment
+            )
+            self._server.wait_for_socket()
+            self.opened = self._client.ask("open")
+        except BaseException:
+            # Nobody else knows of them yet.
+            self.close()
+            raise
         self.pids = {"server": self._server.pid, "client": self._client.pid}
 
     def decode(self, times: int) -> None:
@@ -87,7 +93,8 @@ class Pair:
         return calls
 
     def close(self) -> None:
-        self._client.close()
+        if self._client is not None:
+            self._client.close()
         self._server.close()
 
 

@@ -47,6 +47,9 @@ pub struct BrokerConfig {
     pub threads: usize,
     /// How long a new connection may take to negotiate. Default 5 s.
     pub negotiation_timeout: Duration,
+    /// How long a client may pause in the middle of a tensor that crosses as bytes before its session ends.
+    /// Default 30 s.
+    pub payload_patience: Duration,
     /// Whether named segments are used where sealed memory could be. Off by default.
     pub named_segments: bool,
     /// Where models run: `cpu`, `cuda:0` or the UUID of a GPU. Default `cpu`.
@@ -75,6 +78,7 @@ impl Default for BrokerConfig {
             vae_precision: None,
             threads: 0,
             negotiation_timeout: Duration::from_secs(5),
+            payload_patience: Duration::from_secs(30),
             named_segments: false,
             device: "cpu".to_owned(),
             gpu_arena_bytes: 32 << 20,
@@ -96,6 +100,9 @@ impl BrokerConfig {
         }
         if self.session_in_flight == 0 {
             return refuse("requests in flight", "at least one request must be possible");
+        }
+        if self.max_sessions == 0 {
+            return refuse("sessions", "at least one client must be able to connect");
         }
         if self.arena_bytes == 0 || self.arena_bytes > self.session_bytes {
             return refuse("arena size", "it must be positive and at most the session's bytes");

@@ -192,6 +192,53 @@ fn a_connection_beyond_the_limit_is_refused_as_busy_and_room_is_made_by_one_that
     exercise_small(&client_at(&place));
 }
 
+#[test]
+fn of_two_connections_at_once_for_one_place_one_gets_it() {
+    let place = Place::new();
+    let broker = broker_at(&place, BrokerConfig { max_sessions: 1, ..config() });
+    for _ in 0..50 {
+        let start = std::sync::Barrier::new(2);
+        let served = std::thread::scope(|scope| {
+            let connect = || {
+                start.wait();
+                Client::connect(Some(&place.socket()))
+            };
+            let both = [scope.spawn(connect), scope.spawn(connect)];
+            both.map(|connecting| connecting.join().unwrap()).into_iter().filter_map(Result::ok).collect::<Vec<_>>()
+        });
+        assert_eq!(served.len(), 1);
+        drop(served);
+        eventually("the end of the session", || broker.status().sessions.is_empty());
+    }
+}
+
+#[test]
+fn a_broker_that_could_serve_nobody_does_not_start() {
+    let refused = Broker::builder().config(BrokerConfig { max_sessions: 0, ..config() }).start().unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::Configuration);
+    assert!(refused.to_string().contains("sessions"), "{refused}");
+}
+
+#[test]
+fn a_tensor_that_cannot_be_written_to_says_why() {
+    let place = Place::new();
+    let _broker = broker_at(&place, config());
+    let client = client_at(&place);
+    let latent = Latent::new(8, 8, 1.0);
+    let mut tensor = client.empty(latent.meta).unwrap();
+    let clone = tensor.clone();
+    let shared = tensor.write(&[0; 4]).unwrap_err();
+    assert_eq!(shared.kind(), ErrorKind::InvalidTensor);
+    assert!(shared.message().contains("clone") && !shared.remedy().is_empty(), "{shared}");
+    drop(clone);
+    tensor.write(&[0; 4]).unwrap();
+    let inline = connect(&place, |config| config.rung = Some(Rung::Inline));
+    let mut received = inline.vae(HAND_OFF).unwrap().decode(latent.input()).unwrap();
+    let private = received.write(&[0; 4]).unwrap_err();
+    assert_eq!(private.kind(), ErrorKind::InvalidTensor);
+    assert!(private.message().contains("shared") && !private.remedy().is_empty(), "{private}");
+}
+
 #[cfg(unix)]
 #[test]
 fn a_broker_whose_socket_file_was_removed_still_stops() {

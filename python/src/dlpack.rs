@@ -160,13 +160,15 @@ impl Exchange {
     /// Borrows a tensor of the library's.
     ///
     /// # Errors
-    /// As [`Borrowed::new`], and what the library raises.
+    /// As [`Borrowed::new`]; `InvalidTensor` for what the library does not export, too.
     pub(crate) fn borrow<'py>(&self, object: &Bound<'py, PyAny>) -> PyResult<Borrowed<'py>> {
         let py = object.py();
         let mut managed = ptr::null_mut();
         // SAFETY: the object is of the type the table was found on, and the thread is attached to the interpreter.
         let taken = unsafe { (self.from_object)(object.as_ptr(), &raw mut managed) };
-        let Some(managed) = NonNull::new(managed).filter(|_| taken == 0) else { return Err(PyErr::fetch(py)) };
+        let Some(managed) = NonNull::new(managed).filter(|_| taken == 0) else {
+            return Err(crate::errors::not_exported(object, PyErr::fetch(py)));
+        };
         let taken = Taken(managed);
         // SAFETY: valid until `taken` is dropped, which `Borrowed` does last.
         let tensor = unsafe { &managed.as_ref().tensor };
@@ -275,6 +277,10 @@ fn describe(tensor: &DlTensor) -> Result<(TensorMeta, *const u8, usize), Error> 
     };
     let meta = TensorMeta::strided(*dtype, shape, strides)?;
     let length = meta.span_bytes()?;
+    if length > 0 && tensor.data.is_null() {
+        let message = "the tensor has no memory: it only describes one".to_owned();
+        return refuse(ErrorKind::InvalidTensor, message, "pass a tensor that holds its elements");
+    }
     let offset = usize::try_from(tensor.byte_offset).unwrap_or(0);
     Ok((meta, tensor.data.cast_const().cast::<u8>().wrapping_add(offset), length))
 }
@@ -317,10 +323,15 @@ fn manage<H: Header>(tensor: &Tensor, header: impl FnOnce(DlTensor) -> H) -> *mu
         strides: ptr::null_mut(),
         byte_offset: 0,
     };
-    let managed = Box::leak(Box::new(Managed { header: header(described), shape, strides, _tensor: tensor.clone() }));
-    let (shape, strides) = (managed.shape.as_mut_ptr(), managed.strides.as_mut_ptr());
-    let described = managed.header.tensor();
-    (described.shape, described.strides) = (shape, strides);
+    let managed =
+        Box::into_raw(Box::new(Managed { header: header(described), shape, strides, _tensor: tensor.clone() }));
+    // SAFETY: just allocated and nobody else's. No reference to the whole is made: it would end the right of the
+    // pointers kept here to what they point to.
+    unsafe {
+        let (shape, strides) = ((&raw mut (*managed).shape).cast(), (&raw mut (*managed).strides).cast());
+        let described = (*managed).header.tensor();
+        (described.shape, described.strides) = (shape, strides);
+    }
     managed
 }
 

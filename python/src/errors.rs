@@ -68,6 +68,23 @@ pub(crate) fn raise(py: Python<'_>, error: impl Into<Error>) -> PyErr {
     described.err().unwrap_or(exception)
 }
 
+/// Another library's refusal to export `object`: its first line, as what follows is a stack of C++, and a way out.
+pub(crate) fn not_exported(object: &Bound<'_, PyAny>, cause: PyErr) -> PyErr {
+    let py = object.py();
+    if !cause.is_instance_of::<PyException>(py) {
+        return cause;
+    }
+    let attribute = |name| object.getattr(name).map_or_else(|_| format!("unknown {name}"), |value| value.to_string());
+    let [dtype, shape, layout, device] = ["dtype", "shape", "layout", "device"].map(attribute);
+    let said = cause.value(py).to_string();
+    let said = said.lines().next().unwrap_or_default();
+    let message = format!("a tensor of {dtype}, {shape}, {layout}, on {device} cannot cross: {said}");
+    let remedy = "pass a dense tensor in the CPU's memory; tensor.to_dense() or tensor.dequantize() makes one";
+    let refused = raise(py, Error::new(ErrorKind::InvalidTensor, message, remedy));
+    refused.set_cause(py, Some(cause));
+    refused
+}
+
 /// `OutOfMemory`, which where torch is loaded is a `torch.OutOfMemoryError` too: code that catches that one and falls
 /// back to tiles keeps working.
 fn out_of_memory(py: Python<'_>) -> Bound<'_, PyType> {

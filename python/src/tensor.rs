@@ -1,6 +1,7 @@
 use luna_broker::client::Tensor;
-use luna_broker::tensor::DType;
+use luna_broker::tensor::{DType, TensorMeta};
 use pyo3::exceptions::PyTypeError;
+use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyCapsule, PyDict, PyType};
@@ -23,6 +24,24 @@ struct Torch {
     from_dlpack: Py<PyAny>,
     /// Whether this torch takes capsules of DLPack 1.0; older ones know `dltensor` only.
     versioned: bool,
+}
+
+impl Torch {
+    fn borrow<'py>(&self, object: &Bound<'py, PyAny>) -> PyResult<Borrowed<'py>> {
+        if let Some(exchange) = self.exchange {
+            return exchange.borrow(object);
+        }
+        let capsule = self.to_dlpack.bind(object.py()).call1((object,));
+        let capsule = capsule.map_err(|cause| crate::errors::not_exported(object, cause))?;
+        Borrowed::new(capsule.cast_into::<PyCapsule>()?)
+    }
+}
+
+/// Whether a tensor of this layout can be a view that negates: torch makes those of the imaginary parts of complex
+/// numbers, which lie two elements apart. Spares all others the question, a call through the interpreter.
+fn may_negate(meta: &TensorMeta) -> bool {
+    let mut dims = meta.shape.as_slice().iter().zip(meta.strides.as_slice());
+    dims.all(|(&extent, stride)| extent < 2 || stride.is_multiple_of(2))
 }
 
 /// Torch, if the program has loaded it: this package never loads it by itself.
@@ -55,11 +74,12 @@ pub(crate) fn borrow<'py>(object: &Bound<'py, PyAny>) -> PyResult<(Library, Borr
     if let Some(torch) = torch(py)
         && object.is_instance(torch.tensor.bind(py))?
     {
-        if let Some(exchange) = torch.exchange {
-            return Ok((Library::Torch, exchange.borrow(object)?));
+        let borrowed = torch.borrow(object)?;
+        // A view that negates when it is read says so in a bit that DLPack does not carry.
+        if may_negate(&borrowed.meta()) && object.call_method0(intern!(py, "is_neg"))?.is_truthy()? {
+            return Ok((Library::Torch, torch.borrow(&object.call_method0(intern!(py, "resolve_neg"))?)?));
         }
-        let capsule = torch.to_dlpack.bind(py).call1((object,))?;
-        return Ok((Library::Torch, Borrowed::new(capsule.cast_into::<PyCapsule>()?)?));
+        return Ok((Library::Torch, borrowed));
     }
     let export = object.getattr("__dlpack__").map_err(|_| {
         let kind = object.get_type();

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import HAND_OFF, eventually, expected_marks, leases, marks
 from safetensors.torch import save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 KINDS = (
     "Busy",
@@ -107,6 +108,39 @@ def _missing(folder: Path) -> Path:
 
 def _directory(folder: Path) -> Path:
     return folder
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        pytest.param(lambda: torch.zeros(1, 4, 8, 8, device="meta"), "meta", id="meta"),
+        pytest.param(lambda: torch.zeros(1, 4, 8, 8).to_sparse(), "torch.sparse_coo", id="sparse"),
+        pytest.param(
+            lambda: torch.quantize_per_tensor(torch.zeros(1, 4, 8, 8), 0.1, 0, torch.quint8), "quint8", id="quantized"
+        ),
+    ],
+)
+def test_tensor_that_torch_does_not_export_is_named_with_a_way_out(
+    client: Any, make: Callable[[], torch.Tensor], says: str
+) -> None:
+    with pytest.raises(luna_broker.InvalidTensor) as raised:
+        client.vae(HAND_OFF).decode(make())
+    message = str(raised.value)
+    assert says in message
+    assert "[1, 4, 8, 8]" in message
+    assert "\n" not in message
+    assert len(message) < 500
+    assert raised.value.remedy
+    assert raised.value.kind == "InvalidTensor"
+    assert raised.value.__cause__ is not None
+
+
+def test_tensor_without_memory_is_refused(client: Any) -> None:
+    with FakeTensorMode():
+        latent = torch.zeros(1, 4, 8, 8)
+    with pytest.raises(luna_broker.InvalidTensor) as raised:
+        client.vae(HAND_OFF).decode(latent)
+    assert raised.value.remedy
 
 
 def _pickle(folder: Path) -> Path:

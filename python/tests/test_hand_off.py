@@ -56,6 +56,36 @@ def test_strides_do_not_change_what_arrives(hand_off: Any, relayout: Any) -> Non
     assert torch.equal(marks(hand_off.decode(strided)), marks(hand_off.decode(latent)))
 
 
+def test_view_that_negates_lazily_arrives_negated(hand_off: Any) -> None:
+    for sides in [(6, 5), (5, 1), (1, 1)]:
+        latent = torch.randn(1, hand_off.info["latent_channels"], *sides, dtype=torch.complex64).conj().imag
+        assert latent.is_neg()
+        expected = expected_marks(latent.resolve_neg())
+        assert torch.equal(marks(hand_off.decode(latent))[: len(expected)], expected)
+
+
+class Exporter:
+    """Shows nothing of a tensor but DLPack, as libraries that this package does not know do."""
+
+    def __init__(self, tensor: torch.Tensor, **options: Any) -> None:
+        self._tensor, self._options = tensor, options
+
+    def __dlpack__(self) -> Any:
+        return self._tensor.__dlpack__(**self._options)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("dltensor", {}), ("dltensor_versioned", {"max_version": (1, 0)})], ids=lambda value: value
+)
+def test_capsule_of_another_library_is_a_valid_input(hand_off: Any, name: str, options: dict[str, Any]) -> None:
+    latent = latent_for(hand_off, 9, 7).transpose(2, 3)
+    exporter = Exporter(latent, **options)
+    assert f'"{name}"' in repr(exporter.__dlpack__())
+    image = hand_off.decode(exporter)
+    assert type(image) is np.ndarray
+    np.testing.assert_array_equal(marks(image), expected_marks(latent).numpy())
+
+
 def test_broadcast_dimension_arrives_expanded(hand_off: Any) -> None:
     channels = hand_off.info["latent_channels"]
     assert_delivered(hand_off, torch.randn(1, 1, 6, 5).expand(2, channels, 6, 5))

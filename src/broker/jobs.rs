@@ -111,8 +111,13 @@ impl VaeExecutor {
         match self.loaded.entry(model.id()) {
             std::collections::hash_map::Entry::Occupied(loaded) => Ok(loaded.into_mut()),
             std::collections::hash_map::Entry::Vacant(place) => {
+                if !self.registry.knows(model) {
+                    return Err(model.changed());
+                }
                 let vae = self.loader.load(model)?;
-                model.set_loaded(true);
+                if !self.registry.keep_loaded(model) {
+                    return Err(model.changed());
+                }
                 Ok(place.insert(vae))
             }
         }
@@ -120,23 +125,19 @@ impl VaeExecutor {
 
     fn drop_weights(&mut self, model: &ModelEntry) {
         self.loaded.remove(&model.id());
-        model.set_loaded(false);
+        self.registry.unloaded(model);
     }
 
     fn call(&mut self, job: VaeCallJob, stop: &StopSignal<'_>) {
         let model = Arc::clone(&job.model);
         let vae = match self.obtain(&model) {
             Ok(vae) => vae,
-            Err(error) => {
-                self.registry.forget(&model);
-                return job.responder.fail(error);
-            }
+            Err(error) => return job.responder.fail(error),
         };
         let Some(Unfinished { responder, error }) = job.run_on(&mut **vae, &|| stop.is_set()) else { return };
         match error {
             ModelError::Changed { .. } => {
                 self.drop_weights(&model);
-                self.registry.forget(&model);
                 responder.fail(error);
             }
             ModelError::Cancelled if stop.is_late() => responder.fail(late("while it ran")),
@@ -155,9 +156,6 @@ impl Job for VaeWork {
                 responder.started();
                 let loaded = executor.obtain(&model).map(|_| ());
                 responder.finished();
-                if loaded.is_err() {
-                    executor.registry.forget(&model);
-                }
                 responder.settle(loaded.map(|()| Outcome::Model(model.report())).map_err(Error::from));
             }
             Self::Unload { mut responder, model } => {

@@ -11,8 +11,11 @@ use crate::model::{HandOff, ModelError, ModelFile, VaeFacts, vae_facts};
 use crate::protocol::ModelReport;
 use crate::service::Service;
 
-/// More files than anybody keeps in a model folder; bounds what a listing opens.
+/// More VAEs than anybody keeps in a model folder; bounds a listing's length.
 const MAX_LISTED: usize = 1000;
+
+/// More files than anybody keeps in a model folder, most of them no VAEs; bounds what a listing opens.
+const MAX_FILES: usize = 20_000;
 
 /// More names than anybody asks by; bounds what a client that makes up spellings of one path can fill.
 const MAX_NAMES: usize = 2000;
@@ -41,6 +44,11 @@ impl Source {
         matches!((self, other), (Self::File(one), Self::File(two)) if one.path() == two.path())
     }
 
+    /// Whether the model is no longer what was recognised.
+    fn is_outdated(&self) -> bool {
+        matches!(self, Self::File(file) if file.check_unchanged().is_err())
+    }
+
     /// What users see: the file's name, or the name of a built-in model.
     fn shown(&self, asked_for: &str) -> String {
         match self {
@@ -65,8 +73,17 @@ impl ModelEntry {
         &self.facts
     }
 
-    pub(super) fn set_loaded(&self, loaded: bool) {
-        self.loaded.store(loaded, Ordering::Relaxed);
+    fn is_loaded(&self) -> bool {
+        self.loaded.load(Ordering::Relaxed)
+    }
+
+    /// The error for a request that was accepted for a model which has been given up since.
+    pub(super) fn changed(&self) -> ModelError {
+        let path = match &self.source {
+            Source::HandOff => PathBuf::from(&self.name),
+            Source::File(file) => file.path().to_owned(),
+        };
+        ModelError::Changed { path }
     }
 
     pub(super) fn report(&self) -> ModelReport {
@@ -79,7 +96,7 @@ impl ModelEntry {
             path,
             service: Service::Vae,
             family: self.facts.family.to_owned(),
-            loaded: self.loaded.load(Ordering::Relaxed),
+            loaded: self.is_loaded(),
             bytes: self.facts.weight_bytes,
             device: self.device.clone(),
             latent_channels: self.facts.latent_channels,
@@ -95,7 +112,8 @@ pub(super) struct Registry {
     bench_models: bool,
     placement: Placement,
     next: AtomicU64,
-    /// By every name under which somebody asked for them.
+    /// By every name under which somebody asked for them. Only what is in here is kept loaded: nobody could unload
+    /// the rest.
     known: Mutex<HashMap<String, Arc<ModelEntry>>>,
 }
 
@@ -104,13 +122,18 @@ impl Registry {
         Self { folders, bench_models, placement, next: AtomicU64::new(1), known: Mutex::default() }
     }
 
-    /// The model of that name or path. Reads the header of a file that was not asked for before; loads nothing.
+    /// The model of that name or path. Reads the header of a file that was not asked for before, or that changed while
+    /// it was not loaded; loads nothing.
     ///
     /// # Errors
     /// [`ModelError`]: not found, not a model, not one with a VAE.
     pub(super) fn resolve(&self, name: &str) -> Result<Arc<ModelEntry>, ModelError> {
-        if let Some(entry) = self.known.lock().get(name) {
-            return Ok(Arc::clone(entry));
+        let known = self.known.lock().get(name).cloned();
+        if let Some(entry) = known {
+            // A loaded one looks at its file itself, in each call.
+            if entry.is_loaded() || !entry.source.is_outdated() || !self.give_up(&entry) {
+                return Ok(entry);
+            }
         }
         if let Some(facts) = HandOff::facts(name).filter(|_| self.bench_models) {
             return Ok(self.add(name, Source::HandOff, facts));
@@ -125,8 +148,10 @@ impl Registry {
     fn add(&self, name: &str, source: Source, facts: VaeFacts) -> Arc<ModelEntry> {
         let mut known = self.known.lock();
         if known.len() >= MAX_NAMES {
-            known.retain(|_, entry| entry.loaded.load(Ordering::Relaxed));
+            purge(&mut known);
         }
+        // Known by another name, and replaced since.
+        known.retain(|_, entry| entry.is_loaded() || !entry.source.is_same(&source) || !entry.source.is_outdated());
         if let Some(entry) = known.values().find(|entry| entry.source.is_same(&source)).cloned() {
             if known.len() < MAX_NAMES {
                 known.insert(name.to_owned(), Arc::clone(&entry));
@@ -150,9 +175,35 @@ impl Registry {
         entry
     }
 
-    /// The next request for this model looks at the file anew.
-    pub(super) fn forget(&self, model: &ModelEntry) {
-        self.known.lock().retain(|_, entry| entry.id != model.id);
+    /// Forgets a model unless it has been loaded meanwhile; whether it did. The next request looks at the file anew.
+    fn give_up(&self, model: &ModelEntry) -> bool {
+        let mut known = self.known.lock();
+        if model.is_loaded() {
+            return false;
+        }
+        known.retain(|_, entry| entry.id != model.id);
+        true
+    }
+
+    /// Whether requests still find this model.
+    pub(super) fn knows(&self, model: &ModelEntry) -> bool {
+        self.known.lock().values().any(|entry| entry.id == model.id)
+    }
+
+    /// Marks a model as loaded; `false` where it was given up meanwhile, and its weights must not be kept.
+    pub(super) fn keep_loaded(&self, model: &ModelEntry) -> bool {
+        let known = self.known.lock();
+        let is_known = known.values().any(|entry| entry.id == model.id);
+        model.loaded.store(is_known, Ordering::Relaxed);
+        is_known
+    }
+
+    /// A model whose weights are gone keeps its file open only as long as that is the one at its path.
+    pub(super) fn unloaded(&self, model: &ModelEntry) {
+        model.loaded.store(false, Ordering::Relaxed);
+        if model.source.is_outdated() {
+            self.give_up(model);
+        }
     }
 
     fn find(&self, name: &str) -> Result<PathBuf, ModelError> {
@@ -183,10 +234,16 @@ impl Registry {
 
     /// Every model that was asked for, and every file with a VAE in the model folders.
     pub(super) fn list(&self) -> Vec<ModelReport> {
+        let mut listed = 0;
         for path in self.files() {
             let name = self.relative_name(&path);
-            if let Err(error) = self.resolve(&name) {
-                tracing::debug!(%name, %error, "not listed");
+            match self.resolve(&name) {
+                Ok(_) if listed == MAX_LISTED => {
+                    tracing::warn!(limit = MAX_LISTED, "the model folders hold more VAEs than are listed");
+                    break;
+                }
+                Ok(_) => listed += 1,
+                Err(error) => tracing::debug!(%name, %error, "not listed"),
             }
         }
         self.known_reports()
@@ -211,9 +268,15 @@ impl Registry {
                 let path = entry.path();
                 if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
                     folders.push(path);
-                } else if path.extension().is_some_and(|extension| extension == "safetensors")
-                    && files.len() < MAX_LISTED
-                {
+                } else if path.extension().is_some_and(|extension| extension == "safetensors") {
+                    if files.len() == MAX_FILES {
+                        tracing::warn!(
+                            limit = MAX_FILES,
+                            "the model folders hold more files than are looked at for a listing"
+                        );
+                        folders.clear();
+                        break;
+                    }
                     files.push(path);
                 }
             }
@@ -226,4 +289,16 @@ impl Registry {
         let relative = self.folders.iter().find_map(|folder| path.strip_prefix(folder).ok());
         relative.unwrap_or(path).to_string_lossy().into_owned()
     }
+}
+
+/// Forgets every model that is neither loaded nor waited for.
+fn purge(known: &mut HashMap<String, Arc<ModelEntry>>) {
+    let mut names: HashMap<ModelId, usize> = HashMap::new();
+    for entry in known.values() {
+        *names.entry(entry.id).or_default() += 1;
+    }
+    // Whoever is given an entry is given it under the lock: no other owner can come up meanwhile.
+    known.retain(|_, entry| {
+        entry.is_loaded() || Arc::strong_count(entry) > names.get(&entry.id).copied().unwrap_or_default()
+    });
 }

@@ -24,7 +24,7 @@ use crate::protocol::{
     codec, negotiate, settle,
 };
 use crate::tensor::{DType, Dims, TensorMeta};
-use crate::transport::{Abilities, Connection, FrameReader, Peer};
+use crate::transport::{Abilities, Connection, FrameReader, Peer, TransportError};
 
 /// One connection on the broker's side, on the thread that reads it.
 pub(super) struct Session {
@@ -32,6 +32,7 @@ pub(super) struct Session {
     link: Arc<SessionLink>,
     connection: Incoming,
     reader: FrameReader,
+    has_room: bool,
     probing: Option<Probing>,
     /// Absent until the session is open.
     gpu_door: Option<GpuDoor>,
@@ -55,9 +56,19 @@ impl Session {
         let connection = Incoming::new(connection, state.config.negotiation_timeout);
         let id = state.sessions.next_id();
         let link = SessionLink::new(id, connection.peer(), outbox, state.config.session_in_flight);
-        state.sessions.add(&link);
-        let reader = FrameReader::new(codec::MAX_MESSAGE_BYTES, state.config.session_bytes);
-        Self { state: Arc::clone(state), link, connection, reader, probing: None, gpu_door: None, process: None }
+        let has_room = state.sessions.add(&link, state.config.max_sessions);
+        let reader = FrameReader::new(codec::MAX_MESSAGE_BYTES, state.config.session_bytes)
+            .payload_patience(state.config.payload_patience);
+        Self {
+            state: Arc::clone(state),
+            link,
+            connection,
+            reader,
+            has_room,
+            probing: None,
+            gpu_door: None,
+            process: None,
+        }
     }
 
     /// Serves the connection until it ends.
@@ -91,7 +102,7 @@ impl Session {
                 Action::Start { id, timeout_ms, releases, operation } => {
                     let responder = Responder::new(&self.state, &self.link, id);
                     self.memories()?.release(&releases);
-                    self.start(responder, timeout_ms, operation);
+                    self.start(responder, timeout_ms, operation)?;
                 }
                 Action::Cancel(id) => self.state.vae_lane.cancel(self.link.id(), id),
                 Action::Release(releases) => self.memories()?.release(&releases),
@@ -106,10 +117,10 @@ impl Session {
     }
 
     fn check_room(&self) -> Result<()> {
-        let limit = self.state.config.max_sessions;
-        if self.state.sessions.count() <= limit {
+        if self.has_room {
             return Ok(());
         }
+        let limit = self.state.config.max_sessions;
         let message = format!("the broker serves {limit} sessions already");
         Err(Error::new(ErrorKind::Busy, message, "close clients that are no longer needed, or raise --max-sessions"))
     }
@@ -271,11 +282,13 @@ impl Session {
         Ok(())
     }
 
-    fn start(&mut self, responder: Responder, timeout_ms: Option<u32>, operation: Operation) {
+    /// # Errors
+    /// What ends the session; what only ends the request is its answer.
+    fn start(&mut self, responder: Responder, timeout_ms: Option<u32>, operation: Operation) -> Result<()> {
         let deadline = timeout_ms.and_then(|ms| Instant::now().checked_add(Duration::from_millis(ms.into())));
         match operation {
             Operation::Ping => responder.answer(Outcome::Done),
-            Operation::Vae(request) => self.vae(responder, deadline, request),
+            Operation::Vae(request) => self.vae(responder, deadline, request)?,
             Operation::Allocate { size_bytes, kept } => {
                 let memory = self.memories().map(|memories| Arc::clone(&memories.host));
                 responder.settle(memory.and_then(|memory| allocate(&memory, size_bytes, kept)));
@@ -313,6 +326,7 @@ impl Session {
             Operation::Models => responder.answer(Outcome::Models(self.state.registry.list())),
             Operation::Status => responder.answer(Outcome::Status(Box::new(self.state.status()))),
         }
+        Ok(())
     }
 
     fn submit(&self, session: SessionId, request: RequestId, deadline: Option<Instant>, job: VaeWork) {
@@ -342,11 +356,16 @@ impl Session {
         }
     }
 
-    fn vae(&mut self, responder: Responder, deadline: Option<Instant>, request: VaeRequest) {
+    fn vae(&mut self, responder: Responder, deadline: Option<Instant>, request: VaeRequest) -> Result<()> {
         let (session, id) = (responder.session(), responder.request());
         // The responder moves into the job only once everything that can be refused early has been.
         match self.prepare(request) {
-            Err(error) => responder.fail(error),
+            Err(Unprepared::Refused(error)) => responder.fail(error),
+            Err(Unprepared::Broken(error)) => {
+                let fault = error.into_fault();
+                responder.fail(fault.clone());
+                return Err(fault.into());
+            }
             Ok((prepared, queue)) => {
                 let job = prepared.with(responder);
                 if job.model.facts().runs_inline {
@@ -359,10 +378,11 @@ impl Session {
                 }
             }
         }
+        Ok(())
     }
 
     /// Checks a call and finds its memory; the queue is that of the GPU where the memory is one's.
-    fn prepare(&mut self, request: VaeRequest) -> Result<(Prepared, Option<Arc<dyn CopyStream>>)> {
+    fn prepare(&mut self, request: VaeRequest) -> Result<(Prepared, Option<Arc<dyn CopyStream>>), Unprepared> {
         let VaeRequest { model, call, input, result } = request;
         let model = self.state.registry.resolve(&model)?;
         let meta = match &input {
@@ -390,12 +410,30 @@ impl Session {
     }
 
     /// Takes the bytes behind the frame into a slot.
-    fn receive(&mut self, meta: &TensorMeta) -> Result<Held> {
+    fn receive(&mut self, meta: &TensorMeta) -> Result<Held, Unprepared> {
         let length = meta.span_bytes()?;
         let mut held = self.memories()?.host.lease(length as u64)?;
         let target = held.span_mut().bytes_mut(length)?;
-        self.reader.read_payload(&self.connection, target)?;
-        Ok(held)
+        match self.reader.read_payload(&self.connection, target) {
+            Ok(()) => Ok(held),
+            // Said of the request by itself: the stream is where it was.
+            Err(error @ TransportError::FrameTooLong { .. }) => Err(error.into()),
+            Err(error) => Err(Unprepared::Broken(error.into())),
+        }
+    }
+}
+
+/// Why a VAE call does not come to run.
+enum Unprepared {
+    /// The request is answered with this; the session goes on.
+    Refused(Error),
+    /// The bytes behind the request did not come: nothing more can be read from this client.
+    Broken(Error),
+}
+
+impl<E: Into<Error>> From<E> for Unprepared {
+    fn from(error: E) -> Self {
+        Self::Refused(error.into())
     }
 }
 

@@ -46,8 +46,15 @@ pub(super) struct Counters {
 #[derive(Debug, Default)]
 pub(super) struct Sessions {
     next: AtomicU64,
-    open: Mutex<HashMap<SessionId, Arc<SessionLink>>>,
+    open: Mutex<HashMap<SessionId, Member>>,
     changed: Condvar,
+}
+
+#[derive(Debug)]
+struct Member {
+    link: Arc<SessionLink>,
+    /// Decided once, when it came.
+    has_room: bool,
 }
 
 impl Sessions {
@@ -55,8 +62,13 @@ impl Sessions {
         SessionId(self.next.fetch_add(1, Ordering::Relaxed) + 1)
     }
 
-    pub(super) fn add(&self, link: &Arc<SessionLink>) {
-        self.open.lock().insert(link.id(), Arc::clone(link));
+    /// Adds a connection; whether it is one of the `limit` that are served. One that is not stays until it has been
+    /// told, and takes nobody's place.
+    pub(super) fn add(&self, link: &Arc<SessionLink>, limit: usize) -> bool {
+        let mut open = self.open.lock();
+        let has_room = open.values().filter(|member| member.has_room).count() < limit;
+        open.insert(link.id(), Member { link: Arc::clone(link), has_room });
+        has_room
     }
 
     pub(super) fn remove(&self, id: SessionId) {
@@ -64,14 +76,9 @@ impl Sessions {
         self.changed.notify_all();
     }
 
-    /// How many there are.
-    pub(super) fn count(&self) -> usize {
-        self.open.lock().len()
-    }
-
     /// The sessions at this moment, oldest first.
     pub(super) fn all(&self) -> Vec<Arc<SessionLink>> {
-        let mut all: Vec<_> = self.open.lock().values().cloned().collect();
+        let mut all: Vec<_> = self.open.lock().values().map(|member| Arc::clone(&member.link)).collect();
         all.sort_by_key(|link| link.id());
         all
     }

@@ -4,7 +4,7 @@ use parking_lot::Mutex;
 
 use super::leases::{GpuLease, Lease};
 use crate::device::{DeviceError, GpuRange, Place, StreamRef};
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::tensor::TensorMeta;
 
 /// A tensor that came from the broker, or that is being built for it. Cloning shares it; dropping the last clone
@@ -144,14 +144,21 @@ impl Tensor {
     /// Copies `bytes` to the start of the tensor's memory. For tensors from [`crate::client::Client::empty`].
     ///
     /// # Errors
-    /// [`DeviceError::OutOfBounds`] where they do not fit, where the tensor has clones, or is not in shared memory.
+    /// [`DeviceError::OutOfBounds`] where they do not fit, [`ErrorKind::InvalidTensor`] where the tensor has clones or
+    /// is not in shared memory.
     pub fn write(&mut self, bytes: &[u8]) -> Result<()> {
         match Arc::get_mut(&mut self.storage) {
             Some(Storage::Leased(lease)) => Ok(lease.span().write(bytes)?),
-            // A clone may be read at this moment; received bytes are shared with nobody.
-            None | Some(Storage::Received(_)) => {
-                Err(DeviceError::OutOfBounds { offset: 0, length: bytes.len(), size_bytes: 0 }.into())
-            }
+            Some(Storage::Received(_)) => Err(Error::new(
+                ErrorKind::InvalidTensor,
+                "the tensor is not in memory shared with the broker; nothing was written",
+                "write to a tensor from Client::empty, or pass bytes of your own as the input",
+            )),
+            None => Err(Error::new(
+                ErrorKind::InvalidTensor,
+                "the tensor has clones, which may be read at this moment; nothing was written",
+                "write before cloning it, or drop the clones first",
+            )),
         }
     }
 }

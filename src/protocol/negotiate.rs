@@ -7,7 +7,9 @@ use crate::error::{ErrorKind, Fault};
 use crate::id::{Epoch, GpuUuid, SessionId};
 use crate::service::{GpuOrder, Rung};
 
-/// The version this crate speaks. Raised when an older peer would misunderstand; added fields do not raise it.
+/// The version this crate speaks. Raised by every change of a message, an added field too: once the version is agreed
+/// on, fields are told apart by their place alone. What is said until then carries names, so that a peer of
+/// another version can read why it is refused.
 pub const PROTOCOL_VERSION: u32 = 1;
 
 /// Abilities of one side, as bits so that an unknown one is carried and ignored.

@@ -43,6 +43,14 @@ pub enum TransportError {
         /// The caller's user id.
         user: u32,
     },
+    /// Somebody else could put a socket of their own in the default socket's place.
+    #[error("the socket's folder {} is not safe: {defect}", folder.display())]
+    UnsafeFolder {
+        /// The folder.
+        folder: PathBuf,
+        /// What is wrong with it.
+        defect: FolderDefect,
+    },
     /// A frame is longer than frames may be.
     #[error("a frame of {length} bytes exceeds the limit of {limit}")]
     FrameTooLong {
@@ -61,12 +69,37 @@ pub enum TransportError {
     },
 }
 
+/// What is wrong with the folder of the default socket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum FolderDefect {
+    /// Whoever made the link chooses where it leads.
+    #[error("it is a link")]
+    Link,
+    /// Another user made it.
+    #[error("it belongs to user {owner}, not to user {user}")]
+    ForeignOwner {
+        /// The owner's user id.
+        owner: u32,
+        /// The caller's user id.
+        user: u32,
+    },
+    /// Its mode lets its group or everybody write.
+    #[error("other users can write to it (mode {mode:o})")]
+    Writable {
+        /// The permission bits.
+        mode: u32,
+    },
+}
+
 impl TransportError {
     pub(crate) fn kind(&self) -> ErrorKind {
         match self {
             Self::Closed | Self::NoListener { .. } => ErrorKind::ConnectionLost,
             Self::TimedOut => ErrorKind::Timeout,
-            Self::AlreadyServed { .. } | Self::NotASocket { .. } => ErrorKind::Configuration,
+            Self::AlreadyServed { .. } | Self::NotASocket { .. } | Self::UnsafeFolder { .. } => {
+                ErrorKind::Configuration
+            }
             Self::ForeignOwner { .. } => ErrorKind::Refused,
             Self::FrameTooLong { .. } => ErrorKind::Protocol,
             Self::Os { .. } => ErrorKind::Io,
@@ -81,6 +114,9 @@ impl TransportError {
             Self::AlreadyServed { .. } => "use that broker, stop it, or name another socket with --socket",
             Self::NotASocket { .. } => "name another path with --socket, or move the file away",
             Self::ForeignOwner { .. } => "start a broker of your own, or name its socket with LUNA_BROKER",
+            Self::UnsafeFolder { .. } => {
+                "make it a folder of this user's alone (chmod 700), or name another socket with --socket"
+            }
             Self::TimedOut | Self::FrameTooLong { .. } | Self::Os { .. } => "",
         }
     }

@@ -9,7 +9,7 @@ pub const HEADER_BYTES: usize = 12;
 /// Holds any ordinary message, so that a frame is one read; also the most payload that is copied twice.
 const READ_BYTES: usize = 64 << 10;
 
-/// How long a peer may pause in the middle of a payload before it is given up.
+/// How long a peer may pause in the middle of a payload where nothing else is asked for.
 const PAYLOAD_PATIENCE: Duration = Duration::from_secs(30);
 
 /// More handles than any frame carries: a peer that sends more is not ours.
@@ -100,6 +100,7 @@ pub struct FrameReader {
     message: usize,
     /// Bytes of the current frame's payload not yet taken.
     payload: u64,
+    payload_patience: Duration,
     attachments: Vec<Attachment>,
 }
 
@@ -115,8 +116,16 @@ impl FrameReader {
             max_payload,
             message: 0,
             payload: 0,
+            payload_patience: PAYLOAD_PATIENCE,
             attachments: Vec::new(),
         }
+    }
+
+    /// Gives a peer up that pauses for longer than `patience` in the middle of a payload. Default 30 s.
+    #[must_use]
+    pub fn payload_patience(mut self, patience: Duration) -> Self {
+        self.payload_patience = patience;
+        self
     }
 
     /// Waits for the next frame; its message is [`FrameReader::message`]. What is left of the current one is dropped.
@@ -157,21 +166,25 @@ impl FrameReader {
     /// Reads the next `target.len()` bytes of the current frame's payload.
     ///
     /// # Errors
-    /// As [`FrameReader::next`]; also where the payload is shorter.
+    /// [`TransportError::FrameTooLong`] where the payload is shorter; nothing is read then. As [`FrameReader::next`]
+    /// where the bytes do not come; what is left of the payload is still no frame.
     pub fn read_payload(&mut self, connection: &dyn Connection, target: &mut [u8]) -> Result<(), TransportError> {
         if target.len() as u64 > self.payload {
             return Err(TransportError::FrameTooLong { length: target.len() as u64, limit: self.payload });
         }
-        self.payload -= target.len() as u64;
         let from = self.start + self.message;
         let ready = (self.end - from).min(target.len());
         target[..ready].copy_from_slice(&self.bytes[from..from + ready]);
         // The bytes taken lie behind the message, which stays readable: close the gap.
         self.bytes.copy_within(from + ready..self.end, from);
         self.end -= ready;
+        // Counted as they come: what has not been taken when a read fails is skipped, not taken for the next frame.
+        self.payload -= ready as u64;
         let mut at = ready;
         while at < target.len() {
-            at += self.read_some(connection, &mut target[at..])?;
+            let count = self.read_some(connection, &mut target[at..])?;
+            self.payload -= count as u64;
+            at += count;
         }
         Ok(())
     }
@@ -225,7 +238,7 @@ impl FrameReader {
 
     fn read_some(&mut self, connection: &dyn Connection, target: &mut [u8]) -> Result<usize, TransportError> {
         loop {
-            match connection.read(target, Some(&mut self.attachments), Some(PAYLOAD_PATIENCE)) {
+            match connection.read(target, Some(&mut self.attachments), Some(self.payload_patience)) {
                 Ok(0) => return Err(TransportError::Closed),
                 Ok(count) => return Ok(count),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}

@@ -13,7 +13,7 @@ mod frame;
 mod local;
 mod memory;
 
-pub use error::TransportError;
+pub use error::{FolderDefect, TransportError};
 pub use frame::{FrameHeader, FrameReader, FrameWriter, HEADER_BYTES, begin_frame, finish_frame};
 pub use local::{LocalConnection, LocalListener, default_address};
 pub use memory::{MemoryConnection, MemoryListener, memory_pair};

@@ -102,6 +102,25 @@ fn a_payload_that_nobody_reads_is_skipped(ends: &Ends) {
     });
 }
 
+fn a_pause_within_a_payload_never_turns_its_bytes_into_frames(ends: &Ends) {
+    // A payload of frames: whoever loses count of it takes them for messages.
+    let smuggled = frame(b"never a message", 0).repeat(20);
+    let whole = [frame(b"before", smuggled.len() as u64), smuggled.clone()].concat();
+    let (sent, late) = whole.split_at(whole.len() - smuggled.len() / 2);
+    let soon = Some(Duration::from_secs(1));
+    let mut reader = reader().payload_patience(Duration::from_millis(20));
+    ends.one.write(&[IoSlice::new(sent)], &mut Vec::new(), Wait::Block).unwrap();
+    reader.next(&*ends.other, soon).unwrap();
+    let mut target = vec![0; smuggled.len()];
+    assert!(matches!(reader.read_payload(&*ends.other, &mut target), Err(TransportError::TimedOut)));
+    // What is left of it is still skipped, however often the peer pauses.
+    assert!(matches!(reader.next(&*ends.other, soon), Err(TransportError::TimedOut)));
+    ends.one.write(&[IoSlice::new(late)], &mut Vec::new(), Wait::Block).unwrap();
+    send(&*ends.one, b"after", &[]);
+    reader.next(&*ends.other, soon).unwrap();
+    assert_eq!(reader.message(), b"after");
+}
+
 fn a_frame_beyond_the_limit_is_refused_before_it_is_read(ends: &Ends) {
     send(&*ends.one, &[0; 1001], &[]);
     let refused = FrameReader::new(1000, 0).next(&*ends.other, None);
@@ -200,6 +219,7 @@ macro_rules! suite {
                 frames_arrive_whole_and_in_order
                 a_payload_far_larger_than_any_buffer_crosses_unchanged
                 a_payload_that_nobody_reads_is_skipped
+                a_pause_within_a_payload_never_turns_its_bytes_into_frames
                 a_frame_beyond_the_limit_is_refused_before_it_is_read
                 a_payload_beyond_the_limit_is_refused_before_it_is_read
                 a_peer_that_leaves_in_the_middle_of_a_frame_is_noticed

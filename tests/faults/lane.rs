@@ -191,7 +191,9 @@ fn a_call_queued_behind_an_unload_leaves_one_copy_that_can_be_unloaded() {
     std::thread::scope(|scope| {
         let running = scope.spawn(|| {
             let client = client_at(&crowd.scene.place);
-            crowd.decode(&client, &CallOptions { interrupted: Some(&interrupted), ..CallOptions::default() }).map(|_| ())
+            crowd
+                .decode(&client, &CallOptions { interrupted: Some(&interrupted), ..CallOptions::default() })
+                .map(|_| ())
         });
         crowd.await_lane(true, 0);
         let unloading = scope.spawn(|| client_at(&crowd.scene.place).unload(&crowd.model));
@@ -210,4 +212,91 @@ fn a_call_queued_behind_an_unload_leaves_one_copy_that_can_be_unloaded() {
     assert_eq!(loaded(), [true], "the call loaded it again, and status knows");
     crowd.scene.bystander.unload(&crowd.model).unwrap();
     assert_eq!(loaded(), [false]);
+}
+
+/// A model of `scene`'s that nothing else uses.
+fn another(crowd: &Crowd, name: &str) -> String {
+    let path = crowd.scene.place.file(name);
+    tiny::write(&path, 16);
+    path.to_string_lossy().into_owned()
+}
+
+/// What `status` tells of the model at `path`: one entry per time it is listed.
+fn listed(crowd: &Crowd, path: &str) -> Vec<bool> {
+    let models = crowd.scene.bystander.status().unwrap().models;
+    models.iter().filter(|model| model.path == path).map(|model| model.loaded).collect()
+}
+
+/// Runs `meanwhile` while two loads of `model` wait, the first and the second on either side of other work. Between the
+/// loads `between` runs. What comes of them.
+fn two_loads(
+    crowd: &Crowd,
+    model: &str,
+    meanwhile: impl FnOnce(),
+    between: impl FnOnce(),
+) -> [Result<(), ErrorKind>; 2] {
+    let load = || client_at(&crowd.scene.place).load(model).map(|_| ()).map_err(|error| error.kind());
+    std::thread::scope(|scope| {
+        let blockers = [(); 2].map(|()| Raw::inline(&crowd.scene.place.socket()));
+        crowd.occupy(&blockers[0], 1);
+        crowd.await_lane(true, 0);
+        let first = scope.spawn(load);
+        crowd.await_lane(true, 1);
+        crowd.occupy(&blockers[1], 1);
+        crowd.await_lane(true, 2);
+        let second = scope.spawn(load);
+        crowd.await_lane(true, 3);
+        meanwhile();
+        blockers[0].close();
+        let first = first.join().unwrap();
+        between();
+        blockers[1].close();
+        [first, second.join().unwrap()]
+    })
+}
+
+#[test]
+fn a_load_that_fails_in_passing_leaves_no_weights_that_cannot_be_unloaded() {
+    let crowd = Crowd::new(&[]);
+    let model = another(&crowd, "passing.safetensors");
+    let away = crowd.scene.place.file("away");
+    let back = || std::fs::rename(&away, &model).unwrap();
+    let [first, second] = two_loads(&crowd, &model, || std::fs::rename(&model, &away).unwrap(), back);
+    assert_eq!((first, second), (Err(ErrorKind::Stale), Ok(())));
+    assert_eq!(listed(&crowd, &model), [true], "what is loaded is listed");
+    crowd.scene.bystander.unload(&model).unwrap();
+    assert_eq!(listed(&crowd, &model), [false]);
+    // Given up while the second one waits, because somebody asked for it while it was not there.
+    let between = || {
+        assert_eq!(crowd.scene.bystander.vae(&model).unwrap_err().kind(), ErrorKind::ModelNotFound);
+        back();
+    };
+    let [first, second] = two_loads(&crowd, &model, || std::fs::rename(&model, &away).unwrap(), between);
+    assert_eq!((first, second), (Err(ErrorKind::Stale), Err(ErrorKind::Stale)));
+    // The last one is answered a moment before its job lets go of the file.
+    eventually("the end of weights that nobody could have unloaded", || {
+        crowd.scene.broker.mappings_of("passing.safetensors") == 0
+    });
+    crowd.scene.bystander.load(&model).unwrap();
+    assert_eq!(listed(&crowd, &model), [true]);
+    crowd.check_free();
+}
+
+#[test]
+fn a_model_that_is_waited_for_survives_a_flood_of_names() {
+    let crowd = Crowd::new(&[]);
+    let model = another(&crowd, "waited.safetensors");
+    let flood = || {
+        let client = client_at(&crowd.scene.place);
+        for length in 1..2100 {
+            client.vae(&format!("{}{}", "/".repeat(length), crowd.model)).unwrap();
+        }
+        crowd.scene.bystander.vae(&another(&crowd, "last.safetensors")).unwrap();
+    };
+    let [first, second] = two_loads(&crowd, &model, flood, || ());
+    assert_eq!((first, second), (Ok(()), Ok(())));
+    assert_eq!(listed(&crowd, &model), [true]);
+    crowd.scene.bystander.unload(&model).unwrap();
+    assert_eq!(listed(&crowd, &model), [false]);
+    crowd.check_free();
 }

@@ -151,3 +151,25 @@ fn a_refusal_reaches_the_client_however_the_two_are_scheduled() {
     let latent = Latent::new(8, 8, 1.0);
     latent.check(&client_at(&scene.place).vae(HAND_OFF).unwrap().decode(latent.input()).unwrap()).unwrap();
 }
+
+#[test]
+fn a_default_folder_that_others_could_change_is_refused_with_what_is_wrong_with_it() {
+    let place = Place::new();
+    let (open, link) = (place.file("open"), place.file("link"));
+    std::fs::create_dir(&open).unwrap();
+    std::os::unix::fs::symlink(&open, &link).unwrap();
+    let serve = |folder: &Path| {
+        let mut command = serve_command(&folder.join("luna-broker.sock").to_string_lossy(), &[]);
+        command.env("XDG_RUNTIME_DIR", folder);
+        command
+    };
+    std::fs::set_permissions(&open, std::fs::Permissions::from_mode(0o770)).unwrap();
+    for (folder, defect) in [(&open, "other users can write to it"), (&link, "it is a link")] {
+        let (code, said) = refused(serve(folder));
+        assert_eq!(code, Some(2), "{said}");
+        assert!(said.contains(&*folder.to_string_lossy()) && said.contains(defect), "{said}");
+        assert!(said.contains("chmod 700") && said.contains("--socket"), "{said}");
+    }
+    std::fs::set_permissions(&open, std::fs::Permissions::from_mode(0o700)).unwrap();
+    BrokerProcess::launch(serve(&open)).unwrap();
+}

@@ -140,3 +140,42 @@ fn a_file_that_changes_while_it_is_in_use_is_noticed_and_loaded_anew() {
     assert_eq!(decode().unwrap_err().kind(), ErrorKind::ModelNotFound);
     scene.check_bystander();
 }
+
+#[cfg(feature = "torch")]
+#[test]
+fn a_file_that_is_replaced_while_unloaded_is_loaded_anew_at_once() {
+    use crate::tiny;
+
+    let scene = Scene::new(&[]);
+    let path = scene.place.file("tiny.safetensors");
+    let name = path.to_string_lossy().into_owned();
+    // Another spelling of the same path is another name of the same model.
+    let spelled = format!("/{name}");
+    for (width, name) in [(16, &name), (24, &name), (32, &spelled)] {
+        let other = scene.place.file("other.safetensors");
+        tiny::write(&other, width);
+        let bytes = std::fs::metadata(&other).unwrap().len();
+        std::fs::rename(&other, &path).unwrap();
+        let report = scene.bystander.load(name).unwrap();
+        assert!(report.loaded && report.bytes < bytes && report.bytes > bytes / 2, "{report:?} of {bytes} bytes");
+        assert_eq!(scene.broker.mapped_but_deleted(), 0, "the file that was replaced is let go");
+        scene.bystander.unload(name).unwrap();
+    }
+    assert_eq!(scene.bystander.status().unwrap().models.iter().filter(|model| model.path == name).count(), 1);
+    scene.check_bystander();
+}
+
+#[cfg(feature = "torch")]
+#[test]
+fn a_model_among_thousands_of_other_files_is_listed() {
+    let folder = tempfile::tempdir().unwrap();
+    for at in 0..1500 {
+        std::fs::write(folder.path().join(format!("lora-{at}.safetensors")), stored("{}", 0)).unwrap();
+    }
+    // Folders inside are looked at after the files beside them.
+    std::fs::create_dir(folder.path().join("vae")).unwrap();
+    crate::tiny::write(&folder.path().join("vae/tiny.safetensors"), 16);
+    let scene = Scene::new(&["--models", &folder.path().to_string_lossy()]);
+    let listed = scene.bystander.models().unwrap();
+    assert!(listed.iter().any(|model| model.name == "tiny.safetensors"), "{listed:?}");
+}

@@ -1,19 +1,21 @@
 //! Bytes that are no messages, and messages that are out of place.
 
 use std::os::fd::OwnedFd;
+use std::time::Duration;
 
 use luna_broker::ErrorKind;
+use luna_broker::config::BrokerConfig;
 use luna_broker::id::RequestId;
 use luna_broker::protocol::{
     ClientMessage, Features, NONCE_BYTES, Operation, Outcome, PROTOCOL_VERSION, ProbeAnswer, ProbeOutcome, Rung,
     TensorSource, codec,
 };
-use luna_broker::transport::{HEADER_BYTES, TransportError};
+use luna_broker::transport::{HEADER_BYTES, TransportError, Wait};
 
 use crate::Expected;
 use crate::raw::{Raw, decode, frame, hello, request};
 use crate::scene::Scene;
-use crate::support::{HAND_OFF, Latent, eventually};
+use crate::support::{HAND_OFF, Latent, Place, broker_at, config, eventually};
 
 const PROTOCOL: ErrorKind = ErrorKind::Protocol;
 
@@ -135,6 +137,28 @@ fn half_a_frame_and_the_end_leaves_nothing() {
     drop(raw);
     eventually("the end of all broken connections", || scene.footprint().is_back_to(&before));
     scene.check_bystander();
+}
+
+#[test]
+fn a_pause_within_a_payload_ends_the_session_and_runs_nothing_of_it() {
+    let place = Place::new();
+    let settings = BrokerConfig { payload_patience: Duration::from_millis(50), ..config() };
+    let broker = broker_at(&place, settings);
+    let mut raw = Raw::inline(&place.socket());
+    let latent = Latent::new(8, 8, 0.0);
+    // Requests in the place of elements.
+    let mut payload = frame(&request(2, Operation::Status), 0).repeat(64);
+    payload.truncate(latent.meta.size_bytes().unwrap());
+    raw.bytes(&frame(&request(1, decode(HAND_OFF, TensorSource::Inline(latent.meta))), payload.len() as u64));
+    raw.bytes(&payload[..payload.len() / 2]);
+    let reply = raw.reply();
+    assert_eq!(reply.id, RequestId(1));
+    assert!(matches!(reply.outcome, Outcome::Fault(fault) if fault.kind == ErrorKind::Timeout));
+    // The broker may be gone already.
+    _ = raw.try_bytes(&payload[payload.len() / 2..], Wait::Block);
+    assert_eq!(raw.refusal().kind, ErrorKind::Timeout);
+    eventually("the end of the session", || broker.status().sessions.is_empty());
+    assert_eq!((broker.status().requests, broker.status().sessions_lost), (1, 1));
 }
 
 #[test]

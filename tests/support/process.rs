@@ -89,6 +89,18 @@ impl BrokerProcess {
         self.child.try_wait().unwrap().is_none()
     }
 
+    /// Mappings of files that no longer have a name.
+    pub fn mapped_but_deleted(&self) -> usize {
+        let maps = std::fs::read_to_string(format!("/proc/{}/maps", self.pid())).unwrap();
+        maps.lines().filter(|line| line.ends_with(".safetensors (deleted)")).count()
+    }
+
+    /// Mappings of the file of that name.
+    pub fn mappings_of(&self, name: &str) -> usize {
+        let maps = std::fs::read_to_string(format!("/proc/{}/maps", self.pid())).unwrap();
+        maps.lines().filter(|line| line.ends_with(name)).count()
+    }
+
     pub fn footprint(&self) -> Footprint {
         Footprint::of(self.pid())
     }

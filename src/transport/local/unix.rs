@@ -18,7 +18,7 @@ use rustix::net::{
 };
 
 use super::SEND_TIMEOUT;
-use crate::transport::{Abilities, Attachment, Connection, Peer, TransportError, Wait};
+use crate::transport::{Abilities, Attachment, Connection, FolderDefect, Peer, TransportError, Wait};
 
 /// Most descriptors in one message, either way.
 const MAX_FDS: usize = 8;
@@ -167,14 +167,20 @@ impl Connection for LocalConnection {
 }
 
 /// The default folder has a name that anybody can guess and make first.
-fn check_private(folder: &Path, address: &str) -> Result<(), TransportError> {
+fn check_private(folder: &Path) -> Result<(), TransportError> {
     let found = fs::symlink_metadata(folder);
     let found = found.map_err(|cause| TransportError::Os { call: "looking at the socket's folder", cause })?;
     let user = rustix::process::geteuid().as_raw();
-    if !found.is_dir() || found.uid() != user || found.mode() & 0o022 != 0 {
-        return Err(TransportError::ForeignOwner { address: address.to_owned(), owner: found.uid(), user });
-    }
-    Ok(())
+    let defect = if found.is_symlink() {
+        FolderDefect::Link
+    } else if found.uid() != user {
+        FolderDefect::ForeignOwner { owner: found.uid(), user }
+    } else if found.mode() & 0o022 != 0 {
+        FolderDefect::Writable { mode: found.mode() & 0o7777 }
+    } else {
+        return Ok(());
+    };
+    Err(TransportError::UnsafeFolder { folder: folder.to_owned(), defect })
 }
 
 /// A listening Unix socket.
@@ -192,7 +198,8 @@ impl LocalListener {
     /// user only, and so is its folder where it has to be made.
     ///
     /// # Errors
-    /// [`TransportError::AlreadyServed`], [`TransportError::NotASocket`], [`TransportError::Os`].
+    /// [`TransportError::AlreadyServed`], [`TransportError::NotASocket`], [`TransportError::UnsafeFolder`] for the
+    /// folder of [`default_address`], [`TransportError::Os`].
     pub fn bind(address: &str) -> Result<Self, TransportError> {
         let os = |call| move |cause| TransportError::Os { call, cause };
         let path = PathBuf::from(address);
@@ -203,7 +210,7 @@ impl LocalListener {
                 .create(folder)
                 .map_err(os("making the socket's folder"))?;
             if address == default_address() {
-                check_private(folder, address)?;
+                check_private(folder)?;
             }
         }
         let lock = Self::lock(&path)?;
