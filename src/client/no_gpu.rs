@@ -8,6 +8,10 @@ use crate::id::GpuUuid;
 #[derive(Debug, Clone)]
 pub(super) enum GpuDevice {}
 
+/// As with a GPU.
+#[derive(Debug)]
+pub(super) enum Pinned {}
+
 impl GpuDevice {
     pub(super) fn open(_gpu: GpuUuid) -> Result<Self, DeviceError> {
         Err(no_driver())
@@ -46,6 +50,10 @@ impl GpuDevice {
     }
 
     pub(super) fn read(&self, _from: &GpuRange<'_>, _to: &mut [u8]) -> Result<(), DeviceError> {
+        match *self {}
+    }
+
+    pub(super) fn pin(&self, _region: Arc<dyn Region>) -> Result<Pinned, DeviceError> {
         match *self {}
     }
 
