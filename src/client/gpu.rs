@@ -7,8 +7,6 @@ use crate::device::{
 };
 use crate::id::GpuUuid;
 
-pub(super) use crate::device::cuda::Pinned;
-
 /// A GPU as this process uses it.
 #[derive(Debug, Clone)]
 pub(super) struct GpuDevice(Arc<CudaDevice>);
@@ -54,10 +52,6 @@ impl GpuDevice {
 
     pub(super) fn read(&self, from: &GpuRange<'_>, to: &mut [u8]) -> Result<(), DeviceError> {
         self.0.read_range(from, to)
-    }
-
-    pub(super) fn pin(&self, region: Arc<dyn Region>) -> Result<Pinned, DeviceError> {
-        self.0.pin(region)
     }
 
     pub(super) fn ordinal(&self) -> i32 {

@@ -208,7 +208,6 @@ impl<'a> Input<'a> {
             return Ok(Staged { source, payload: Cow::Owned(copy), slot: None, copied_bytes: length as u64 });
         }
         let mut slot = host_slot(link, length, options)?;
-        gpu.pin(slot.span().region());
         gpu.device.read(range, slot.span_mut().bytes_mut(length)?)?;
         let descriptor = self.descriptor(link, slot.reference(), slot.offset(), 0);
         Ok(Staged::in_slot(descriptor, slot, length))

@@ -8,10 +8,6 @@ use crate::id::GpuUuid;
 #[derive(Debug, Clone)]
 pub(super) enum GpuDevice {}
 
-/// As with a GPU.
-#[derive(Debug)]
-pub(super) enum Pinned {}
-
 impl GpuDevice {
     pub(super) fn open(_gpu: GpuUuid) -> Result<Self, DeviceError> {
         Err(no_driver())
@@ -50,10 +46,6 @@ impl GpuDevice {
     }
 
     pub(super) fn read(&self, _from: &GpuRange<'_>, _to: &mut [u8]) -> Result<(), DeviceError> {
-        match *self {}
-    }
-
-    pub(super) fn pin(&self, _region: Arc<dyn Region>) -> Result<Pinned, DeviceError> {
         match *self {}
     }
 

@@ -1,10 +1,8 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use parking_lot::Mutex;
-
 use super::connect::CallOptions;
-use super::gpu::{GpuDevice, Pinned};
+use super::gpu::GpuDevice;
 use super::input::unexpected_outcome;
 use super::link::Link;
 use crate::device::{CopyStream, Device, DeviceError, HostDevice, Order, Region, RegionHandle, Span, StreamRef};
@@ -30,23 +28,9 @@ pub(super) struct LinkGpu {
     pub(super) queue: Arc<dyn CopyStream>,
     /// Absent where each side waits for its GPU work on the host, and where no GPU memory is shared.
     pub(super) order: Option<Arc<dyn Order>>,
-    /// Host arenas with their pages locked for this GPU's copies, or that could not be, by address.
-    pinned: Mutex<Vec<(usize, Option<Pinned>)>>,
 }
 
 impl LinkGpu {
-    /// Copies between this host region and the GPU run at full speed from here on.
-    pub(super) fn pin(&self, region: &Arc<dyn Region>) {
-        let mut pinned = self.pinned.lock();
-        if pinned.iter().any(|(address, _)| *address == region.address()) {
-            return;
-        }
-        let locked = self.device.pin(Arc::clone(region));
-        // Slower, and right: most likely another client of this process has locked it, or the limit of locked memory.
-        let locked = locked.inspect_err(|error| tracing::debug!(%error, "a host arena's pages stay unlocked")).ok();
-        pinned.push((region.address(), locked));
-    }
-
     /// Whether tensors cross in GPU memory.
     pub(super) fn is_shared(&self) -> bool {
         self.rung.order.is_some()
@@ -100,7 +84,7 @@ pub(super) fn open_gpu(
             GpuAnswer::Settled(rung) => {
                 let order = order.filter(|_| rung.order == Some(GpuOrder::Events));
                 tracing::info!(%gpu, rung = %rung.rung, reason = %rung.reason, "GPU opened");
-                return Ok(LinkGpu { gpu, rung, device, queue, order, pinned: Mutex::default() });
+                return Ok(LinkGpu { gpu, rung, device, queue, order });
             }
             GpuAnswer::Probe(offer) => offer,
             GpuAnswer::Marked { .. } => return Err(unexpected_outcome()),

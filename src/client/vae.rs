@@ -139,10 +139,6 @@ impl Vae {
                         }
                         (lease, _) => lease?,
                     };
-                if let Some(gpu) = input_gpu.as_ref().filter(|gpu| !gpu.is_shared()) {
-                    // On its way to the GPU, by whoever called.
-                    gpu.pin(lease.span().region());
-                }
                 (Tensor::new(descriptor.meta, Storage::Leased(lease)), mode, 0)
             }
             (Outcome::InlineTensor { meta, mode }, Some(bytes)) => {
