@@ -308,10 +308,15 @@ impl DeviceTensor {
         if copy == Some(true) || dl_device.is_some_and(|device| device != self.__dlpack_device__()) {
             return Err(PyBufferError::new_err("the tensor is handed out where it is, without a copy"));
         }
-        // -1 is a consumer that sees to the order itself; none is the legacy default stream.
-        if stream != Some(-1) {
-            let stream = StreamRef(stream.unwrap_or_default().cast_unsigned());
-            self.0.use_on(stream).map_err(|error| raise(py, error))?;
+        // None is the legacy default stream.
+        match stream.unwrap_or_default() {
+            // A consumer that sees to the order itself.
+            -1 => self.0.use_somewhere(),
+            stream @ 0.. => {
+                let stream = StreamRef(stream.cast_unsigned());
+                self.0.use_on(stream).map_err(|error| raise(py, error))?;
+            }
+            stream => return Err(PyBufferError::new_err(format!("{stream} is no stream"))),
         }
         dlpack::export(py, &self.0, max_version.is_some_and(|(major, _)| major >= 1))
     }

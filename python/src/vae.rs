@@ -1,6 +1,6 @@
 use std::time::Duration;
 
-use luna_broker::client::{self, CallOptions, ResultPlace, VaeOutput, gpu_named};
+use luna_broker::client::{self, CallOptions, ResultPlace, VaeOutput, gpu_named, synchronize_default_stream};
 use luna_broker::service::{TileShape, Tiling, VaeCall, VaeMode, VaeOperation};
 use parking_lot::Mutex;
 use pyo3::prelude::*;
@@ -8,7 +8,7 @@ use pyo3::prelude::*;
 use crate::call::{quick, released};
 use crate::client::to_python;
 use crate::errors::raise;
-use crate::tensor::{Device, Given, borrow, hand_out};
+use crate::tensor::{Device, Given, Library, borrow, hand_out};
 
 /// A VAE that lives in the broker.
 #[pyclass(frozen, module = "luna_broker")]
@@ -77,6 +77,10 @@ impl Vae {
         };
         let output =
             released(py, self.timeout, |options| self.vae.call(call, input, &CallOptions { result, ..*options }))?;
+        if let (Library::Numpy, Some(ordinal)) = (library, borrowed.ordinal()) {
+            // Libraries other than torch may reuse the input's memory, in an order of their own, once the call is over.
+            quick(py, || synchronize_default_stream(&format!("cuda:{ordinal}")))?;
+        }
         *self.last.lock() = Some(Call::from(&output));
         hand_out(py, output.tensor, library, wanted)
     }

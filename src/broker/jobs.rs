@@ -46,14 +46,19 @@ impl VaeCallJob {
             Err(error) => {
                 // An error leaves GPU work enqueued: neither slot is reused before that is done.
                 self.output.give_up(stream);
+                self.input.give_up(stream);
                 Some(Unfinished { responder: self.responder, error })
             }
         }
     }
 
     fn answer(self, mode: VaeMode, stream: Option<StreamRef>) {
-        let Self { responder, plan, input, output, inline, .. } = self;
+        let Self { responder, plan, mut input, output, inline, .. } = self;
         let meta = plan.output;
+        if let Err(error) = input.mark_read(&output, stream) {
+            output.give_up(stream);
+            return responder.fail(error);
+        }
         if inline {
             let length = match meta.size_bytes() {
                 Ok(length) => length,

@@ -6,7 +6,7 @@ use super::memory::{Held, MemoryCounts, SessionMemory};
 use crate::device::CopyStream;
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::{ArenaId, GpuUuid, LeaseRef};
-use crate::protocol::{ArenaOffer, Descriptor, DeviceRung, Release};
+use crate::protocol::{ArenaOffer, Descriptor, DeviceRung, GpuTarget, Release};
 use crate::transport::Attachment;
 
 /// What a session shares for one GPU of its client's.
@@ -38,8 +38,11 @@ impl Memories {
         Self { host, gpus: RwLock::default() }
     }
 
-    pub(super) fn add(&self, gpu: SessionGpu) {
-        self.gpus.write().push(gpu);
+    /// Adds an opening; its number.
+    pub(super) fn add(&self, gpu: SessionGpu) -> u32 {
+        let mut gpus = self.gpus.write();
+        gpus.push(gpu);
+        (gpus.len() - 1) as u32
     }
 
     /// How often GPUs were opened.
@@ -47,14 +50,15 @@ impl Memories {
         self.gpus.read().len()
     }
 
-    /// The memory that is shared for a GPU now.
+    /// The memory that is shared in an opening.
     ///
     /// # Errors
     /// [`ErrorKind::Unsupported`] where no memory of this GPU is shared.
-    pub(super) fn shared_gpu(&self, gpu: GpuUuid) -> Result<SharedGpu> {
+    pub(super) fn shared_gpu(&self, target: GpuTarget) -> Result<SharedGpu> {
+        let GpuTarget { gpu, opening } = target;
         let gpus = self.gpus.read();
-        let newest = gpus.iter().rev().find(|one| one.gpu == gpu);
-        newest.and_then(|one| one.shared.clone()).ok_or_else(|| {
+        let opened = gpus.get(opening as usize).filter(|one| one.gpu == gpu);
+        opened.and_then(|one| one.shared.clone()).ok_or_else(|| {
             Error::new(
                 ErrorKind::Unsupported,
                 format!("this session shares no memory of {gpu} with the broker"),

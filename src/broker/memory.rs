@@ -156,17 +156,19 @@ impl SessionMemory {
         told.inputs.remove(&release.lease);
         told.granted.remove(&release.lease);
         drop(told);
+        if let Some(order) = self.order.get()
+            && let Err(error) = order.passed_peers(release.sequence)
+        {
+            // Nobody could tell when the slot is free.
+            tracing::warn!(session = %self.session, %error, "a GPU slot is kept until the session ends");
+            return;
+        }
         self.pool.release(self.session, release.lease, self.gate(release.sequence));
     }
 
-    /// The session is over: all leases end once the broker's own GPU work for it is done. The client's must be done
-    /// before.
+    /// The session is over: all leases end, slots are free once the broker's own GPU work on them is done. The client's
+    /// must be done before.
     pub(super) fn reap(&self) {
-        if let Some(order) = self.order.get()
-            && let Err(error) = order.synchronize_own(order.recorded())
-        {
-            tracing::warn!(session = %self.session, %error, "GPU work of a session that ended could not be awaited");
-        }
         if self.sharing == Sharing::Private {
             self.pool.close();
         }
@@ -309,7 +311,7 @@ impl Held {
     }
 
     /// A job failed with GPU work enqueued: the slot is not reused before that is done.
-    pub(super) fn give_up(self, stream: Option<StreamRef>) {
+    pub(super) fn give_up(mut self, stream: Option<StreamRef>) {
         if self.span.place() != Place::Host
             && let Err(error) = self.publish(stream)
         {
@@ -317,12 +319,27 @@ impl Held {
         }
     }
 
-    fn publish(&self, stream: Option<StreamRef>) -> Result<u64, DeviceError> {
+    fn publish(&mut self, stream: Option<StreamRef>) -> Result<u64, DeviceError> {
         match (self.memory.order.get(), stream) {
-            (Some(order), Some(stream)) => order.record(stream),
+            (Some(order), Some(stream)) => order.record(stream).inspect_err(|_| {
+                // Without a mark nobody knows when the GPU is done: wait, or never use the slot again.
+                if let Err(error) = self.span.region().record() {
+                    tracing::error!(%error, "a GPU slot is lost: its work can be neither marked nor awaited");
+                    _ = self.pin.take();
+                }
+            }),
             // Host memory, or a GPU whose work is waited for here.
             _ => self.span.region().record(),
         }
+    }
+
+    /// Marks GPU work that read this input where the result's mark does not stand for it: in memory of another order.
+    ///
+    /// # Errors
+    /// As [`Held::hand_over`].
+    pub(super) fn mark_read(&mut self, result: &Self, stream: Option<StreamRef>) -> Result<(), DeviceError> {
+        let is_other = self.span.place() != Place::Host && !Arc::ptr_eq(&self.memory, &result.memory);
+        if is_other { self.publish(stream).map(|_| ()) } else { Ok(()) }
     }
 }
 

@@ -9,7 +9,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::id::{GpuUuid, SessionId};
 use crate::protocol::{
     DeviceRung, FailureCode, FenceOffer, GpuAnswer, GpuFindings, GpuNonces, GpuOffer, GpuProbeOutcome, GpuProbed,
-    GpuSituation, NONCE_BYTES, OpenGpu, Rung, RungFailure, gpu_reason, judge_gpu,
+    GpuSituation, GpuTarget, NONCE_BYTES, OpenGpu, Rung, RungFailure, gpu_reason, judge_gpu,
 };
 use crate::service::GpuOrder;
 use crate::transport::{Abilities, Attachment};
@@ -39,10 +39,24 @@ struct Search {
 struct Offered {
     rung: Rung,
     memory: Arc<SessionMemory>,
-    slot: Held,
+    slot: ProbedSlot,
     queue: Arc<dyn CopyStream>,
     marks: Option<Marks>,
     nonces: GpuNonces,
+}
+
+/// The slot with the nonces. Nobody else gets it before the delayed copy into it is done.
+struct ProbedSlot {
+    slot: Held,
+    queue: Arc<dyn CopyStream>,
+}
+
+impl Drop for ProbedSlot {
+    fn drop(&mut self) {
+        if let Err(error) = self.queue.synchronize() {
+            tracing::warn!(%error, "the copy of a probe could not be awaited");
+        }
+    }
 }
 
 /// An answer with what travels beside it.
@@ -79,6 +93,11 @@ impl GpuDoor {
             return Err(Error::new(ErrorKind::Busy, message, "connect anew"));
         }
         let OpenGpu { gpu, forced, failed } = wish;
+        let failed = failed.map(|RungFailure { rung, detail, .. }| RungFailure {
+            rung,
+            code: FailureCode::Demoted,
+            detail: crate::protocol::presentable(&detail),
+        });
         let brokers = state.gpu.as_ref().map(BrokerGpu::uuid);
         let reaches = state.gpu.as_ref().is_some_and(|brokers| brokers.is_reached_from(gpu));
         let Abilities { descriptors, same_process } = abilities;
@@ -117,8 +136,7 @@ impl GpuDoor {
             },
         };
         self.fail(offered.rung, failure.0, failure.1);
-        // What the client may have enqueued reaches the slot only.
-        offered.slot.give_up(None);
+        drop(offered);
         self.advance(state, memories)
     }
 
@@ -135,7 +153,7 @@ impl GpuDoor {
             return Err(Error::new(ErrorKind::Protocol, format!("no events were offered for {gpu}"), ""));
         };
         device.delay(&*offered.queue)?;
-        offered.queue.copy(&place(&offered.slot, SCRATCH)?, &place(&offered.slot, BROKERS_MARKED)?)?;
+        offered.queue.copy(&place(&offered.slot.slot, SCRATCH)?, &place(&offered.slot.slot, BROKERS_MARKED)?)?;
         let sequence = marks.order.record(offered.queue.handle())?;
         Ok(Step { answer: GpuAnswer::Marked { sequence }, attachments: Vec::new() })
     }
@@ -187,8 +205,9 @@ impl GpuDoor {
             SharedGpu { memory, queue }
         });
         tracing::info!(session = %self.session, gpu = settled.device, rung = %settled.rung, reason = %settled.reason, "GPU opened");
-        memories.add(SessionGpu { gpu: situation.gpu, rung: settled.clone(), shared });
-        Ok(Step { answer: GpuAnswer::Settled(settled), attachments: Vec::new() })
+        let opening = memories.add(SessionGpu { gpu: situation.gpu, rung: settled.clone(), shared });
+        let target = GpuTarget { gpu: situation.gpu, opening };
+        Ok(Step { answer: GpuAnswer::Settled { rung: settled, target }, attachments: Vec::new() })
     }
 }
 
@@ -230,6 +249,7 @@ fn offer(state: &State, gpu: &BrokerGpu, session: SessionId, rung: Rung, clients
         None => None,
     };
     let offset = slot.offset();
+    let slot = ProbedSlot { slot, queue: Arc::clone(&queue) };
     let offer = GpuOffer { gpu: clients, rung, arena: None, lease, offset, fence };
     let mut arena_attachments = Vec::new();
     let arena = memory.announce(lease.arena, &mut arena_attachments);
@@ -257,7 +277,7 @@ fn read(slot: &Held, at: usize) -> Result<[u8; NONCE_BYTES], DeviceError> {
 impl Offered {
     fn judge(&self, findings: &GpuFindings) -> Result<GpuOrder, (FailureCode, String)> {
         let unread = |error: DeviceError| (FailureCode::NonceMismatch, error.to_string());
-        let found = read(&self.slot, CLIENTS_PLAIN).map_err(unread)?;
+        let found = read(&self.slot.slot, CLIENTS_PLAIN).map_err(unread)?;
         let marked = findings.marked.as_ref().zip(self.marks.as_ref()).and_then(|(marked, marks)| {
             self.read_marked(marks, marked.sequence)
                 .inspect_err(|error| tracing::warn!(%error, "a client's mark cannot be waited for"))
@@ -269,8 +289,8 @@ impl Offered {
     /// What a stream that waits for the client's mark finds behind it.
     fn read_marked(&self, marks: &Marks, sequence: u64) -> Result<[u8; NONCE_BYTES], DeviceError> {
         marks.order.wait(sequence, self.queue.handle())?;
-        self.queue.copy(&place(&self.slot, CLIENTS_MARKED)?, &place(&self.slot, SCRATCH)?)?;
+        self.queue.copy(&place(&self.slot.slot, CLIENTS_MARKED)?, &place(&self.slot.slot, SCRATCH)?)?;
         self.queue.synchronize()?;
-        read(&self.slot, SCRATCH)
+        read(&self.slot.slot, SCRATCH)
     }
 }

@@ -222,16 +222,16 @@ impl ArenaPool {
         }
     }
 
-    /// The session is over and the GPU is past all of its work: what it held is free.
+    /// The session is over, and its client's GPU work with it: what it held is free once the broker's work is done.
     pub(super) fn reap(&self, session: SessionId) {
         let mut table = self.table.lock();
-        let (over, others) = std::mem::take(&mut table.pending).into_iter().partition(|one| one.session == session);
-        table.pending = others;
-        let over: Vec<Pending> = over;
-        for Pending { end, .. } in over {
-            table.end(session, end);
+        // Leases end here; pins stay for what the GPU still does for the session.
+        table.pending.retain(|one| one.session != session || matches!(one.end, End::Pin(_)));
+        for one in table.pending.iter_mut().filter(|one| one.session == session) {
+            one.gate.peers = 0;
         }
         table.ledger.reap(session);
+        table.sweep();
     }
 
     /// Nobody uses the pool any more: arenas go as soon as no job uses them.

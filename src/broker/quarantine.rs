@@ -31,12 +31,19 @@ impl Process {
         }
     }
 
-    /// Waits until the process is gone or `give_up` says so. A process that cannot be watched is taken to be gone.
+    /// Waits until the process is gone or `give_up` says so. One that cannot be watched, as in another PID namespace, is
+    /// never known to be gone.
     pub(super) fn wait_gone(&self, give_up: impl Fn() -> bool) {
         #[cfg(target_os = "linux")]
         {
             use rustix::event::{PollFd, PollFlags, Timespec, poll};
-            let Some(descriptor) = &self.descriptor else { return };
+            let Some(descriptor) = &self.descriptor else {
+                tracing::warn!("the client's process cannot be watched: its GPU memory is kept until the broker stops");
+                while !give_up() {
+                    std::thread::sleep(TICK);
+                }
+                return;
+            };
             let tick = Timespec { tv_sec: 0, tv_nsec: i64::from(TICK.subsec_nanos()) };
             while !give_up() {
                 // Readable once the process has ended, its files and with them the driver's included.

@@ -15,11 +15,11 @@ use super::responder::{OpenSession, Responder, SessionLink};
 use super::state::State;
 use crate::device::{CopyStream, Device, HostDevice, HostSharing, InProcessDevice};
 use crate::error::{Error, ErrorKind, Fault, Result};
-use crate::id::{GpuUuid, RequestId, SessionId};
+use crate::id::{RequestId, SessionId};
 use crate::lane::Entry;
 use crate::model::HandOff;
 use crate::protocol::{
-    Accepted, Action, DeviceRung, Features, Hello, NONCE_BYTES, Operation, Outcome, PROTOCOL_VERSION, Phase,
+    Accepted, Action, DeviceRung, Features, GpuTarget, Hello, NONCE_BYTES, Operation, Outcome, PROTOCOL_VERSION, Phase,
     ProbeAnswer, ProbeOffer, ProbeOutcome, Reason, Release, Rung, ServerMessage, TensorSource, VaeRequest, Welcome,
     codec, negotiate, settle,
 };
@@ -156,6 +156,7 @@ impl Session {
         drop((probing, gpu_door));
         if let Some(open) = link.open.get() {
             if let Some(process) = process.filter(|_| open.memories.holds_gpu_memory()) {
+                tracing::info!(session = %link.id(), "GPU memory of the session is kept until its process has ended");
                 link.quarantined.store(true, Ordering::Relaxed);
                 process.wait_gone(|| state.stopping.load(Ordering::Acquire));
             }
@@ -293,8 +294,8 @@ impl Session {
                 let memory = self.memories().map(|memories| Arc::clone(&memories.host));
                 responder.settle(memory.and_then(|memory| allocate(&memory, size_bytes, kept)));
             }
-            Operation::AllocateGpu { gpu, size_bytes, kept } => {
-                let memory = self.memories().and_then(|memories| gpu_memory(memories, gpu));
+            Operation::AllocateGpu { target, size_bytes, kept } => {
+                let memory = self.memories().and_then(|memories| gpu_memory(memories, target));
                 responder.settle(memory.and_then(|(memory, _)| allocate(&memory, size_bytes, kept)));
             }
             Operation::OpenGpu(wish) => {
@@ -397,8 +398,8 @@ impl Session {
         };
         let memory = match result {
             None => Arc::clone(&self.memories()?.host),
-            Some(gpu) => {
-                let (memory, its_queue) = gpu_memory(self.memories()?, gpu)?;
+            Some(target) => {
+                let (memory, its_queue) = gpu_memory(self.memories()?, target)?;
                 queue = Some(its_queue);
                 memory
             }
@@ -441,8 +442,8 @@ impl<E: Into<Error>> From<E> for Unprepared {
 ///
 /// # Errors
 /// [`ErrorKind::Unsupported`] where none is shared.
-fn gpu_memory(memories: &Memories, gpu: GpuUuid) -> Result<(Arc<SessionMemory>, Arc<dyn CopyStream>)> {
-    let opened = memories.shared_gpu(gpu)?;
+fn gpu_memory(memories: &Memories, target: GpuTarget) -> Result<(Arc<SessionMemory>, Arc<dyn CopyStream>)> {
+    let opened = memories.shared_gpu(target)?;
     Ok((Arc::clone(&opened.memory), Arc::clone(&opened.queue)))
 }
 

@@ -66,7 +66,9 @@ impl Sessions {
     /// told, and takes nobody's place.
     pub(super) fn add(&self, link: &Arc<SessionLink>, limit: usize) -> bool {
         let mut open = self.open.lock();
-        let has_room = open.values().filter(|member| member.has_room).count() < limit;
+        // A session that only waits for its process to end serves nobody.
+        let is_served = |member: &&Member| member.has_room && !member.link.quarantined.load(Ordering::Relaxed);
+        let has_room = open.values().filter(is_served).count() < limit;
         open.insert(link.id(), Member { link: Arc::clone(link), has_room });
         has_room
     }

@@ -12,6 +12,7 @@ use super::session::SessionInfo;
 use super::tensor::{Storage, Tensor};
 use super::vae::Vae;
 use crate::config::{ADDRESS_VARIABLE, ClientConfig, rung_from_environment};
+use crate::device::StreamRef;
 use crate::error::{Error, ErrorKind, Result, Retry};
 use crate::id::GpuUuid;
 use crate::protocol::{DeviceRung, ModelReport, Operation, Outcome, Rung, Status};
@@ -325,6 +326,14 @@ impl Drop for Inner {
 /// [`ErrorKind::Unsupported`] without a driver, [`ErrorKind::Configuration`] for a name of no GPU.
 pub fn gpu_named(name: &str) -> Result<GpuUuid> {
     Ok(gpu::gpu_named(name)?)
+}
+
+/// Blocks until the legacy default stream of a GPU has run everything this process has enqueued there.
+///
+/// # Errors
+/// As [`gpu_named`]; [`ErrorKind::Io`] where the GPU failed.
+pub fn synchronize_default_stream(name: &str) -> Result<()> {
+    Ok(gpu::GpuDevice::open(gpu_named(name)?)?.synchronize_stream(StreamRef::DEFAULT)?)
 }
 
 /// The address to use when the caller names none: `$LUNA_BROKER`, else this user's default.

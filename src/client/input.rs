@@ -28,7 +28,7 @@ enum Memory<'a> {
     /// Of another library's.
     Gpu(GpuRange<'a>),
     /// In a slot of a GPU.
-    Leased(&'a Lease, &'a GpuLease),
+    Leased(&'a Lease, &'a Arc<GpuLease>),
 }
 
 impl<'a> Input<'a> {
@@ -94,17 +94,20 @@ pub(super) struct Staged<'a> {
     pub(super) payload: Cow<'a, [u8]>,
     /// Kept for the next call afterwards.
     pub(super) slot: Option<Lease>,
+    /// The lease in GPU memory that is read in place.
+    pub(super) in_place: Option<Arc<GpuLease>>,
     pub(super) copied_bytes: u64,
 }
 
 impl<'a> Staged<'a> {
-    fn in_place(descriptor: Descriptor) -> Self {
-        Self { source: TensorSource::Leased(descriptor), payload: Cow::Borrowed(&[]), slot: None, copied_bytes: 0 }
+    fn in_place(descriptor: Descriptor, in_place: Option<Arc<GpuLease>>) -> Self {
+        let source = TensorSource::Leased(descriptor);
+        Self { source, payload: Cow::Borrowed(&[]), slot: None, in_place, copied_bytes: 0 }
     }
 
     fn in_slot(descriptor: Descriptor, slot: Lease, copied: usize) -> Self {
         let source = TensorSource::Leased(descriptor);
-        Self { source, payload: Cow::Borrowed(&[]), slot: Some(slot), copied_bytes: copied as u64 }
+        Self { source, payload: Cow::Borrowed(&[]), slot: Some(slot), in_place: None, copied_bytes: copied as u64 }
     }
 }
 
@@ -124,10 +127,15 @@ impl<'a> Input<'a> {
             (Memory::Gpu(range), Some(gpu)) if gpu.is_shared() => self.stage_gpu(&range, link, gpu, options),
             (Memory::Gpu(range), Some(gpu)) => self.stage_through_host(&range, link, gpu, options),
             (Memory::Leased(lease, on_gpu), _) => {
+                if !lease.is_of(&link.memory.leases) {
+                    return Err(stale_input());
+                }
                 let queue = on_gpu.gpu.queue.handle();
                 on_gpu.gpu.wait(on_gpu.ready(), queue)?;
+                on_gpu.publish_uses()?;
                 let sequence = on_gpu.gpu.publish(queue)?;
-                Ok(Staged::in_place(self.descriptor(link, lease.reference(), lease.offset(), sequence)))
+                let descriptor = self.descriptor(link, lease.reference(), lease.offset(), sequence);
+                Ok(Staged::in_place(descriptor, Some(Arc::clone(on_gpu))))
             }
             (Memory::Gpu(_), None) => Err(unexpected_outcome()),
         }
@@ -142,8 +150,8 @@ impl<'a> Input<'a> {
             return self.stage_inline(bytes);
         }
         let length = self.meta.span_bytes()?;
-        if let Some((lease, offset)) = link.memory.leases.locate(bytes.as_ptr() as usize, length) {
-            return Ok(Staged::in_place(self.descriptor(link, lease, offset, 0)));
+        if let Some((lease, offset, _)) = link.memory.leases.locate(bytes.as_ptr() as usize, length) {
+            return Ok(Staged::in_place(self.descriptor(link, lease, offset, 0), None));
         }
         let length = self.meta.densified().size_bytes()?;
         let mut slot = host_slot(link, length, options)?;
@@ -163,7 +171,13 @@ impl<'a> Input<'a> {
             copy_dense(bytes, &self.meta, &mut copy)?;
             Cow::Owned(copy)
         };
-        Ok(Staged { source: TensorSource::Inline(dense), payload, slot: None, copied_bytes: length as u64 })
+        Ok(Staged {
+            source: TensorSource::Inline(dense),
+            payload,
+            slot: None,
+            in_place: None,
+            copied_bytes: length as u64,
+        })
     }
 
     fn stage_gpu(
@@ -174,9 +188,10 @@ impl<'a> Input<'a> {
         options: &CallOptions<'_>,
     ) -> Result<Staged<'a>> {
         let length = self.meta.span_bytes()?;
-        if let Some((lease, offset)) = link.memory.leases.locate(range.address(), length) {
-            let sequence = gpu.publish(range.stream())?;
-            return Ok(Staged::in_place(self.descriptor(link, lease, offset, sequence)));
+        if let Some((lease, offset, Some(on_gpu))) = link.memory.leases.locate(range.address(), length) {
+            on_gpu.publish_uses()?;
+            let sequence = on_gpu.gpu.publish(range.stream())?;
+            return Ok(Staged::in_place(self.descriptor(link, lease, offset, sequence), Some(on_gpu)));
         }
         let slot = match link.memory.idle_input(length, Some(gpu)) {
             Some(slot) => slot,
@@ -184,10 +199,13 @@ impl<'a> Input<'a> {
         };
         if let Some(on_gpu) = slot.gpu() {
             gpu.wait(on_gpu.ready(), range.stream())?;
-            on_gpu.used_on(range.stream());
         }
         gpu.device.copy_in(range, slot.span())?;
         let sequence = gpu.publish(range.stream())?;
+        if let Some(on_gpu) = slot.gpu() {
+            // The mark and not the stream, which may be gone when the slot is given back.
+            on_gpu.set_marked(sequence);
+        }
         let descriptor = self.descriptor(link, slot.reference(), slot.offset(), sequence);
         Ok(Staged::in_slot(descriptor, slot, length))
     }
@@ -205,13 +223,27 @@ impl<'a> Input<'a> {
             let mut copy = vec![0; length];
             gpu.device.read(range, &mut copy)?;
             let source = TensorSource::Inline(self.meta);
-            return Ok(Staged { source, payload: Cow::Owned(copy), slot: None, copied_bytes: length as u64 });
+            return Ok(Staged {
+                source,
+                payload: Cow::Owned(copy),
+                slot: None,
+                in_place: None,
+                copied_bytes: length as u64,
+            });
         }
         let mut slot = host_slot(link, length, options)?;
         gpu.device.read(range, slot.span_mut().bytes_mut(length)?)?;
         let descriptor = self.descriptor(link, slot.reference(), slot.offset(), 0);
         Ok(Staged::in_slot(descriptor, slot, length))
     }
+}
+
+fn stale_input() -> Error {
+    Error::new(
+        ErrorKind::Stale,
+        "the input lies in GPU memory of an earlier session, which is gone",
+        "make the tensor anew",
+    )
 }
 
 /// Rounded up, so that inputs of different sizes share a slot.
@@ -250,7 +282,7 @@ pub(super) fn allocate_on_gpu(
     kept: bool,
     options: &CallOptions<'_>,
 ) -> Result<Lease> {
-    let operation = Operation::AllocateGpu { gpu: gpu.gpu, size_bytes: length as u64, kept };
+    let operation = Operation::AllocateGpu { target: gpu.target, size_bytes: length as u64, kept };
     let answer = link.call(operation, &[], options)?;
     match answer.reply.outcome {
         Outcome::Allocated { descriptor } => link.memory.take_up(&descriptor, link.session.epoch, Some(gpu)),

@@ -41,10 +41,7 @@ struct Dropped {
 
 /// What a slot in GPU memory was last used by.
 #[derive(Debug)]
-struct GpuUse {
-    gpu: Arc<LinkGpu>,
-    streams: Vec<StreamRef>,
-}
+struct GpuUse(Arc<GpuLease>);
 
 /// A lease in GPU memory: whose, and what its users enqueue their work on.
 #[derive(Debug)]
@@ -52,12 +49,22 @@ pub(super) struct GpuLease {
     pub(super) gpu: Arc<LinkGpu>,
     /// The broker's mark behind which the slot holds what it should, or is free to be written.
     ready: AtomicU64,
-    streams: Mutex<Vec<StreamRef>>,
+    /// This side's mark behind what is known to have used it.
+    marked: AtomicU64,
+    streams: Mutex<Streams>,
+}
+
+/// What a tensor was handed out on.
+#[derive(Debug, Default)]
+struct Streams {
+    known: Vec<StreamRef>,
+    /// On streams that nobody named, or that mean another one on another thread.
+    unknown: bool,
 }
 
 impl GpuLease {
     pub(super) fn new(gpu: Arc<LinkGpu>, ready: u64) -> Self {
-        Self { gpu, ready: AtomicU64::new(ready), streams: Mutex::default() }
+        Self { gpu, ready: AtomicU64::new(ready), marked: AtomicU64::new(0), streams: Mutex::default() }
     }
 
     pub(super) fn ready(&self) -> u64 {
@@ -65,22 +72,53 @@ impl GpuLease {
     }
 
     /// The broker has enqueued its work on the slot; it is free behind this mark.
-    pub(super) fn set_ready(&self, sequence: u64) {
-        self.ready.store(sequence, Ordering::Release);
+    pub(super) fn raise_ready(&self, sequence: u64) {
+        self.ready.fetch_max(sequence, Ordering::AcqRel);
+    }
+
+    /// Everything of this side's so far is behind this mark.
+    pub(super) fn set_marked(&self, sequence: u64) {
+        self.marked.fetch_max(sequence, Ordering::AcqRel);
+    }
+
+    /// Marks what is enqueued on the streams it was handed out on, and waits where they are not known.
+    ///
+    /// # Errors
+    /// [`DeviceError::Cuda`].
+    pub(super) fn publish_uses(&self) -> Result<u64, DeviceError> {
+        let streams = self.streams.lock();
+        if streams.unknown || (self.gpu.order.is_none() && !streams.known.is_empty()) {
+            // Also what somebody enqueued on a stream that nobody spoke of.
+            self.gpu.device.synchronize()?;
+            return Ok(self.marked.load(Ordering::Acquire));
+        }
+        // The newest mark stands for all: marks pass in order.
+        for stream in &streams.known {
+            self.set_marked(self.gpu.publish(*stream)?);
+        }
+        Ok(self.marked.load(Ordering::Acquire))
+    }
+
+    /// The slot is not given back before all GPU work of this process is done: its users cannot be named.
+    pub(super) fn used_somewhere(&self) {
+        self.streams.lock().unknown = true;
     }
 
     /// The slot is not given back before what is enqueued on `stream` then is done.
     pub(super) fn used_on(&self, stream: StreamRef) {
         let mut streams = self.streams.lock();
-        if !streams.contains(&stream) {
-            streams.push(stream);
+        if stream == StreamRef::PER_THREAD {
+            streams.unknown = true;
+        } else if !streams.known.contains(&stream) {
+            streams.known.push(stream);
         }
     }
 }
 
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 struct Held {
     length: usize,
+    gpu: Option<Arc<GpuLease>>,
     lease: LeaseRef,
     /// Bytes from the start of the arena.
     offset: u64,
@@ -95,7 +133,8 @@ impl Leases {
 
     /// Takes up a lease on `span`, which starts `offset` bytes into its arena.
     pub(super) fn hold(self: &Arc<Self>, lease: LeaseRef, offset: u64, span: Span, gpu: Option<GpuLease>) -> Lease {
-        let held = Held { length: span.length(), lease, offset };
+        let gpu = gpu.map(Arc::new);
+        let held = Held { length: span.length(), gpu: gpu.clone(), lease, offset };
         self.notes.lock().live.insert(span.address(), held);
         Lease { lease, offset, span, gpu, leases: Arc::clone(self) }
     }
@@ -121,20 +160,20 @@ impl Leases {
         // Marking takes driver calls, and other threads drop leases meanwhile.
         drop(notes);
         for Dropped { lease, used } in dropped {
-            match used.map_or(Ok(0), |used| used.mark()) {
+            match used.map_or(Ok(0), |GpuUse(used)| used.publish_uses()) {
                 Ok(sequence) => into.push(Release { lease, sequence }),
                 Err(error) => tracing::warn!(%error, "a GPU slot is not given back before the session ends"),
             }
         }
     }
 
-    /// The lease in which `length` bytes at `address` lie, and their offset in its arena.
-    pub(super) fn locate(&self, address: usize, length: usize) -> Option<(LeaseRef, u64)> {
+    /// The lease in which `length` bytes at `address` lie, their offset in its arena, and what it has on a GPU.
+    pub(super) fn locate(&self, address: usize, length: usize) -> Option<(LeaseRef, u64, Option<Arc<GpuLease>>)> {
         let notes = self.notes.lock();
         let (&start, held) = notes.live.range(..=address).next_back()?;
         let from_start = address - start;
         let inside = from_start.checked_add(length).is_some_and(|end| end <= held.length);
-        inside.then_some((held.lease, held.offset + from_start as u64))
+        inside.then(|| (held.lease, held.offset + from_start as u64, held.gpu.clone()))
     }
 
     /// The session is over: nothing is noted any more.
@@ -157,23 +196,8 @@ pub(super) struct Lease {
     offset: u64,
     span: Span,
     /// Absent in host memory.
-    gpu: Option<GpuLease>,
+    gpu: Option<Arc<GpuLease>>,
     leases: Arc<Leases>,
-}
-
-impl GpuUse {
-    /// The mark behind the last of the uses: marks pass in order.
-    fn mark(&self) -> Result<u64, DeviceError> {
-        if self.gpu.order.is_none() {
-            // Also what somebody enqueued on a stream that nobody spoke of.
-            return self.gpu.device.synchronize().map(|()| 0);
-        }
-        let mut newest = 0;
-        for stream in &self.streams {
-            newest = self.gpu.publish(*stream)?;
-        }
-        Ok(newest)
-    }
 }
 
 impl Lease {
@@ -191,8 +215,13 @@ impl Lease {
     }
 
     /// What only a lease in GPU memory has.
-    pub(super) fn gpu(&self) -> Option<&GpuLease> {
+    pub(super) fn gpu(&self) -> Option<&Arc<GpuLease>> {
         self.gpu.as_ref()
+    }
+
+    /// Whether the lease is of this table's session.
+    pub(super) fn is_of(&self, leases: &Arc<Leases>) -> bool {
+        Arc::ptr_eq(&self.leases, leases)
     }
 
     pub(super) fn span_mut(&mut self) -> &mut Span {
@@ -207,9 +236,7 @@ impl Drop for Lease {
         if notes.over {
             return;
         }
-        let used = self.gpu.take().map(|GpuLease { gpu, streams, .. }| GpuUse { gpu, streams: streams.into_inner() });
-        let used = used.filter(|used| !used.streams.is_empty());
-        notes.released.push(Dropped { lease: self.lease, used });
+        notes.released.push(Dropped { lease: self.lease, used: self.gpu.take().map(GpuUse) });
         drop(notes);
         self.leases.ring();
     }

@@ -121,9 +121,10 @@ impl Link {
     }
 
     fn send_request(&self, id: RequestId, timeout_ms: Option<u32>, operation: Operation, payload: &[u8]) -> Result<()> {
-        let mut writer = self.writer.lock();
-        let mut releases = std::mem::take(&mut writer.releases);
+        let mut releases = std::mem::take(&mut self.writer.lock().releases);
+        // Before the lock: marking GPU work may take its time, and others want to write.
         self.memory.leases.take_released(&mut releases);
+        let mut writer = self.writer.lock();
         let message = ClientMessage::Request(Request { id, timeout_ms, releases, operation });
         let sent = self.write(&mut writer.frame, &message, payload);
         if let ClientMessage::Request(Request { mut releases, .. }) = message {
@@ -363,6 +364,9 @@ impl Link {
             _ => error.into_fault(),
         };
         self.router.lose(fault.clone());
+        for gpu in self.gpus.read().iter() {
+            gpu.lose_owner();
+        }
         self.connection.close();
         self.memory.end();
         fault.into()
@@ -375,6 +379,9 @@ impl Link {
             return;
         }
         if !self.router.is_lost() {
+            // Slots in GPU memory that are not given back are kept from others until this process has ended.
+            self.memory.drop_idle();
+            self.release_now();
             _ = self.send(&ClientMessage::Goodbye);
             let fault = Fault::new(ErrorKind::ConnectionLost, "the client was closed", "connect again");
             self.router.lose(fault);
@@ -394,7 +401,7 @@ impl Drop for Link {
 /// Handles that travel beside a step of the search for a GPU's rung.
 fn handles_of(step: &GpuAnswer) -> usize {
     match step {
-        GpuAnswer::Settled(_) | GpuAnswer::Marked { .. } => 0,
+        GpuAnswer::Settled { .. } | GpuAnswer::Marked { .. } => 0,
         GpuAnswer::Probe(offer) => {
             let arena = offer.arena.as_ref().is_some_and(|arena| travels_beside(&arena.handle));
             let page = offer.fence.as_ref().is_some_and(|fence| travels_beside(&fence.page));

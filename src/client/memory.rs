@@ -139,6 +139,11 @@ impl ImportedMemory {
         }
     }
 
+    /// Idle slots are no longer kept.
+    pub(super) fn drop_idle(&self) {
+        self.idle_inputs.lock().clear();
+    }
+
     /// The session is over: idle slots go, and nothing is given back any more.
     pub(super) fn end(&self) {
         self.leases.end();

@@ -1,4 +1,5 @@
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use super::connect::CallOptions;
@@ -10,7 +11,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::id::GpuUuid;
 use crate::protocol::{
     ArenaHandle, DeviceRung, FailureCode, FenceOffer, GpuAnswer, GpuFindings, GpuOffer, GpuProbeOutcome, GpuProbed,
-    MarkedFindings, NONCE_BYTES, OpenGpu, Operation, Outcome, RungFailure,
+    GpuTarget, MarkedFindings, NONCE_BYTES, OpenGpu, Operation, Outcome, RungFailure,
 };
 use crate::service::GpuOrder;
 use crate::transport::Attachment;
@@ -28,9 +29,22 @@ pub(super) struct LinkGpu {
     pub(super) queue: Arc<dyn CopyStream>,
     /// Absent where each side waits for its GPU work on the host, and where no GPU memory is shared.
     pub(super) order: Option<Arc<dyn Order>>,
+    /// What this opening is called in requests.
+    pub(super) target: GpuTarget,
+    /// The broker is gone, and with it what its events and memory mean.
+    owner_gone: AtomicBool,
 }
 
 impl LinkGpu {
+    /// The broker went away: nothing waits for its marks or reads its memory any more.
+    pub(super) fn lose_owner(&self) {
+        self.owner_gone.store(true, Ordering::Release);
+    }
+
+    fn check_owner(&self) -> Result<(), DeviceError> {
+        if self.owner_gone.load(Ordering::Acquire) { Err(DeviceError::OwnerGone) } else { Ok(()) }
+    }
+
     /// Whether tensors cross in GPU memory.
     pub(super) fn is_shared(&self) -> bool {
         self.rung.order.is_some()
@@ -38,6 +52,7 @@ impl LinkGpu {
 
     /// Marks what is enqueued on `stream`, or waits for it; the number for the broker.
     pub(super) fn publish(&self, stream: StreamRef) -> Result<u64, DeviceError> {
+        self.check_owner()?;
         match &self.order {
             Some(order) => order.record(stream),
             None => self.device.synchronize_stream(stream).map(|()| 0),
@@ -46,6 +61,7 @@ impl LinkGpu {
 
     /// Work enqueued on `stream` from now on comes behind the broker's mark.
     pub(super) fn wait(&self, sequence: u64, stream: StreamRef) -> Result<(), DeviceError> {
+        self.check_owner()?;
         match &self.order {
             Some(order) => order.wait(sequence, stream),
             None => Ok(()),
@@ -54,6 +70,7 @@ impl LinkGpu {
 
     /// Blocks until the broker's mark has passed.
     pub(super) fn synchronize(&self, sequence: u64) -> Result<(), DeviceError> {
+        self.check_owner()?;
         match &self.order {
             Some(order) => order.synchronize_peers(sequence),
             None => Ok(()),
@@ -81,10 +98,10 @@ pub(super) fn open_gpu(
         let answer = link.call(operation, &[], options)?;
         let Outcome::Gpu(step) = answer.reply.outcome else { return Err(unexpected_outcome()) };
         let offer = match *step {
-            GpuAnswer::Settled(rung) => {
+            GpuAnswer::Settled { rung, target } => {
                 let order = order.filter(|_| rung.order == Some(GpuOrder::Events));
                 tracing::info!(%gpu, rung = %rung.rung, reason = %rung.reason, "GPU opened");
-                return Ok(LinkGpu { gpu, rung, device, queue, order });
+                return Ok(LinkGpu { gpu, rung, device, queue, order, target, owner_gone: AtomicBool::new(false) });
             }
             GpuAnswer::Probe(offer) => offer,
             GpuAnswer::Marked { .. } => return Err(unexpected_outcome()),

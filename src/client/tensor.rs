@@ -59,7 +59,7 @@ impl Tensor {
 
     fn on_gpu(&self) -> Option<&GpuLease> {
         match &*self.storage {
-            Storage::Leased(lease) => lease.gpu(),
+            Storage::Leased(lease) => lease.gpu().map(|gpu| &**gpu),
             Storage::Received(_) => None,
         }
     }
@@ -75,6 +75,14 @@ impl Tensor {
             on_gpu.gpu.wait(on_gpu.ready(), stream)?;
         }
         Ok(())
+    }
+
+    /// Work on streams that cannot be named may use a tensor in GPU memory: its memory is given back only after all GPU
+    /// work of this process at that time. Its order behind the broker's is the caller's business.
+    pub fn use_somewhere(&self) {
+        if let Some(on_gpu) = self.on_gpu() {
+            on_gpu.used_somewhere();
+        }
     }
 
     /// Copies a tensor in GPU memory to memory of the caller's, on the range's stream. What the rung `peer` needs
@@ -155,7 +163,13 @@ impl Tensor {
     /// is not in shared memory.
     pub fn write(&mut self, bytes: &[u8]) -> Result<()> {
         match Arc::get_mut(&mut self.storage) {
-            Some(Storage::Leased(lease)) => Ok(lease.span().write(bytes)?),
+            Some(Storage::Leased(lease)) => {
+                if let Some(on_gpu) = lease.gpu() {
+                    // The call that read it last may have been answered before it was run.
+                    on_gpu.gpu.synchronize(on_gpu.ready())?;
+                }
+                Ok(lease.span().write(bytes)?)
+            }
             Some(Storage::Received(_)) => Err(Error::new(
                 ErrorKind::InvalidTensor,
                 "the tensor is not in memory shared with the broker; nothing was written",

@@ -2,6 +2,7 @@ use std::sync::Arc;
 
 use super::connect::{CallOptions, Client, ResultPlace};
 use super::input::{Input, unexpected_outcome};
+use super::leases::GpuLease;
 use super::link::Link;
 use super::open_gpu::LinkGpu;
 use super::router::Answer;
@@ -118,16 +119,36 @@ impl Vae {
             (Err(error), Some(gpu)) if wears_out(&error, gpu) => return Ok(Called::WornOut(Arc::clone(gpu), error)),
             (staged, _) => staged?,
         };
-        let result = result_gpu.as_ref().map(|gpu| gpu.gpu);
+        let result = result_gpu.as_ref().map(|gpu| gpu.target);
         let request = VaeRequest { model: self.model.clone(), call, input: staged.source, result };
         let answer = link.call(Operation::Vae(request), &staged.payload, options);
         // The broker read the input before it answered, or behind the mark of the result; a request that was given up
         // may still be reading it.
-        if let (Some(slot), Ok(answer)) = (staged.slot, &answer) {
-            if let (Some(on_gpu), Outcome::Tensor { descriptor, .. }) = (slot.gpu(), &answer.reply.outcome) {
-                on_gpu.set_ready(if result_gpu.is_some() { descriptor.sequence } else { 0 });
+        if let Ok(answer) = &answer {
+            let result_mark = match &answer.reply.outcome {
+                Outcome::Tensor { descriptor, .. } => descriptor.sequence,
+                _ => 0,
+            };
+            // Whether the mark of the result stands for the reading of an input: they must be of one opening. A result
+            // in host memory is complete, and so is the reading.
+            let stands_for = |lease: &GpuLease| result_gpu.as_ref().is_none_or(|gpu| Arc::ptr_eq(gpu, &lease.gpu));
+            let read_behind = |lease: &GpuLease| {
+                if result_gpu.is_some() && stands_for(lease) {
+                    lease.raise_ready(result_mark);
+                }
+            };
+            if let Some(lease) = &staged.in_place {
+                read_behind(lease);
             }
-            link.memory.keep_input(slot);
+            if let Some(slot) = staged.slot {
+                if let Some(lease) = slot.gpu() {
+                    read_behind(lease);
+                }
+                // One whose reading has no mark here is given back: the broker knows when it is done.
+                if slot.gpu().is_none_or(|lease| stands_for(lease)) {
+                    link.memory.keep_input(slot);
+                }
+            }
         }
         let Answer { reply, payload, .. } = answer?;
         let (tensor, mode, copied_out_bytes) = match (reply.outcome, payload) {

@@ -75,6 +75,9 @@ pub enum DeviceError {
         /// What is missing, or what the driver answers.
         reason: String,
     },
+    /// The process that owns the memory is gone: what it holds is undetermined.
+    #[error("the broker that owns this GPU memory is gone")]
+    OwnerGone,
     /// The driver shows this process no such GPU.
     #[error("this process sees no GPU {gpu}")]
     NoGpu {
@@ -150,7 +153,7 @@ impl DeviceError {
             }
             Self::UnknownGpu { .. } => ErrorKind::Configuration,
             Self::TooSmall { .. } | Self::NotSealed | Self::Imported | Self::OutOfBounds { .. } => ErrorKind::Protocol,
-            Self::NotRecorded { .. } => ErrorKind::Stale,
+            Self::NotRecorded { .. } | Self::OwnerGone => ErrorKind::Stale,
         }
     }
 }

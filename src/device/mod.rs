@@ -45,6 +45,8 @@ pub struct StreamRef(pub usize);
 impl StreamRef {
     /// The legacy default stream.
     pub const DEFAULT: Self = Self(0);
+    /// The default stream of whichever thread uses it.
+    pub const PER_THREAD: Self = Self(2);
 }
 
 /// What an importer needs to map a region.

@@ -88,8 +88,8 @@ pub enum Operation {
     },
     /// A slot in GPU memory that the session shares, for an input.
     AllocateGpu {
-        /// The client's GPU.
-        gpu: GpuUuid,
+        /// The opening of the client's GPU.
+        target: GpuTarget,
         /// Bytes needed.
         size_bytes: u64,
         /// As in [`Operation::Allocate`].
@@ -136,9 +136,9 @@ pub struct VaeRequest {
     pub call: VaeCall,
     /// The input tensor.
     pub input: TensorSource,
-    /// The client's GPU whose shared memory the result goes to; absent for host memory.
+    /// The opening of the client's GPU whose shared memory the result goes to; absent for host memory.
     #[serde(default)]
-    pub result: Option<GpuUuid>,
+    pub result: Option<GpuTarget>,
 }
 
 /// Where a request's tensor is.
@@ -292,6 +292,15 @@ pub struct MarkedFindings {
     pub sequence: u64,
 }
 
+/// One opening of a GPU in a session: after a demotion there is another, with memory and marks of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GpuTarget {
+    /// The client's GPU.
+    pub gpu: GpuUuid,
+    /// Counted in the session.
+    pub opening: u32,
+}
+
 /// Where the search for a GPU's rung is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum GpuAnswer {
@@ -303,7 +312,12 @@ pub enum GpuAnswer {
         sequence: u64,
     },
     /// This is the rung.
-    Settled(DeviceRung),
+    Settled {
+        /// How tensors cross.
+        rung: DeviceRung,
+        /// What to call this opening in requests.
+        target: GpuTarget,
+    },
 }
 
 /// When things happened to a request, in nanoseconds of the broker's clock; differences are what counts.

@@ -16,8 +16,8 @@ pub use codec::CodecError;
 pub use ladder::{GpuNonces, GpuSituation, gpu_reason, judge_gpu};
 pub use message::{
     ArenaHandle, ArenaOffer, ClientMessage, Descriptor, FenceOffer, GpuAnswer, GpuFindings, GpuOffer, GpuProbeOutcome,
-    GpuProbed, MarkedFindings, OpenGpu, Operation, Outcome, Release, Reply, Request, ServerMessage, TensorSource,
-    Times, VaeRequest,
+    GpuProbed, GpuTarget, MarkedFindings, OpenGpu, Operation, Outcome, Release, Reply, Request, ServerMessage,
+    TensorSource, Times, VaeRequest,
 };
 pub(crate) use negotiate::presentable;
 pub use negotiate::{

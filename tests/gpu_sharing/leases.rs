@@ -76,6 +76,34 @@ fn what_a_killed_client_held_is_free_again() {
 }
 
 #[test]
+fn a_client_that_leaves_without_tensors_leaves_nothing_behind() {
+    play(Stage::new(), on_the_gpu(), |guest| {
+        let latent = OwnLatent::new(0, 16);
+        for _ in 0..3 {
+            let leaving = guest.connect();
+            decode_checked(&leaving, &latent);
+            leaving.close();
+            eventually("the session's end", || guest.sessions().as_array().unwrap().is_empty());
+        }
+    });
+}
+
+#[test]
+fn a_tensor_of_an_earlier_session_is_no_input_of_a_later_one() {
+    play(Stage::new(), on_the_gpu(), |guest| {
+        let latent = OwnLatent::new(0, 16);
+        let earlier = guest.connect();
+        let mut built = earlier.empty_on_gpu(latent.meta, "cuda:0").unwrap();
+        built.write(&bytes_of(&latent.values)).unwrap();
+        let later = guest.connect();
+        decode_checked(&later, &latent);
+        let vae = later.vae(HAND_OFF).unwrap();
+        let error = vae.call(DECODE, Input::try_from(&built).unwrap(), &CallOptions::default()).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Stale, "{error}");
+    });
+}
+
+#[test]
 fn memory_of_a_client_that_left_but_lives_is_kept_from_others() {
     let config = BrokerConfig { gpu_arena_bytes: 16 * MIB, gpu_bytes: 16 * MIB, ..on_the_gpu() };
     play(Stage::new(), config, |guest| {

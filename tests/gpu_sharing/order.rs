@@ -76,6 +76,23 @@ fn many_rounds_of_fresh_data_are_all_right_by_waiting_on_the_host() {
 }
 
 #[test]
+fn an_input_that_is_built_anew_at_once_does_not_reach_the_call_before() {
+    let stage = Stage::new().set_for(Role::Broker, "SUBSTITUTE_CUDA_DELAY_MS", 10);
+    play(stage, on_the_gpu(), |guest| {
+        let client = guest.connect();
+        let vae = client.vae(HAND_OFF).unwrap();
+        let (first, second) = (OwnLatent::new(0, 16), OwnLatent::new(0, 16));
+        let mut built = client.empty_on_gpu(first.meta, "cuda:0").unwrap();
+        built.write(&bytes_of(&first.values)).unwrap();
+        let one = vae.call(DECODE, Input::try_from(&built).unwrap(), &CallOptions::default()).unwrap().tensor;
+        built.write(&bytes_of(&second.values)).unwrap();
+        let two = vae.call(DECODE, Input::try_from(&built).unwrap(), &CallOptions::default()).unwrap().tensor;
+        first.check(&one.to_vec().unwrap()).unwrap();
+        second.check(&two.to_vec().unwrap()).unwrap();
+    });
+}
+
+#[test]
 fn a_client_may_want_the_host_to_wait() {
     play(Stage::new(), on_the_gpu(), |guest| {
         let client = guest.connect_with(|config| config.gpu_order = GpuOrder::Host);

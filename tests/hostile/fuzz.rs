@@ -2,8 +2,8 @@
 
 use luna_broker::id::{ArenaId, Epoch, Generation, GpuUuid, LeaseRef, RequestId, SlotId};
 use luna_broker::protocol::{
-    ClientMessage, Descriptor, FailureCode, GpuFindings, GpuProbeOutcome, GpuProbed, MarkedFindings, NONCE_BYTES,
-    OpenGpu, Operation, Release, Request, Rung, RungFailure, ServerMessage, TensorSource, VaeRequest,
+    ClientMessage, Descriptor, FailureCode, GpuFindings, GpuProbeOutcome, GpuProbed, GpuTarget, MarkedFindings,
+    NONCE_BYTES, OpenGpu, Operation, Release, Request, Rung, RungFailure, ServerMessage, TensorSource, VaeRequest,
 };
 use luna_broker::service::{TileShape, Tiling, VaeCall, VaeOperation};
 use luna_broker::tensor::{DType, Dims, TensorMeta};
@@ -74,6 +74,10 @@ fn gpu() -> impl Strategy<Value = GpuUuid> {
     (0u8..3).prop_map(|byte| GpuUuid([byte; 16]))
 }
 
+fn target() -> impl Strategy<Value = GpuTarget> {
+    (gpu(), 0u32..3).prop_map(|(gpu, opening)| GpuTarget { gpu, opening })
+}
+
 fn gpu_search() -> impl Strategy<Value = Operation> {
     let rung = || prop::sample::select(Rung::ALL.to_vec());
     let failed =
@@ -104,10 +108,10 @@ fn operation() -> impl Strategy<Value = Operation> {
     });
     let model = prop_oneof![4 => Just(HAND_OFF.to_owned()), 1 => ".{0,40}"];
     prop_oneof![
-        6 => (model.clone(), call, source(), prop::option::weighted(0.1, gpu()))
+        6 => (model.clone(), call, source(), prop::option::weighted(0.1, target()))
             .prop_map(|(model, call, input, result)| Operation::Vae(VaeRequest { model, call, input, result })),
-        1 => (gpu(), number(), any::<bool>())
-            .prop_map(|(gpu, size_bytes, kept)| Operation::AllocateGpu { gpu, size_bytes, kept }),
+        1 => (target(), number(), any::<bool>())
+            .prop_map(|(target, size_bytes, kept)| Operation::AllocateGpu { target, size_bytes, kept }),
         1 => gpu_search(),
         2 => (number(), any::<bool>()).prop_map(|(size_bytes, kept)| Operation::Allocate { size_bytes, kept }),
         1 => model.prop_map(|model| Operation::Describe { model }),

@@ -3,12 +3,17 @@ use super::stream::CopyWay;
 use crate::device::{DeviceError, GpuRange, Place, Span, check_range};
 
 impl CudaDevice {
+    fn check_gpu(&self, range: &GpuRange<'_>) -> Result<(), DeviceError> {
+        if range.gpu() == self.gpu().uuid { Ok(()) } else { Err(DeviceError::WrongHandle { device: "CUDA" }) }
+    }
+
     /// Enqueues a copy of `from` to the start of `to`, which is GPU memory, on the range's stream.
     ///
     /// # Errors
     /// [`DeviceError::OutOfBounds`], [`DeviceError::WrongHandle`] for host memory, [`DeviceError::Cuda`].
     pub fn copy_range_in(&self, from: &GpuRange<'_>, to: &Span) -> Result<(), DeviceError> {
         check_range(0, from.length(), to.length())?;
+        self.check_gpu(from)?;
         gpu_memory(to)?;
         // SAFETY: the range is valid for work on its stream, as whoever made it promised; the span's region waits for
         // the GPU before it closes.
@@ -21,6 +26,7 @@ impl CudaDevice {
     /// As [`CudaDevice::copy_range_in`].
     pub fn copy_range_out(&self, from: &Span, to: &GpuRange<'_>) -> Result<(), DeviceError> {
         check_range(0, from.length(), to.length())?;
+        self.check_gpu(to)?;
         gpu_memory(from)?;
         // SAFETY: as in `copy_range_in`.
         unsafe { self.copy(to.address(), from.address(), from.length(), CopyWay::DeviceToDevice, to.stream()) }
@@ -32,6 +38,7 @@ impl CudaDevice {
     /// [`DeviceError::OutOfBounds`] where `to` is shorter, [`DeviceError::Cuda`].
     pub fn read_range(&self, from: &GpuRange<'_>, to: &mut [u8]) -> Result<(), DeviceError> {
         check_range(0, from.length(), to.len())?;
+        self.check_gpu(from)?;
         let target = to.as_mut_ptr().expose_provenance();
         // SAFETY: the range is valid for work on its stream; the stream has run the copy before the borrow of `to` ends.
         let enqueued =
