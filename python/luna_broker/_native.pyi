@@ -91,11 +91,18 @@ class Rung:
 
     @property
     def rung(self) -> str:
-        """Name of the rung: `"shm"` (no copy on the CPU), `"inline"` (bytes behind the frame)."""
+        """Name of the rung: `"cuda-ipc"` and `"cuda-vmm"` (memory of the broker's GPU, no copy), `"peer"` (the same
+        from another GPU, results copied once), `"shm"` (shared memory: no copy on the CPU), `"inline"` (bytes behind
+        the frame)."""
 
     @property
     def reason(self) -> str:
         """Why this rung and no better one, as a sentence."""
+
+    @property
+    def order(self) -> Literal["events", "host"] | None:
+        """How work on a GPU is kept in order: by events, or by waiting for the GPU on either side. `None` where no GPU
+        memory is shared."""
 
 @final
 class Session:
@@ -138,6 +145,39 @@ class Call:
         """Bytes this client copied to hand out the result; 0 where the result is a view."""
 
 @final
+class DeviceTensor:
+    """A tensor of the broker's in memory of a GPU, for libraries that speak DLPack. What torch tensors and numpy
+    arrays are given back as is of their own kind; numpy knows no GPU, so it gets this."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Extents."""
+
+    @property
+    def dtype(self) -> str:
+        """Name of the element type."""
+
+    @property
+    def device(self) -> str:
+        """`"cuda:N"`, as this process numbers its GPUs."""
+
+    def tobytes(self) -> bytes:
+        """The bytes, copied to host memory once the broker is done with them."""
+
+    def __dlpack__(
+        self,
+        *,
+        stream: int | None = None,
+        max_version: tuple[int, int] | None = None,
+        dl_device: tuple[int, int] | None = None,
+        copy: bool | None = None,
+    ) -> object:
+        """Work enqueued on `stream` afterwards comes behind the broker's; -1 leaves the order to the consumer."""
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        """Device type and ordinal."""
+
+@final
 class Vae:
     """A VAE that lives in the broker. Obtained from `Client.vae`; may be used from many threads.
 
@@ -172,7 +212,8 @@ class Vae:
 
         `latent`: [N, C, h, w], unscaled, C as in `info["latent_channels"]`.
         Returns float32 [N, h * ratio, w * ratio, 3] in 0..1, on the device the latent came from unless
-        `device` names another; this version knows `"cpu"`. Where the byte budget of the broker
+        `device` names another: `"cpu"`, `"cuda"`, `"cuda:N"`. A torch tensor on a GPU is copied once, on torch's
+        current stream, and the result is a view that this stream may use at once. Where the byte budget of the broker
         does not allow the call in one piece, it is run in tiles; `last.mode` tells.
         """
 
@@ -253,10 +294,14 @@ class Client:
         """
 
     @overload
-    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor: ...
+    def empty(
+        self, shape: Sequence[int], dtype: torch.dtype, device: str | torch.device | None = None
+    ) -> torch.Tensor: ...
     @overload
-    def empty(self, shape: Sequence[int], dtype: type[np.generic]) -> npt.NDArray[Any]:
-        """A writable tensor in shared memory; its content is undefined.
+    def empty(self, shape: Sequence[int], dtype: type[np.generic], device: None = None) -> npt.NDArray[Any]: ...
+    @overload
+    def empty(self, shape: Sequence[int], dtype: type[np.generic], device: str) -> npt.NDArray[Any] | DeviceTensor:
+        """A writable tensor in shared memory, on the CPU or on the GPU `device`; its content is undefined.
 
         What is written into it reaches the broker without a copy. It may be used for any number
         of calls and must not be changed while one of them runs. Raises `OutOfMemory`.

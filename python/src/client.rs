@@ -11,7 +11,7 @@ use serde::Serialize;
 use crate::call::{quick, released};
 use crate::errors::raise;
 use crate::session::Session;
-use crate::tensor::{dtype, hand_out};
+use crate::tensor::{Device, dtype, hand_out};
 use crate::vae::Vae;
 
 /// A connection to a broker.
@@ -71,12 +71,22 @@ impl Client {
     }
 
     /// A writable tensor in shared memory.
-    fn empty<'py>(&self, shape: Vec<u64>, dtype: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
+    #[pyo3(signature = (shape, dtype, device=None))]
+    fn empty<'py>(
+        &self,
+        shape: Vec<u64>,
+        dtype: &Bound<'py, PyAny>,
+        device: Option<&Bound<'py, PyAny>>,
+    ) -> PyResult<Bound<'py, PyAny>> {
         let py = dtype.py();
         let (library, dtype) = self::dtype(dtype)?;
         let shape = Dims::new(&shape).map_err(|error| raise(py, error))?;
-        let tensor = quick(py, || self.client.empty(TensorMeta::contiguous(dtype, shape)))?;
-        hand_out(py, tensor, library)
+        let meta = TensorMeta::contiguous(dtype, shape);
+        let tensor = match device.map(Device::named).transpose()? {
+            None | Some(Device::Cpu) => quick(py, || self.client.empty(meta))?,
+            Some(Device::Cuda(ordinal)) => quick(py, || self.client.empty_on_gpu(meta, &format!("cuda:{ordinal}")))?,
+        };
+        hand_out(py, tensor, library, None)
     }
 
     /// What the broker is doing.

@@ -7,7 +7,8 @@
 use std::ffi::{CStr, c_int, c_void};
 use std::ptr::{self, NonNull};
 
-use luna_broker::client::Tensor;
+use luna_broker::client::{Input, Tensor, gpu_named};
+use luna_broker::device::{GpuRange, StreamRef};
 use luna_broker::tensor::{DType, Dims, MAX_RANK, TensorMeta};
 use luna_broker::{Error, ErrorKind};
 use pyo3::ffi;
@@ -19,6 +20,8 @@ const VERSIONED: &CStr = c"dltensor_versioned";
 const EXCHANGE: &CStr = c"dlpack_exchange_api";
 /// Device type of host memory.
 pub(crate) const CPU: c_int = 1;
+/// Device type of memory of an NVIDIA GPU.
+pub(crate) const CUDA: c_int = 2;
 
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -91,6 +94,8 @@ pub(crate) struct Borrowed<'py> {
     meta: TensorMeta,
     data: *const u8,
     length: usize,
+    /// Where the memory is: this process's ordinal of a GPU, or the host.
+    ordinal: Option<i32>,
     /// Keeps the memory alive.
     _owner: Owner<'py>,
 }
@@ -129,17 +134,33 @@ struct ExchangeTable {
     from_object: Option<unsafe extern "C" fn(*mut ffi::PyObject, *mut *mut Versioned) -> c_int>,
     to_object: Option<unsafe extern "C" fn(*mut Versioned, *mut *mut ffi::PyObject) -> c_int>,
     describe: *const c_void,
-    current_stream: *const c_void,
+    current_stream: Option<CurrentStream>,
 }
+
+type CurrentStream = unsafe extern "C" fn(c_int, i32, *mut *mut c_void) -> c_int;
 
 /// The C functions of one library, complete and of a version that is known here.
 #[derive(Clone, Copy)]
 pub(crate) struct Exchange {
     from_object: unsafe extern "C" fn(*mut ffi::PyObject, *mut *mut Versioned) -> c_int,
     to_object: unsafe extern "C" fn(*mut Versioned, *mut *mut ffi::PyObject) -> c_int,
+    current_stream: CurrentStream,
 }
 
 impl Exchange {
+    /// The stream that the library's work on a GPU is enqueued on at this moment, on this thread.
+    ///
+    /// # Errors
+    /// What the library raises.
+    pub(crate) fn current_stream(&self, py: Python<'_>, ordinal: i32) -> PyResult<StreamRef> {
+        let mut stream = ptr::null_mut();
+        // SAFETY: the out-pointer is valid for the call, and the thread is attached to the interpreter.
+        match unsafe { (self.current_stream)(CUDA, ordinal, &raw mut stream) } {
+            0 => Ok(StreamRef(stream.addr())),
+            _ => Err(PyErr::fetch(py)),
+        }
+    }
+
     /// The functions that the tensor type of a library offers, if it does.
     pub(crate) fn of(tensor_type: &Bound<'_, PyAny>) -> Option<Self> {
         let capsule = tensor_type.getattr("__dlpack_c_exchange_api__").ok()?.cast_into::<PyCapsule>().ok()?;
@@ -149,7 +170,11 @@ impl Exchange {
         unsafe {
             while let Some(table) = next.as_ref() {
                 if table.major == 1 {
-                    return Some(Self { from_object: table.from_object?, to_object: table.to_object? });
+                    return Some(Self {
+                        from_object: table.from_object?,
+                        to_object: table.to_object?,
+                        current_stream: table.current_stream?,
+                    });
                 }
                 next = table.older;
             }
@@ -221,7 +246,35 @@ impl<'py> Borrowed<'py> {
 
     fn of(py: Python<'py>, tensor: &DlTensor, owner: Owner<'py>) -> PyResult<Self> {
         let (meta, data, length) = describe(tensor).map_err(|error| crate::errors::raise(py, error))?;
-        Ok(Self { meta, data, length, _owner: owner })
+        let ordinal = (tensor.device.kind == CUDA).then_some(tensor.device.id);
+        Ok(Self { meta, data, length, ordinal, _owner: owner })
+    }
+
+    /// This process's ordinal of the GPU whose memory it is.
+    pub(crate) fn ordinal(&self) -> Option<i32> {
+        self.ordinal
+    }
+
+    /// The tensor as a call sends it; of a GPU's memory, as work on `stream` has left it.
+    ///
+    /// # Errors
+    /// As [`Input::new`] and [`Input::on_gpu`].
+    pub(crate) fn input(&self, stream: StreamRef) -> Result<Input<'_>, Error> {
+        match self.ordinal {
+            None => Input::new(self.meta, self.bytes()),
+            Some(ordinal) => Input::on_gpu(self.meta, self.range(ordinal, stream)?),
+        }
+    }
+
+    /// The memory of a GPU, for work on `stream`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] where the driver shows no such GPU.
+    pub(crate) fn range(&self, ordinal: i32, stream: StreamRef) -> Result<GpuRange<'_>, Error> {
+        let gpu = gpu_named(&format!("cuda:{ordinal}"))?;
+        // SAFETY: the library that made the borrow keeps the memory for as long as it lives, and frees it in the order of
+        // its current stream, which is the caller's `stream`.
+        Ok(unsafe { GpuRange::new(gpu, self.data.addr(), self.length, stream) })
     }
 
     pub(crate) fn meta(&self) -> TensorMeta {
@@ -230,7 +283,7 @@ impl<'py> Borrowed<'py> {
 
     /// The bytes from the first to the last element.
     pub(crate) fn bytes(&self) -> &[u8] {
-        if self.length == 0 {
+        if self.length == 0 || self.ordinal.is_some() {
             return &[];
         }
         // SAFETY: the library that made the capsule promises memory for shape and strides at `data`, alive while the
@@ -241,7 +294,7 @@ impl<'py> Borrowed<'py> {
 
 fn describe(tensor: &DlTensor) -> Result<(TensorMeta, *const u8, usize), Error> {
     let refuse = |kind, message: String, remedy: &str| Err(Error::new(kind, message, remedy));
-    if tensor.device.kind != CPU {
+    if ![CPU, CUDA].contains(&tensor.device.kind) {
         let message = format!("the tensor is in memory of device type {}", tensor.device.kind);
         return refuse(ErrorKind::Unsupported, message, "move it to the CPU first: tensor.cpu()");
     }
@@ -316,7 +369,7 @@ fn manage<H: Header>(tensor: &Tensor, header: impl FnOnce(DlTensor) -> H) -> *mu
     let (_, code, bits) = DTYPES.iter().find(|(dtype, ..)| *dtype == meta.dtype).copied().unwrap_or((DType::U8, 1, 8));
     let described = DlTensor {
         data: tensor.address() as *mut c_void,
-        device: DlDevice { kind: CPU, id: 0 },
+        device: tensor.gpu_ordinal().map_or(DlDevice { kind: CPU, id: 0 }, |id| DlDevice { kind: CUDA, id }),
         rank: meta.shape.rank() as i32,
         dtype: DlDataType { code, bits, lanes: 1 },
         shape: ptr::null_mut(),

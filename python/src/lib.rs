@@ -18,6 +18,7 @@ fn native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     errors::register(module)?;
     session::register(module)?;
+    tensor::register(module)?;
     vae::register(module)?;
     client::register(module)
 }

@@ -1,4 +1,5 @@
 use luna_broker::client::SessionInfo;
+use luna_broker::service::GpuOrder;
 use pyo3::prelude::*;
 
 /// How tensors cross for one device.
@@ -8,6 +9,7 @@ pub(crate) struct Rung {
     device: String,
     rung: String,
     reason: String,
+    order: Option<&'static str>,
 }
 
 #[pymethods]
@@ -31,6 +33,10 @@ impl From<SessionInfo> for Session {
             device: rung.device,
             rung: rung.rung.to_string(),
             reason: rung.reason.to_string(),
+            order: rung.order.map(|order| match order {
+                GpuOrder::Events => "events",
+                GpuOrder::Host => "host",
+            }),
         });
         Self { name: info.name, broker_version: info.broker_version, rungs: rungs.collect() }
     }

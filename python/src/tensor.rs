@@ -1,12 +1,17 @@
 use luna_broker::client::Tensor;
+use luna_broker::device::StreamRef;
+use luna_broker::service::Rung;
 use luna_broker::tensor::{DType, TensorMeta};
-use pyo3::exceptions::PyTypeError;
+use luna_broker::{Error, ErrorKind};
+use pyo3::exceptions::{PyBufferError, PyTypeError};
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
-use pyo3::types::{PyCapsule, PyDict, PyType};
+use pyo3::types::{PyBytes, PyCapsule, PyDict, PyTuple, PyType};
 
+use crate::call::quick;
 use crate::dlpack::{self, Borrowed, Exchange};
+use crate::errors::raise;
 
 /// The library a tensor came from, and so the one its result goes to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,7 +31,73 @@ struct Torch {
     versioned: bool,
 }
 
+/// A tensor that a caller gave, and what is known of it beside DLPack's description.
+pub(crate) struct Given<'py> {
+    pub(crate) library: Library,
+    pub(crate) borrowed: Borrowed<'py>,
+    /// The stream behind whose work it is; of the host's memory, none in particular.
+    pub(crate) stream: StreamRef,
+}
+
 impl Torch {
+    /// The stream that torch's work on a GPU goes to.
+    fn current_stream(&self, py: Python<'_>, ordinal: i32) -> PyResult<StreamRef> {
+        if let Some(exchange) = self.exchange {
+            return exchange.current_stream(py, ordinal);
+        }
+        let stream = py.import("torch.cuda")?.call_method1("current_stream", (ordinal,))?;
+        Ok(StreamRef(stream.getattr("cuda_stream")?.extract()?))
+    }
+
+    fn given<'py>(&self, object: &Bound<'py, PyAny>) -> PyResult<Given<'py>> {
+        let py = object.py();
+        let mut borrowed = self.borrow(object)?;
+        // A view that negates when it is read says so in a bit that DLPack does not carry.
+        if may_negate(&borrowed.meta()) && object.call_method0(intern!(py, "is_neg"))?.is_truthy()? {
+            borrowed = self.borrow(&object.call_method0(intern!(py, "resolve_neg"))?)?;
+        }
+        let Some(ordinal) = borrowed.ordinal() else {
+            return Ok(Given { library: Library::Torch, borrowed, stream: StreamRef::DEFAULT });
+        };
+        if !borrowed.meta().is_dense() {
+            borrowed = self.borrow(&object.call_method0(intern!(py, "contiguous"))?)?;
+        }
+        Ok(Given { library: Library::Torch, borrowed, stream: self.current_stream(py, ordinal)? })
+    }
+
+    fn hand_out<'py>(&self, py: Python<'py>, tensor: &Tensor) -> PyResult<Bound<'py, PyAny>> {
+        if let Some(ordinal) = tensor.gpu_ordinal() {
+            let stream = self.current_stream(py, ordinal)?;
+            if tensor.gpu_rung() == Some(Rung::Peer) {
+                return self.copied(py, tensor, ordinal, stream);
+            }
+            tensor.use_on(stream).map_err(|error| raise(py, error))?;
+        }
+        match self.exchange {
+            Some(exchange) => exchange.hand_out(py, tensor),
+            None => self.from_dlpack.bind(py).call1((dlpack::export(py, tensor, self.versioned)?,)),
+        }
+    }
+
+    /// A tensor of torch's own: memory of another GPU is read once and not computed with.
+    fn copied<'py>(
+        &self,
+        py: Python<'py>,
+        tensor: &Tensor,
+        ordinal: i32,
+        stream: StreamRef,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let torch = py.import("torch")?;
+        let options = PyDict::new(py);
+        options.set_item("dtype", torch.getattr(tensor.meta().dtype.name())?)?;
+        options.set_item("device", format!("cuda:{ordinal}"))?;
+        let shape: Vec<u64> = tensor.meta().shape.as_slice().to_vec();
+        let own = torch.call_method("empty", (shape,), Some(&options))?;
+        let borrowed = self.borrow(&own)?;
+        let range = borrowed.range(ordinal, stream).map_err(|error| raise(py, error))?;
+        tensor.copy_to_gpu(&range).map_err(|error| raise(py, error))?;
+        Ok(own)
+    }
     fn borrow<'py>(&self, object: &Bound<'py, PyAny>) -> PyResult<Borrowed<'py>> {
         if let Some(exchange) = self.exchange {
             return exchange.borrow(object);
@@ -69,35 +140,46 @@ fn torch(py: Python<'_>) -> Option<&Torch> {
 ///
 /// # Errors
 /// `TypeError` for anything else, else as [`Borrowed::new`].
-pub(crate) fn borrow<'py>(object: &Bound<'py, PyAny>) -> PyResult<(Library, Borrowed<'py>)> {
+pub(crate) fn borrow<'py>(object: &Bound<'py, PyAny>) -> PyResult<Given<'py>> {
     let py = object.py();
     if let Some(torch) = torch(py)
         && object.is_instance(torch.tensor.bind(py))?
     {
-        let borrowed = torch.borrow(object)?;
-        // A view that negates when it is read says so in a bit that DLPack does not carry.
-        if may_negate(&borrowed.meta()) && object.call_method0(intern!(py, "is_neg"))?.is_truthy()? {
-            return Ok((Library::Torch, torch.borrow(&object.call_method0(intern!(py, "resolve_neg"))?)?));
-        }
-        return Ok((Library::Torch, borrowed));
+        return torch.given(object);
     }
     let export = object.getattr("__dlpack__").map_err(|_| {
         let kind = object.get_type();
         PyTypeError::new_err(format!("expected a torch tensor or a numpy array, got {kind}"))
     })?;
+    let given = |borrowed| Given { library: Library::Numpy, borrowed, stream: StreamRef::DEFAULT };
+    if is_on_cuda(object)? {
+        // Its work is made to come before what is enqueued on the legacy default stream, which DLPack numbers 1.
+        let options = PyDict::new(py);
+        options.set_item("stream", 1)?;
+        let capsule = export.call((), Some(&options))?;
+        return Ok(given(Borrowed::new(capsule.cast_into::<PyCapsule>()?)?));
+    }
     let capsule = match export.call0() {
         Ok(capsule) => capsule,
         // Read-only or oddly strided arrays are not exported: their copy is.
         Err(_) => contiguous_copy(object)?.call_method0("__dlpack__")?,
     };
     match Borrowed::new(capsule.cast_into::<PyCapsule>()?) {
-        Ok(borrowed) => Ok((Library::Numpy, borrowed)),
+        Ok(borrowed) => Ok(given(borrowed)),
         Err(error) if error.is_instance_of::<crate::errors::InvalidTensor>(py) => {
             let capsule = contiguous_copy(object)?.call_method0("__dlpack__")?;
             let retried = Borrowed::new(capsule.cast_into::<PyCapsule>()?).map_err(|_| error)?;
-            Ok((Library::Numpy, retried))
+            Ok(given(retried))
         }
         Err(error) => Err(error),
+    }
+}
+
+fn is_on_cuda(object: &Bound<'_, PyAny>) -> PyResult<bool> {
+    match object.call_method0(intern!(object.py(), "__dlpack_device__")) {
+        Ok(device) => Ok(device.get_item(0)?.extract::<i32>()? == dlpack::CUDA),
+        // Older libraries have none; they know host memory only.
+        Err(_) => Ok(false),
     }
 }
 
@@ -108,14 +190,50 @@ fn contiguous_copy<'py>(object: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny
     object.py().import("numpy")?.call_method("array", (object,), Some(&options))
 }
 
-/// Hands a tensor of the broker's to `library` without a copy.
-pub(crate) fn hand_out<'py>(py: Python<'py>, tensor: Tensor, library: Library) -> PyResult<Bound<'py, PyAny>> {
+/// Hands a tensor of the broker's to `library` without a copy; `wanted` is the GPU it should be on. A tensor that came
+/// in host memory because the GPU's rung shares none of its own is moved there by torch.
+pub(crate) fn hand_out<'py>(
+    py: Python<'py>,
+    tensor: Tensor,
+    library: Library,
+    wanted: Option<i32>,
+) -> PyResult<Bound<'py, PyAny>> {
     match (library, torch(py)) {
-        (Library::Torch, Some(Torch { exchange: Some(exchange), .. })) => exchange.hand_out(py, &tensor),
         (Library::Torch, Some(torch)) => {
-            torch.from_dlpack.bind(py).call1((dlpack::export(py, &tensor, torch.versioned)?,))
+            let here = torch.hand_out(py, &tensor)?;
+            match wanted.filter(|_| tensor.gpu_ordinal().is_none()) {
+                Some(ordinal) => here.call_method1("to", (format!("cuda:{ordinal}"),)),
+                None => Ok(here),
+            }
         }
-        _ => py.import("numpy")?.call_method1("from_dlpack", (Exported(tensor),)),
+        _ if tensor.gpu_ordinal().is_some() => Ok(Bound::new(py, DeviceTensor(tensor))?.into_any()),
+        _ => py.import("numpy")?.call_method1("from_dlpack", (DeviceTensor(tensor),)),
+    }
+}
+
+/// A device by torch's name for it, or torch's object: `cpu`, `cuda`, `cuda:1`.
+pub(crate) enum Device {
+    Cpu,
+    Cuda(i32),
+}
+
+impl Device {
+    pub(crate) fn named(object: &Bound<'_, PyAny>) -> PyResult<Self> {
+        let py = object.py();
+        let name = object.str()?.to_string();
+        let refused = || {
+            let message = format!("results on device {name} are not supported");
+            raise(py, Error::new(ErrorKind::Unsupported, message, "use cpu, cuda or cuda:N"))
+        };
+        match name.split_once(':') {
+            None if name == "cpu" => Ok(Self::Cpu),
+            None if name == "cuda" => match torch(py) {
+                Some(_) => Ok(Self::Cuda(py.import("torch.cuda")?.call_method0("current_device")?.extract()?)),
+                None => Ok(Self::Cuda(0)),
+            },
+            Some(("cuda", ordinal)) => ordinal.parse().map(Self::Cuda).map_err(|_| refused()),
+            _ => Err(refused()),
+        }
     }
 }
 
@@ -147,26 +265,66 @@ pub(crate) fn dtype(object: &Bound<'_, PyAny>) -> PyResult<(Library, DType)> {
         .ok_or_else(|| PyTypeError::new_err(format!("{name} is not an element type that can cross")))
 }
 
-/// What `numpy.from_dlpack` wants: an object with the two methods of the protocol.
+/// A tensor of the broker's for libraries that speak DLPack: numpy in host memory, and any in a GPU's.
 #[pyclass(frozen, module = "luna_broker")]
-struct Exported(Tensor);
+pub(crate) struct DeviceTensor(Tensor);
 
 #[pymethods]
-impl Exported {
+impl DeviceTensor {
+    /// Extents.
+    #[getter]
+    fn shape<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
+        PyTuple::new(py, self.0.meta().shape.as_slice())
+    }
+
+    /// Name of the element type.
+    #[getter]
+    fn dtype(&self) -> &'static str {
+        self.0.meta().dtype.name()
+    }
+
+    /// `cpu` or `cuda:N`.
+    #[getter]
+    fn device(&self) -> String {
+        self.0.gpu_ordinal().map_or_else(|| "cpu".to_owned(), |ordinal| format!("cuda:{ordinal}"))
+    }
+
+    /// The bytes, copied to host memory once the broker is done with them.
+    fn tobytes<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
+        let bytes = quick(py, || self.0.to_vec())?;
+        Ok(PyBytes::new(py, &bytes))
+    }
+
+    /// By the protocol: `stream` is the consumer's, and comes behind the broker's work.
     #[pyo3(signature = (*, stream=None, max_version=None, dl_device=None, copy=None))]
-    #[expect(unused_variables, reason = "host memory has no stream, no other device and needs no copy")]
     fn __dlpack__<'py>(
         &self,
         py: Python<'py>,
-        stream: Option<Bound<'py, PyAny>>,
+        stream: Option<isize>,
         max_version: Option<(u32, u32)>,
-        dl_device: Option<Bound<'py, PyAny>>,
+        dl_device: Option<(i32, i32)>,
         copy: Option<bool>,
     ) -> PyResult<Bound<'py, PyAny>> {
+        if copy == Some(true) || dl_device.is_some_and(|device| device != self.__dlpack_device__()) {
+            return Err(PyBufferError::new_err("the tensor is handed out where it is, without a copy"));
+        }
+        // -1 is a consumer that sees to the order itself; none is the legacy default stream.
+        if stream != Some(-1) {
+            let stream = StreamRef(stream.unwrap_or_default().cast_unsigned());
+            self.0.use_on(stream).map_err(|error| raise(py, error))?;
+        }
         dlpack::export(py, &self.0, max_version.is_some_and(|(major, _)| major >= 1))
     }
 
     fn __dlpack_device__(&self) -> (i32, i32) {
-        (dlpack::CPU, 0)
+        self.0.gpu_ordinal().map_or((dlpack::CPU, 0), |ordinal| (dlpack::CUDA, ordinal))
     }
+
+    fn __repr__(&self) -> String {
+        format!("<DeviceTensor {} {} on {}>", self.dtype(), self.0.meta().shape, self.device())
+    }
+}
+
+pub(crate) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add_class::<DeviceTensor>()
 }

@@ -1,15 +1,14 @@
 use std::time::Duration;
 
-use luna_broker::client::{self, Input, VaeOutput};
+use luna_broker::client::{self, CallOptions, ResultPlace, VaeOutput, gpu_named};
 use luna_broker::service::{TileShape, Tiling, VaeCall, VaeMode, VaeOperation};
-use luna_broker::{Error, ErrorKind};
 use parking_lot::Mutex;
 use pyo3::prelude::*;
 
-use crate::call::released;
+use crate::call::{quick, released};
 use crate::client::to_python;
 use crate::errors::raise;
-use crate::tensor::{borrow, hand_out};
+use crate::tensor::{Device, Given, borrow, hand_out};
 
 /// A VAE that lives in the broker.
 #[pyclass(frozen, module = "luna_broker")]
@@ -57,31 +56,34 @@ impl Vae {
         input: &Bound<'py, PyAny>,
         operation: VaeOperation,
         tiling: Tiling,
+        device: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Bound<'py, PyAny>> {
         let py = input.py();
-        let (library, borrowed) = borrow(input)?;
+        let Given { library, borrowed, stream } = borrow(input)?;
+        let wanted = match device.map(Device::named).transpose()? {
+            None => borrowed.ordinal(),
+            Some(Device::Cpu) => None,
+            Some(Device::Cuda(ordinal)) => Some(ordinal),
+        };
         let call = VaeCall { operation, tiling };
-        let input = Input::new(borrowed.meta(), borrowed.bytes()).map_err(|error| raise(py, error))?;
-        let output = released(py, self.timeout, |options| self.vae.call(call, input, options))?;
+        let input = borrowed.input(stream).map_err(|error| raise(py, error))?;
+        let result = match wanted {
+            None => ResultPlace::Host,
+            Some(_) if wanted == borrowed.ordinal() => ResultPlace::LikeInput,
+            Some(ordinal) => {
+                let gpu = quick(py, || gpu_named(&format!("cuda:{ordinal}")))?;
+                ResultPlace::Gpu(gpu)
+            }
+        };
+        let output =
+            released(py, self.timeout, |options| self.vae.call(call, input, &CallOptions { result, ..*options }))?;
         *self.last.lock() = Some(Call::from(&output));
-        hand_out(py, output.tensor, library)
+        hand_out(py, output.tensor, library, wanted)
     }
 }
 
 fn tiles(tile_x: u32, tile_y: u32, overlap: u32) -> Tiling {
     Tiling::Tiles(TileShape { width: tile_x, height: tile_y, overlap })
-}
-
-/// Results come back on the device the call came from, which is the CPU; another one is refused.
-fn check_device(device: Option<&Bound<'_, PyAny>>) -> PyResult<()> {
-    let Some(device) = device else { return Ok(()) };
-    let name = device.str()?.to_string();
-    if name == "cpu" {
-        return Ok(());
-    }
-    let message = format!("results on device {name} are not supported");
-    let remedy = "leave device out, and move the result yourself";
-    Err(raise(device.py(), Error::new(ErrorKind::Unsupported, message, remedy)))
 }
 
 #[pymethods]
@@ -106,8 +108,7 @@ impl Vae {
         latent: &Bound<'py, PyAny>,
         device: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Bound<'py, PyAny>> {
-        check_device(device)?;
-        self.run(latent, VaeOperation::Decode, Tiling::Auto)
+        self.run(latent, VaeOperation::Decode, Tiling::Auto, device)
     }
 
     /// The latent of an image.
@@ -117,8 +118,7 @@ impl Vae {
         image: &Bound<'py, PyAny>,
         device: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Bound<'py, PyAny>> {
-        check_device(device)?;
-        self.run(image, VaeOperation::Encode, Tiling::Auto)
+        self.run(image, VaeOperation::Encode, Tiling::Auto, device)
     }
 
     /// As `decode`, always in tiles; sizes in latent elements.
@@ -131,8 +131,7 @@ impl Vae {
         overlap: u32,
         device: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Bound<'py, PyAny>> {
-        check_device(device)?;
-        self.run(latent, VaeOperation::Decode, tiles(tile_x, tile_y, overlap))
+        self.run(latent, VaeOperation::Decode, tiles(tile_x, tile_y, overlap), device)
     }
 
     /// As `encode`, always in tiles; sizes in pixels.
@@ -145,8 +144,7 @@ impl Vae {
         overlap: u32,
         device: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Bound<'py, PyAny>> {
-        check_device(device)?;
-        self.run(image, VaeOperation::Encode, tiles(tile_x, tile_y, overlap))
+        self.run(image, VaeOperation::Encode, tiles(tile_x, tile_y, overlap), device)
     }
 
     fn __repr__(&self) -> String {

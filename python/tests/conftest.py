@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -113,6 +114,17 @@ def eventually(holds: Callable[[], bool], what: str) -> None:
     while not holds():
         assert time.monotonic() < deadline, f"not within {DEADLINE_S:.0f} s: {what}"
         time.sleep(POLL_PAUSE_S)
+
+
+def hold_still(pid: int) -> None:
+    """Stops a process until SIGCONT. A thread on another core may still work after the signal was sent."""
+    os.kill(pid, signal.SIGSTOP)
+    threads = Path(f"/proc/{pid}/task")
+
+    def moving() -> list[Path]:
+        return [stat for stat in threads.glob("*/stat") if stat.read_text().rpartition(")")[2].split()[0] != "T"]
+
+    eventually(lambda: not moving(), "the process stands still")
 
 
 def leases(client: Any) -> int:

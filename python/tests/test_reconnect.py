@@ -12,7 +12,7 @@ from typing import Any
 import luna_broker
 import pytest
 import torch
-from conftest import DEADLINE_S, HAND_OFF, expected_marks, marks
+from conftest import DEADLINE_S, HAND_OFF, expected_marks, hold_still, marks
 
 # What a worker may lose to a broker that died.
 LOSS_NOTICED_S = 1.0
@@ -59,7 +59,7 @@ def test_call_in_flight_learns_of_the_loss_within_a_second(start_broker: Any) ->
             except luna_broker.LunaBrokerError as error:
                 noticed.append((type(error), time.monotonic()))
 
-        os.kill(broker.pid, signal.SIGSTOP)
+        hold_still(broker.pid)
         thread = threading.Thread(target=call)
         thread.start()
         assert called.wait(DEADLINE_S)
@@ -147,7 +147,7 @@ def test_closed_client_stays_closed(start_broker: Any) -> None:
 def test_silent_broker_is_a_timeout_and_the_client_recovers(start_broker: Any) -> None:
     broker = start_broker()
     with luna_broker.connect(broker.address, timeout=1.0) as client:
-        os.kill(broker.pid, signal.SIGSTOP)
+        hold_still(broker.pid)
         with pytest.raises(luna_broker.Timeout):
             client.ping()
         os.kill(broker.pid, signal.SIGCONT)

@@ -15,7 +15,7 @@ from typing import Any
 import luna_broker
 import pytest
 import torch
-from conftest import DEADLINE_S, HAND_OFF, eventually, expected_marks, leases, marks
+from conftest import DEADLINE_S, HAND_OFF, eventually, expected_marks, hold_still, leases, marks
 
 THREADS = 8
 CALLS_PER_THREAD = 40
@@ -110,7 +110,7 @@ def test_waiting_for_the_broker_does_not_hold_the_interpreter(start_broker: Any,
             results.append(vae.decode(latent))
             returned.set()
 
-        os.kill(broker.pid, signal.SIGSTOP)
+        hold_still(broker.pid)
         rescuer = subprocess.Popen([sys.executable, "-c", RESCUE, str(broker.pid), str(rescued), "8"])
         try:
             thread = threading.Thread(target=call)

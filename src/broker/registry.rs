@@ -232,9 +232,14 @@ impl Registry {
         places.join(", ")
     }
 
-    /// Every model that was asked for, and every file with a VAE in the model folders.
+    /// Every model that was asked for, the do-nothing one where it is served, and every file with a VAE in the model
+    /// folders.
     pub(super) fn list(&self) -> Vec<ModelReport> {
         let mut listed = 0;
+        if self.bench_models {
+            // Served whether or not somebody has asked for it.
+            _ = self.resolve(HandOff::NAME);
+        }
         for path in self.files() {
             let name = self.relative_name(&path);
             match self.resolve(&name) {

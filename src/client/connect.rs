@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
-use super::gpu::gpu_named;
+use super::gpu;
 use super::input::{allocate, allocate_on_gpu, unexpected_outcome};
 use super::link::Link;
 use super::session::SessionInfo;
@@ -317,6 +317,14 @@ impl Drop for Inner {
     fn drop(&mut self) {
         self.link.lock().close();
     }
+}
+
+/// The GPU of that name in this process: `cuda:0`, `cuda` for the first, or the UUID.
+///
+/// # Errors
+/// [`ErrorKind::Unsupported`] without a driver, [`ErrorKind::Configuration`] for a name of no GPU.
+pub fn gpu_named(name: &str) -> Result<GpuUuid> {
+    Ok(gpu::gpu_named(name)?)
 }
 
 /// The address to use when the caller names none: `$LUNA_BROKER`, else this user's default.

@@ -17,7 +17,7 @@ mod session;
 mod tensor;
 mod vae;
 
-pub use connect::{CallOptions, Client, ResultPlace, address_from_environment};
+pub use connect::{CallOptions, Client, ResultPlace, address_from_environment, gpu_named};
 pub use input::Input;
 pub use session::SessionInfo;
 pub use tensor::Tensor;

@@ -5,6 +5,7 @@ use parking_lot::Mutex;
 use super::leases::{GpuLease, Lease};
 use crate::device::{DeviceError, GpuRange, Place, StreamRef};
 use crate::error::{Error, ErrorKind, Result};
+use crate::service::Rung;
 use crate::tensor::TensorMeta;
 
 /// A tensor that came from the broker, or that is being built for it. Cloning shares it; dropping the last clone
@@ -42,6 +43,12 @@ impl Tensor {
     #[must_use]
     pub fn place(&self) -> Place {
         self.on_gpu().map_or(Place::Host, |on_gpu| Place::Gpu(on_gpu.gpu.gpu))
+    }
+
+    /// The rung on which a tensor in GPU memory came.
+    #[must_use]
+    pub fn gpu_rung(&self) -> Option<Rung> {
+        self.on_gpu().map(|on_gpu| on_gpu.gpu.rung.rung)
     }
 
     /// This process's ordinal of the GPU that the tensor lies on.

@@ -55,10 +55,13 @@ impl HandOff {
         Ok(())
     }
 
+    /// The name of the usual one.
+    pub const NAME: &'static str = "builtin:hand-off";
+
     /// Its names and the pixels per latent element that each stands for: the usual 8, and two that make images of
     /// 0.8 MB and 104 MB of the latent that gives 12.6 MB with 8, so that only the size of the image varies.
     const RATIOS: [(&'static str, u64); 3] =
-        [("builtin:hand-off", 8), ("builtin:hand-off-x2", 2), ("builtin:hand-off-x23", 23)];
+        [(Self::NAME, 8), ("builtin:hand-off-x2", 2), ("builtin:hand-off-x23", 23)];
 
     /// The facts of the do-nothing VAE of that name, if it is one.
     #[must_use]

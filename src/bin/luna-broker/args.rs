@@ -5,7 +5,7 @@ use std::time::Duration;
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 use luna_broker::client::address_from_environment;
 use luna_broker::config::{BrokerConfig, ClientConfig};
-use luna_broker::service::Precision;
+use luna_broker::service::{GpuOrder, Precision};
 use luna_broker::{Error, ErrorKind};
 use tracing_subscriber::EnvFilter;
 
@@ -144,6 +144,14 @@ pub(crate) struct ServeArgs {
     #[arg(long, default_value = "4G", value_parser = bytes, value_name = "BYTES")]
     session_bytes: u64,
 
+    /// Bytes of GPU memory for the tensors of all sessions; accepts K, M, G. Taken as they are needed.
+    #[arg(long, default_value = "2G", value_parser = bytes, value_name = "BYTES")]
+    gpu_bytes: u64,
+
+    /// How GPU work of broker and clients is kept in order.
+    #[arg(long, value_enum, default_value_t = Order::Events)]
+    gpu_order: Order,
+
     /// Requests that may wait in the VAE lane; more are refused as busy.
     #[arg(long, default_value_t = 64, value_name = "N")]
     lane_capacity: usize,
@@ -171,6 +179,14 @@ enum Weights {
     Mapped,
     /// A copy in memory of the broker's own.
     Copy,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Order {
+    /// By events: no thread waits for the GPU.
+    Events,
+    /// Each side waits for its GPU work before it tells the other.
+    Host,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -214,6 +230,12 @@ impl TryFrom<&ServeArgs> for BrokerConfig {
             copy_weights: matches!(args.weights, Weights::Copy),
             threads: args.threads,
             device: args.device.clone(),
+            gpu_bytes: args.gpu_bytes,
+            gpu_arena_bytes: Self::default().gpu_arena_bytes.min(args.gpu_bytes),
+            gpu_order: match args.gpu_order {
+                Order::Events => GpuOrder::Events,
+                Order::Host => GpuOrder::Host,
+            },
             vae_precision: args.vae_precision.into(),
             ..Self::default()
         };
