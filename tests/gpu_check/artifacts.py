@@ -11,6 +11,7 @@ import os
 import platform
 import subprocess
 import sys
+import zipfile
 from importlib import metadata
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def main() -> int:
         "--in-place", action="store_true", help="only note where the builds are; copy and strip none"
     )
     chosen = arguments.parse_args()
-    built = build()
+    built = build([] if chosen.in_place else BENCHES)
     chosen.out.mkdir(parents=True, exist_ok=True)
     # What an earlier run put there and this one does not would travel too.
     for old in chosen.out.iterdir():
@@ -55,7 +56,7 @@ def main() -> int:
         folder=chosen.out,
     )
     manifest.write()
-    return show(manifest)
+    return show(manifest, is_collected=not chosen.in_place)
 
 
 class Built:
@@ -64,11 +65,11 @@ class Built:
         self.shim: dict = {"embedded_in": BROKER, "bytes": 0}
 
 
-def build() -> Built:
+def build(benches: list[str]) -> Built:
     """Cargo's own account of what it made, so that no file of an earlier build is taken for it."""
     built = Built()
     wanted = [argument for test in TESTS for argument in ("--test", test)]
-    for message in cargo("test", "--no-run", "--bin", BROKER, *wanted):
+    for message in cargo("test", "--no-run", *wanted):
         note(built, message, dict.fromkeys(TESTS, "test"))
     for message in cargo("build", "--bin", BROKER):
         note(built, message, {BROKER: "program"})
@@ -125,9 +126,15 @@ def build_wheel(out: Path) -> Path:
 
 
 def describe(name: str, kind: str, path: Path, out: Path) -> Artifact:
-    needs = {"libraries": [], "glibc": None, "glibcxx": None} if kind == "wheel" else elf.needs(path)
+    needs = elf.needs(extension(path) if kind == "wheel" else path.read_bytes())
     shown = path.name if path.parent == out else str(path)
     return Artifact(name, kind, shown, path.stat().st_size, digest(path), **needs)
+
+
+def extension(wheel: Path) -> bytes:
+    with zipfile.ZipFile(wheel) as files:
+        (name,) = [name for name in files.namelist() if name.endswith(".so")]
+        return files.read(name)
 
 
 def versions() -> dict[str, str]:
@@ -149,13 +156,11 @@ def tracked() -> list[Path]:
     return [ROOT / name for name in names if name and (ROOT / name).is_file()]
 
 
-def show(manifest: Manifest) -> int:
+def show(manifest: Manifest, is_collected: bool) -> int:
     for artifact in manifest.artifacts:
         print(f"{artifact.bytes / 1e6:8.2f} MB  {artifact.kind:8} {artifact.name}")
-    shim = manifest.shim
-    print(f"   the shim for torch's CUDA half is inside the binaries: {shim['bytes'] / 1e3:.0f} kB each")
-    if shim["bytes"] == 0:
-        print("   IT IS EMPTY: models will not run on a GPU; CUDA headers or a compiler were missing")
+    shim = manifest.shim["bytes"]
+    print(f"{shim / 1e6:8.2f} MB  shim for torch's CUDA half, inside each binary that needs it")
     collected = sum(artifact.bytes for artifact in manifest.artifacts)
     total = collected + manifest.tracked_bytes
     print(f"{collected / 1e6:8.2f} MB  artefacts, and {manifest.tracked_bytes / 1e6:.2f} MB of tracked files")
@@ -165,10 +170,18 @@ def show(manifest: Manifest) -> int:
         version, by = max(wanted, key=lambda pair: elf.order(pair[0]))
         print(f"newest symbol version needed: {name.upper()}_{version}, by {by}")
     print(f"{manifest.folder / NAME} is for commit {manifest.commit}{' and changed files' if manifest.changed else ''}")
-    if total > BAR_BYTES:
-        print("too large", file=sys.stderr)
-        return 1
-    return 0
+    # Builds that are only noted where they are may be larger, and need no GPU.
+    faults = [
+        (total > BAR_BYTES, "it is too large"),
+        (
+            shim == 0,
+            "the shim is empty, so that no model would run on a GPU: python/requirements/run.txt has the headers",
+        ),
+    ]
+    found = [fault for is_so, fault in faults if is_so and is_collected]
+    for fault in found:
+        print(f"cannot be used: {fault}", file=sys.stderr)
+    return int(bool(found))
 
 
 if __name__ == "__main__":

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import re
 import struct
-from pathlib import Path
 
 _DYNAMIC = 6  # section type: entries of the dynamic linker
 _VERSIONS_NEEDED = 0x6FFFFFFE
 _NEEDED = 1  # tag of a dynamic entry that names a library
 
 
-def needs(path: Path) -> dict:
-    """Names of the libraries that are loaded with the program, and the newest version it wants of each symbol set."""
-    data = path.read_bytes()
+def needs(data: bytes) -> dict:
+    """Names of the libraries that are loaded with a program, and the newest version it wants of each symbol set."""
     if data[:6] != b"\x7fELF\x02\x01":
-        raise ValueError(f"{path} is no 64-bit little-endian ELF file")
+        raise ValueError("this is no 64-bit little-endian ELF file")
     sections = list(_sections(data))
     libraries, versions = [], []
     for kind, offset, size, link in sections:

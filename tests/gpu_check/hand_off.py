@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import sys
 import tempfile
@@ -16,6 +17,8 @@ from programs import Broker, tell
 from torch import multiprocessing
 
 WARM_UP = 10
+OURS = "luna-broker"
+COPIES = "image to pinned host memory and back, alone"
 BASELINE = "torch.multiprocessing"
 
 # Takes a latent, gives back the image on the same device.
@@ -51,9 +54,10 @@ class TorchServer:
         self.process.join(10)
 
 
-def ways(client: luna_broker.Client, server: TorchServer, place: str) -> dict[str, Way]:
-    vae = client.vae(MODEL)
-    on_gpu = {} if place == "cpu" else {"device": place}
+def ways(
+    vaes: dict[str, luna_broker.Vae], client: luna_broker.Client, server: TorchServer, place: str
+) -> dict[str, Way]:
+    vae = vaes[OURS]
     host_image = torch.empty(IMAGE, pin_memory=place == "cuda")
     own = torch.empty(IMAGE, device=place)
 
@@ -75,19 +79,19 @@ def ways(client: luna_broker.Client, server: TorchServer, place: str) -> dict[st
 
         return way
 
-    found: dict[str, Way] = {"luna-broker": vae.decode}
+    found: dict[str, Way] = {name: vae.decode for name, vae in vaes.items()}
     try:
-        found["luna-broker, latent built in place"] = built_in_place(client.empty(LATENT, torch.float32, **on_gpu))
+        found[f"{OURS}, latent built in place"] = built_in_place(client.empty(LATENT, torch.float32, device=place))
     except Exception as error:
         tell(left_out="latent built in place", why=said(error))
     found[BASELINE] = server
-    found["luna-broker by way of the host"] = through_the_host
-    found["image to pinned host memory and back, alone"] = copies_alone
+    found[f"{OURS} by way of the host"] = through_the_host
+    found[COPIES] = copies_alone
     found["within this process"] = within_this_process
     return found
 
 
-def measure(ways: dict[str, Way], place: str, rounds: int) -> dict:
+def measure(ways: dict[str, Way], place: str, rounds: int) -> list[dict]:
     times: dict[str, list[float]] = {name: [] for name in ways}
     wrong = dict.fromkeys(ways, 0)
     names = list(ways)
@@ -104,39 +108,46 @@ def measure(ways: dict[str, Way], place: str, rounds: int) -> dict:
             times[name].append(time.perf_counter() - began)
             wrong[name] += not torch.equal(seen, wanted(given))
             del image
-    figures = {}
-    for name, all_times in times.items():
-        kept = all_times[WARM_UP:]
-        ratios = [own / other for own, other in zip(kept, times[BASELINE][WARM_UP:], strict=True)]
-        figures[name] = {
-            "median_us": round(statistics.median(kept) * 1e6, 2),
-            "p90_us": round(statistics.quantiles(kept, n=10)[-1] * 1e6, 2),
-            "ratio_to_torch_multiprocessing": round(statistics.median(ratios), 3),
-        }
-        # Copies alone carry no answer.
-        if "alone" not in name:
-            figures[name]["wrong"] = int(wrong[name])
-    return figures
+    return [figures(name, times[name][WARM_UP:], times[BASELINE][WARM_UP:], int(wrong[name])) for name in ways]
+
+
+def figures(name: str, times: list[float], baseline: list[float], wrong: int) -> dict:
+    ratios = [own / other for own, other in zip(times, baseline, strict=True)]
+    return {
+        "way": name,
+        "median_us": round(statistics.median(times) * 1e6, 2),
+        "p90_us": round(statistics.quantiles(times, n=10)[-1] * 1e6, 2),
+        "of_torch_multiprocessing": round(statistics.median(ratios), 3),
+        # Copies alone carry no answer that could be wrong.
+        "wrong": wrong if name != COPIES else "",
+    }
 
 
 def main() -> int:
     chosen = arguments(__doc__).parse_args()
-    with tempfile.TemporaryDirectory() as folder:
+    # What is paid where events do not order the two sides.
+    orders = {OURS: [], f"{OURS}, order by the host": ["--gpu-order", "host"]}
+    if chosen.place == "cpu":
+        orders = {OURS: []}
+    with contextlib.ExitStack() as ends:
         server = TorchServer(chosen.place)
+        ends.callback(server.end)
+        clients = {}
+        for name, options in orders.items():
+            folder = Path(ends.enter_context(tempfile.TemporaryDirectory()))
+            broker = ends.enter_context(Broker(chosen.broker, folder, "--device", chosen.place, *options))
+            clients[name] = ends.enter_context(luna_broker.connect(broker.socket, timeout=30))
+        vaes = {name: client.vae(MODEL) for name, client in clients.items()}
         try:
-            with Broker(chosen.broker, Path(folder), "--device", chosen.place) as broker:
-                client = luna_broker.connect(broker.socket, timeout=30)
-                try:
-                    client.vae(MODEL).decode(latent(chosen.place))
-                except Exception as error:
-                    tell(part="first", error=said(error))
-                    return 1
-                figures = measure(ways(client, server, chosen.place), chosen.place, chosen.rounds)
-                rungs = [[rung.device, rung.rung] for rung in client.session.rungs]
-                tell(rounds=chosen.rounds, latent=LATENT, image=IMAGE, rungs=rungs, ways=figures)
-        finally:
-            server.end()
-    return int(any(figure.get("wrong") for figure in figures.values()))
+            for vae in vaes.values():
+                vae.decode(latent(chosen.place))
+        except Exception as error:
+            tell(part="first", error=said(error))
+            return 1
+        measured = measure(ways(vaes, clients[OURS], server, chosen.place), chosen.place, chosen.rounds)
+        rungs = {name: [[rung.device, rung.rung] for rung in client.session.rungs] for name, client in clients.items()}
+        tell(rounds=chosen.rounds, latent=LATENT, image=IMAGE, rungs=rungs, ways=measured)
+    return int(any(figure.get("wrong") for figure in measured))
 
 
 if __name__ == "__main__":

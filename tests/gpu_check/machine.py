@@ -18,7 +18,7 @@ import ctypes, json
 try:
     cuda = ctypes.CDLL("libcuda.so.1")
 except OSError as error:
-    print(json.dumps({"missing": f"there is no libcuda: {error}"}))
+    print(json.dumps({"missing": "there is no libcuda", "loader": str(error)}))
     raise SystemExit
 code = cuda.cuInit(0)
 count, version, name = ctypes.c_int(), ctypes.c_int(), ctypes.create_string_buffer(256)

@@ -2,8 +2,8 @@
 
 python3 tests/gpu_check/main.py --artifacts target/gpu-artifacts --out benches/results
 
-Needs Python 3.10 or newer with torch 2.11.0 and numpy; no Rust, no network. Results are written after every step; a step
-that fails or takes too long does not keep the next from being run.
+Needs Python 3.10 or newer with torch 2.11.0 and numpy; no Rust, no network. Results are written after every step; a
+step that fails or takes too long does not keep the next from being run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import machine
 from manifest import Manifest
 from programs import Deadline, NotAvailable
 from record import Record
-from steps import STEPS, Bench, Step, Unfinished
+from report import SUBSTITUTE
+from steps import GPU, NOTHING, STEPS, Bench, Step, Unfinished
 
 LIMIT_S = 600
 
@@ -77,9 +78,9 @@ def play(step: Step, bench: Bench, record: Record, deadline: Deadline) -> None:
 def outcome(step: Step, bench: Bench, own: Deadline, whole: Deadline) -> dict:
     if whole.is_over():
         return {"outcome": "not run", "why": "the time for all steps was used up"}
-    if bench.real and step.needs != "nothing" and bench.missing:
+    if bench.real and step.needs != NOTHING and bench.missing:
         raise NotAvailable(f"no driver: {bench.missing}")
-    if not bench.real and step.needs == "gpu":
+    if not bench.real and step.needs == GPU:
         raise NotAvailable("the substitute driver cannot carry this")
     return {"outcome": "passed", "result": step.play(bench, own)}
 
@@ -93,7 +94,7 @@ def jobs(wanted: int, facts: dict) -> int:
 
 def name(bench: Bench, facts: dict) -> str:
     if not bench.real:
-        return "substitute"
+        return SUBSTITUTE
     found = facts["driver"].get("name", "no driver")
     return re.sub(r"[^a-z0-9]+", "-", found.lower()).strip("-")
 

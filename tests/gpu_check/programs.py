@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -77,10 +78,8 @@ def run(command: list[str | Path], deadline: Deadline, environment: dict[str, st
 
 def stop(process: subprocess.Popen) -> None:
     """The process and those it started, however it stands with them."""
-    try:
+    with contextlib.suppress(ProcessLookupError):  # all gone
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass  # all gone
     process.wait()
 
 
@@ -162,7 +161,13 @@ def python() -> str:
 
 def results(end: End) -> list[dict]:
     """What a program of ours said, line by line as it came to know it: also of one that was stopped half-way."""
-    return [json.loads(line.removeprefix(RESULT)) for line in end.out.splitlines() if line.startswith(RESULT)]
+    found = []
+    for line in end.out.splitlines():
+        # The last line of one that was stopped may be half a line.
+        with contextlib.suppress(ValueError):
+            if line.startswith(RESULT):
+                found.append(json.loads(line.removeprefix(RESULT)))
+    return found
 
 
 def tell(**found: object) -> None:

@@ -6,16 +6,27 @@ import json
 import sys
 from pathlib import Path
 
+from suites import counted
+
+# The name of a run without a driver of the machine's own.
+SUBSTITUTE = "substitute"
+
 
 def page(record: dict) -> str:
     lines = [f"# What `make gpu-check` found on {record['name']}", ""]
     lines += ["Made from the JSON beside it, which has everything. What is not here was not shown.", ""]
+    if record["name"] == SUBSTITUTE:
+        lines += [
+            "**No GPU: the substitute driver.** This shows that the steps can be run; the figures mean nothing.",
+            "",
+        ]
     head = {key: value for key, value in record.items() if key not in ("name", "steps")}
     lines += [*_block(head), ""]
     lines += ["| step | outcome | seconds |", "| --- | --- | --: |"]
     lines += [f"| {step['title']} | {_outcome(step)} | {step.get('seconds', '')} |" for step in record["steps"]]
     for step in record["steps"]:
-        lines += ["", f"## {step['title']}", "", f"{_outcome(step).capitalize()}."]
+        said = _outcome(step)
+        lines += ["", f"## {step['title']}", "", f"{said[0].upper()}{said[1:]}."]
         if step.get("result"):
             lines += ["", *_block(step["result"])]
     return "\n".join(lines) + "\n"
@@ -28,8 +39,10 @@ def _outcome(step: dict) -> str:
 
 def _block(found: dict) -> list[str]:
     """Plain values as a list; lists of like things as tables."""
-    plain = {name: value for name, value in flat(found).items() if not isinstance(value, list)}
-    lines = [f"- {name}: {_cell(value)}" for name, value in plain.items() if value is not None]
+    rest = {name: value for name, value in found.items() if name != "counts"}
+    lines = [f"- {counted(found['counts'])}"] if "counts" in found else []
+    plain = {name: value for name, value in flat(rest).items() if not isinstance(value, list)}
+    lines += [f"- {name}: {_cell(value)}" for name, value in plain.items() if value is not None]
     for name, value in found.items():
         lines += _lists(name, value)
     return lines

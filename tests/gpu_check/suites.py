@@ -80,7 +80,9 @@ def total(done: list[dict]) -> dict:
     not_passed = [{key: one[key] for key in ("test", "outcome", "said") if key in one} for one in ordered]
     found["not_passed"] = [one for one in not_passed if one["outcome"] not in ("passed", "skipped")]
     found["skipped"] = [{"test": one["test"], "why": one["why"]} for one in ordered if one["outcome"] == "skipped"]
-    found["facts"] = [fact for one in ordered for fact in one.get("facts", [])]
+    found["facts"] = {}
+    for fact in [fact for one in ordered for fact in one.get("facts", [])]:
+        found["facts"].setdefault(fact["fact"], []).append(fact["found"])
     found["printed"] = {one["test"]: one["printed"] for one in ordered if one.get("printed")}
     return {key: value for key, value in found.items() if value or key == "counts"}
 
@@ -88,6 +90,11 @@ def total(done: list[dict]) -> dict:
 def is_good(result: dict) -> bool:
     counts = result["counts"]
     return counts["passed"] > 0 and not any(counts[bad] for bad in ("failed", "timed out", "not run"))
+
+
+def counted(counts: dict) -> str:
+    """`61 passed, 2 skipped`."""
+    return ", ".join(f"{count} {outcome}" for outcome, count in counts.items() if count)
 
 
 def replayed(end: End) -> dict:

@@ -57,8 +57,7 @@ class Plane:
             torch.cuda.set_stream(torch.cuda.default_stream())
 
     def built_in_place(self) -> dict:
-        place = {} if self.place == "cpu" else {"device": self.place}
-        slot = self.client.empty(LATENT, torch.float32, **place)
+        slot = self.client.empty(LATENT, torch.float32, device=self.place)
         copied = set()
 
         def fill(_: int) -> torch.Tensor:
@@ -146,22 +145,27 @@ LAST = ["broker_killed"]
 def main() -> int:
     chosen = arguments(__doc__).parse_args()
     parts = [part for part in PARTS + LAST if chosen.place == "cuda" or part not in ON_A_GPU]
-    bad = False
-    with tempfile.TemporaryDirectory() as folder:
-        with Broker(chosen.broker, Path(folder), "--device", chosen.place) as broker:
-            plane = Plane(broker, chosen.place, chosen.rounds)
-            for part in parts:
-                try:
-                    found = getattr(plane, part)()
-                except Exception as error:
-                    tell(part=part, error=said(error))
-                    bad = True
-                    if part == PARTS[0]:
-                        break
-                else:
-                    tell(part=part, **found)
-                    bad |= bool(found.get("wrong"))
-    return int(bad)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Broker(chosen.broker, Path(folder), "--device", chosen.place) as broker,
+    ):
+        return int(not play(Plane(broker, chosen.place, chosen.rounds), parts))
+
+
+def play(plane: Plane, parts: list[str]) -> bool:
+    good = True
+    for part in parts:
+        try:
+            found = getattr(plane, part)()
+        except Exception as error:
+            tell(part=part, error=said(error))
+            good = False
+            if part == PARTS[0]:
+                break  # the others would say the same
+        else:
+            tell(part=part, **found)
+            good &= not found.get("wrong") and found.get("is_right", True)
+    return good
 
 
 if __name__ == "__main__":
