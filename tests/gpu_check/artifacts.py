@@ -42,7 +42,7 @@ def main() -> int:
     for old in chosen.out.iterdir():
         old.unlink()
     copy = keep if chosen.in_place else strip
-    found = [describe(name, kind, copy(path, chosen.out), chosen.out) for name, kind, path in built.programs]
+    found = [describe(name, kind, copy(path, chosen.out), chosen.out) for name, kind, path in sorted(built.programs)]
     if not chosen.in_place:
         wheel = build_wheel(chosen.out)
         found.append(describe(wheel.name, "wheel", wheel, chosen.out))
