@@ -68,6 +68,21 @@ impl ErrorKind {
     }
 }
 
+impl ErrorKind {
+    /// What this project's programs end with; `luna-broker --help` has the table.
+    #[must_use]
+    pub const fn exit_code(self) -> u8 {
+        match self {
+            Self::Configuration | Self::Unsupported => 2,
+            Self::ConnectionLost | Self::ShuttingDown => 3,
+            Self::Refused => 4,
+            Self::ModelNotFound | Self::InvalidModel => 5,
+            Self::Busy | Self::Timeout | Self::OutOfMemory => 6,
+            Self::InvalidTensor | Self::Stale | Self::Cancelled | Self::Protocol | Self::Io | Self::Internal => 1,
+        }
+    }
+}
+
 /// What a caller may do with a failed request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Retry {

@@ -6,6 +6,7 @@ pub mod broker;
 pub mod client;
 pub mod config;
 pub mod device;
+pub mod doctor;
 pub mod error;
 pub mod id;
 pub mod lane;

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 const VOCABULARY: [&str; 5] = ["error", "id", "tensor", "service", "config"];
 
 /// What the files of each folder may import besides themselves and the vocabulary.
-const ALLOWED: [(&str, &[&str]); 12] = [
+const ALLOWED: [(&str, &[&str]); 13] = [
     ("error", &[]),
     ("id", &[]),
     ("tensor", &[]),
@@ -19,6 +19,7 @@ const ALLOWED: [(&str, &[&str]); 12] = [
     ("transport", &[]),
     ("model", &["device", "lane"]),
     ("client", &["protocol", "memory", "device", "transport"]),
+    ("doctor", &["client", "protocol", "device", "transport"]),
 ];
 
 fn source() -> PathBuf {

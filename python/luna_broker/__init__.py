@@ -12,6 +12,8 @@ gives the memory back. A client may be used from many threads. Every error is a 
 whose class says what kind it is and whose `remedy` says what to do about it.
 """
 
+from os import PathLike
+
 from . import _native
 from ._native import (
     Busy,
@@ -62,7 +64,19 @@ __all__ = [
     "Vae",
     "__version__",
     "connect",
+    "doctor",
 ]
+
+
+def doctor(address: str | PathLike[str] | None = None) -> list[dict[str, str]]:
+    """What this process finds on its way to the broker at `address`, and what to do about what it does not find.
+
+    One dictionary for each thing that was looked at: `check`, `verdict` ("ok", "note" where work goes on with less,
+    "fail"), `found`, and `remedy`, empty where there is nothing to do. Looks at the CUDA driver, its GPUs, the broker
+    and how tensors would cross to it; makes a CUDA context on each GPU meanwhile. Raises nothing: what cannot be found
+    out, or takes too long, is a finding. `python -m luna_broker doctor` prints the same.
+    """
+    return _native.diagnose(address).findings
 
 
 def __getattr__(name: str) -> object:

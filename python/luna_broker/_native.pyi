@@ -356,3 +356,18 @@ def connect(
 
     Raises `ConnectionLost` if nobody listens there, `Refused`, `Timeout`, `ConfigurationError`.
     """
+
+@final
+class Diagnosis:
+    """What this process finds on its way to a broker. As text: a line for each finding, remedies below."""
+
+    @property
+    def findings(self) -> list[dict[str, str]]:
+        """One dictionary for each thing that was looked at: `check`, `verdict`, `found`, `remedy`."""
+
+    @property
+    def exit_code(self) -> int:
+        """0 where a client in this process could work, else an exit code of `luna-broker --help`."""
+
+def diagnose(address: str | PathLike[str] | None = None) -> Diagnosis:
+    """Looks at everything between this process and a broker; `luna_broker.doctor` gives its findings."""

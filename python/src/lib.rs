@@ -6,6 +6,7 @@ use pyo3::prelude::*;
 mod call;
 mod client;
 mod dlpack;
+mod doctor;
 mod errors;
 mod session;
 mod tensor;
@@ -20,5 +21,6 @@ fn native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     session::register(module)?;
     tensor::register(module)?;
     vae::register(module)?;
-    client::register(module)
+    client::register(module)?;
+    doctor::register(module)
 }

@@ -1,7 +1,7 @@
-use std::collections::HashSet;
 use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
+use rustc_hash::FxHashSet;
 
 use super::pool::{ArenaPool, Gate, Place as PinnedSlot};
 use crate::device::{DeviceError, Order, Place, RegionHandle, Span, StreamRef};
@@ -50,11 +50,11 @@ pub(super) struct SessionMemory {
 /// What the client knows and keeps.
 #[derive(Debug, Default)]
 struct Told {
-    arenas: HashSet<ArenaId>,
+    arenas: FxHashSet<ArenaId>,
     /// Leases of a common pool.
-    granted: HashSet<LeaseRef>,
+    granted: FxHashSet<LeaseRef>,
     /// Leases that the client keeps for its inputs.
-    inputs: HashSet<LeaseRef>,
+    inputs: FxHashSet<LeaseRef>,
 }
 
 /// What `status` tells of a session's memory.

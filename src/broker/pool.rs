@@ -1,8 +1,8 @@
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use parking_lot::Mutex;
+use rustc_hash::FxHashMap;
 
 use crate::device::{Device, Order, Region, Span};
 use crate::error::{Error, ErrorKind, Result};
@@ -37,7 +37,7 @@ pub(super) struct ArenaPool {
 #[derive(Debug, Default)]
 struct Table {
     ledger: Ledger,
-    regions: HashMap<ArenaId, Arc<dyn Region>>,
+    regions: FxHashMap<ArenaId, Arc<dyn Region>>,
     /// What ends once the GPU is past it.
     pending: Vec<Pending>,
 }
@@ -133,7 +133,9 @@ impl ArenaPool {
     pub(super) fn lease(&self, session: SessionId, length: u64) -> Result<Place> {
         let mut table = self.table.lock();
         table.sweep();
-        if table.ledger.held(session).1.saturating_add(length) > self.limits.session {
+        // In a pool of its own a session is bounded by the pool.
+        let is_shared = self.limits.session < self.limits.total;
+        if is_shared && table.ledger.held(session).1.saturating_add(length) > self.limits.session {
             return Err(self.exhausted(length));
         }
         let grant = match table.ledger.acquire(session, length) {

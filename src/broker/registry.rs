@@ -122,6 +122,11 @@ impl Registry {
         Self { folders, bench_models, placement, next: AtomicU64::new(1), known: Mutex::default() }
     }
 
+    /// What models run on: `cpu`, or a GPU by a name that means the same in every process.
+    pub(super) fn device(&self) -> &str {
+        &self.placement.device
+    }
+
     /// The model of that name or path. Reads the header of a file that was not asked for before, or that changed while
     /// it was not loaded; loads nothing.
     ///

@@ -27,7 +27,7 @@ impl State {
         let counts = self.vae_lane.counts();
         LaneReport {
             service: Service::Vae,
-            device: "cpu".to_owned(),
+            device: self.registry.device().to_owned(),
             queued: counts.queued as u64,
             capacity: counts.capacity as u64,
             busy: counts.busy,

@@ -1,7 +1,7 @@
-use std::collections::HashMap;
 use std::sync::Arc;
 
 use parking_lot::{Mutex, RwLock};
+use rustc_hash::FxHashMap;
 
 use super::gpu::GpuDevice;
 use super::leases::{GpuLease, Lease, Leases};
@@ -14,7 +14,7 @@ use crate::protocol::{ArenaHandle, ArenaOffer, Descriptor};
 use crate::transport::Attachment;
 
 /// Arenas by the client's GPU that they are open in: one of the broker's GPU may be open in several.
-type Arenas = HashMap<(ArenaId, Option<GpuUuid>), Arc<dyn Region>>;
+type Arenas = FxHashMap<(ArenaId, Option<GpuUuid>), Arc<dyn Region>>;
 
 /// A session's memory as the client sees it: arenas mapped once, leases, and input slots kept for the next call.
 #[derive(Debug)]

@@ -1,7 +1,7 @@
-use std::collections::HashMap;
 use std::thread::Thread;
 
 use parking_lot::Mutex;
+use rustc_hash::FxHashMap;
 
 use super::tensor::PooledBytes;
 use crate::error::Fault;
@@ -38,7 +38,7 @@ pub(super) struct Router {
 
 #[derive(Debug, Default)]
 struct State {
-    waiting: HashMap<RequestId, Waiting>,
+    waiting: FxHashMap<RequestId, Waiting>,
     reading: bool,
     lost: Option<Fault>,
 }

@@ -96,7 +96,7 @@ impl Vae {
         self.client.with_link(|link| {
             loop {
                 match self.call_over(link, call, input, options)? {
-                    Called::Done(output) => return Ok(*output),
+                    Called::Done(output) => return Ok(output),
                     // Nothing was changed by the call: it is made again on the next rung.
                     Called::WornOut(gpu, why) => _ = link.demote_gpu(&gpu, &why, options)?,
                 }
@@ -149,13 +149,13 @@ impl Vae {
             _ => return Err(unexpected_outcome()),
         };
         let (times, copied_in_bytes) = (reply.times, staged.copied_bytes);
-        Ok(Called::Done(Box::new(VaeOutput { tensor, mode, times, copied_in_bytes, copied_out_bytes })))
+        Ok(Called::Done(VaeOutput { tensor, mode, times, copied_in_bytes, copied_out_bytes }))
     }
 }
 
 /// What a call came to on the rungs of the moment.
 enum Called {
-    Done(Box<VaeOutput>),
+    Done(VaeOutput),
     /// GPU memory that worked before no longer opens, and why.
     WornOut(Arc<LinkGpu>, Error),
 }

@@ -99,6 +99,47 @@ pub enum DeviceError {
     },
 }
 
+/// What keeps this process from using CUDA.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum NoDriver {
+    /// The build has no code for it, or the platform no way to share its memory.
+    #[error("this build does without CUDA")]
+    NotBuilt,
+    /// There is no library to open.
+    #[error("there is no libcuda on this machine")]
+    NoLibrary,
+    /// What was opened is no driver of a version that can be used.
+    #[error("libcuda has no function {name}")]
+    NoFunction {
+        /// The function.
+        name: &'static str,
+    },
+    /// The driver does not start.
+    #[error("cuInit answers {code} {name}")]
+    NoStart {
+        /// The driver's code.
+        code: u32,
+        /// The driver's name of the code.
+        name: String,
+    },
+    /// The driver starts, and has nothing.
+    #[error("the driver shows this process no GPU")]
+    NoGpu,
+    /// The driver started and then refused a call that only asks.
+    #[error("{answer}")]
+    NoAnswer {
+        /// The call, and what it answered.
+        answer: String,
+    },
+}
+
+impl From<NoDriver> for DeviceError {
+    fn from(error: NoDriver) -> Self {
+        Self::NoDriver { reason: error.to_string() }
+    }
+}
+
 impl DeviceError {
     pub(crate) fn kind(&self) -> ErrorKind {
         match self {

@@ -17,7 +17,7 @@ mod span;
 
 #[cfg(all(feature = "cuda", unix))]
 pub use cuda::{CudaDevice, CudaSharing};
-pub use error::DeviceError;
+pub use error::{DeviceError, NoDriver};
 pub use host::{HostDevice, HostSharing};
 pub use in_process::InProcessDevice;
 pub use order::{CopyStream, Order};

@@ -1,4 +1,6 @@
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
+
+use rustc_hash::FxHashMap;
 
 use super::SlotAllocator;
 use crate::error::{Error, ErrorKind};
@@ -109,7 +111,7 @@ struct Arena {
 pub struct Ledger {
     arenas: BTreeMap<ArenaId, Arena>,
     /// Leases and their bytes per session, so that `status` costs nothing.
-    held: HashMap<SessionId, (u64, u64)>,
+    held: FxHashMap<SessionId, (u64, u64)>,
 }
 
 impl Ledger {

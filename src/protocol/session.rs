@@ -1,4 +1,4 @@
-use std::collections::HashSet;
+use rustc_hash::FxHashSet;
 
 use super::message::{ClientMessage, Operation, Release};
 use super::negotiate::{Hello, ProbeAnswer};
@@ -96,7 +96,7 @@ pub enum Action {
 #[derive(Debug)]
 pub struct SessionMachine {
     phase: Phase,
-    in_flight: HashSet<RequestId>,
+    in_flight: FxHashSet<RequestId>,
     limit: usize,
 }
 
@@ -104,7 +104,7 @@ impl SessionMachine {
     /// A new connection that may have up to `limit` requests in flight.
     #[must_use]
     pub fn new(limit: usize) -> Self {
-        Self { phase: Phase::Connected, in_flight: HashSet::new(), limit }
+        Self { phase: Phase::Connected, in_flight: FxHashSet::default(), limit }
     }
 
     /// Where the session is.

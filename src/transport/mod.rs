@@ -41,7 +41,7 @@ impl Debug for Attachment {
 /// Who is at the other end, as the system tells.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Peer {
-    /// Process id.
+    /// Process id; absent on systems that do not tell, and for a process that this one's PID namespace does not show.
     pub pid: Option<u32>,
     /// User id; absent on systems without one.
     pub uid: Option<u32>,

@@ -14,6 +14,7 @@ Examples:
   luna-broker serve --vae vae.safetensors       hold one VAE for every worker of this machine
   luna-broker serve --models ~/ComfyUI/models/vae
   luna-broker status                            who is connected, on which rung, with which models
+  luna-broker doctor                            why something is slow or refused
   luna-broker serve --bench-models & luna-broker bench
 
 Exit codes:
@@ -23,7 +24,8 @@ Exit codes:
   3  no broker answers, or it went away
   4  the broker refused the connection
   5  no such model, or not a model
-  6  busy, out of memory or out of time: the same command may succeed later";
+  6  busy, out of memory or out of time: the same command may succeed later
+doctor ends with 0 where a client could work, through host memory at least.";
 
 /// One process holds the diffusion models; every worker on the machine uses them through shared memory.
 #[derive(Debug, Parser)]
@@ -76,11 +78,14 @@ impl ConnectionArgs {
         self.socket.clone().unwrap_or_else(address_from_environment)
     }
 
-    pub(crate) fn client_config(&self) -> Result<ClientConfig, Error> {
-        let timeout = Duration::try_from_secs_f64(self.timeout).map_err(|error| {
+    pub(crate) fn timeout(&self) -> Result<Duration, Error> {
+        Duration::try_from_secs_f64(self.timeout).map_err(|error| {
             Error::new(ErrorKind::Configuration, format!("--timeout {}: {error}", self.timeout), "give seconds above 0")
-        })?;
-        Ok(ClientConfig { timeout: Some(timeout), ..ClientConfig::default() })
+        })
+    }
+
+    pub(crate) fn client_config(&self) -> Result<ClientConfig, Error> {
+        Ok(ClientConfig { timeout: Some(self.timeout()?), ..ClientConfig::default() })
     }
 }
 
@@ -112,6 +117,14 @@ pub(crate) enum Command {
     },
     /// Measure the round trip to a broker that serves --bench-models.
     Bench(BenchArgs),
+    /// Say what this process finds (driver, GPUs, broker, how tensors would cross and why) and what to do about the rest.
+    ///
+    /// No step takes longer than 30 s, or than --timeout where that is less.
+    Doctor {
+        /// As JSON, for programs: a list of check, verdict (ok, note, fail), found, remedy.
+        #[arg(long)]
+        json: bool,
+    },
 }
 
 #[derive(Debug, ClapArgs)]

@@ -7,6 +7,7 @@ use clap::Parser;
 mod args;
 mod bench;
 mod control;
+mod doctor;
 mod exit;
 mod serve;
 mod show;
@@ -23,6 +24,7 @@ fn main() -> ExitCode {
         Command::Load { model } => control::load(&args.connection, &model),
         Command::Unload { model } => control::unload(&args.connection, &model),
         Command::Bench(bench) => bench::run(&args.connection, &bench),
+        Command::Doctor { json } => return doctor::run(&args.connection, json),
     };
     exit::code(outcome)
 }

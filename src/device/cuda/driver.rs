@@ -4,7 +4,7 @@ use std::sync::OnceLock;
 use cudarc::driver::sys;
 
 use super::api::Api;
-use crate::device::DeviceError;
+use crate::device::{DeviceError, NoDriver};
 use crate::id::GpuUuid;
 
 /// One GPU as this process sees it.
@@ -42,32 +42,34 @@ impl Driver {
     /// The driver. Occupies no GPU memory: contexts are made by [`CudaDevice::open`](super::CudaDevice::open).
     ///
     /// # Errors
-    /// [`DeviceError::NoDriver`] where there is no libcuda, where it lacks a function, or where it shows no GPU; the
-    /// same at every call.
+    /// [`DeviceError::NoDriver`], in the words of [`Driver::find`].
     pub fn get() -> Result<&'static Self, DeviceError> {
-        static DRIVER: OnceLock<Result<Driver, String>> = OnceLock::new();
-        let driver = DRIVER.get_or_init(|| {
-            Self::look().map_err(|error| match error {
-                DeviceError::NoDriver { reason } => reason,
-                other => other.to_string(),
-            })
-        });
-        driver.as_ref().map_err(|reason| DeviceError::NoDriver { reason: reason.clone() })
+        Ok(Self::find()?)
     }
 
-    fn look() -> Result<Self, DeviceError> {
+    /// As [`Driver::get`], for callers that tell one reason from another.
+    ///
+    /// # Errors
+    /// Where there is no libcuda, where it lacks a function, does not start, or shows no GPU; the same at every call.
+    pub fn find() -> Result<&'static Self, NoDriver> {
+        static DRIVER: OnceLock<Result<Driver, NoDriver>> = OnceLock::new();
+        DRIVER.get_or_init(Self::look).as_ref().map_err(Clone::clone)
+    }
+
+    fn look() -> Result<Self, NoDriver> {
         let api = Api::get()?;
+        let refused = |error: DeviceError| NoDriver::NoAnswer { answer: error.to_string() };
         let (mut version, mut count) = (0, 0);
         // SAFETY: both out-pointers are valid for the calls; the driver is initialised.
         unsafe {
-            api.cuDriverGetVersion(&raw mut version)?;
-            api.cuDeviceGetCount(&raw mut count)?;
+            api.cuDriverGetVersion(&raw mut version).map_err(refused)?;
+            api.cuDeviceGetCount(&raw mut count).map_err(refused)?;
         }
         if count < 1 {
-            return Err(DeviceError::NoDriver { reason: "the driver shows this process no GPU".to_owned() });
+            return Err(NoDriver::NoGpu);
         }
-        let seen: Vec<_> = (0..count).map(|ordinal| describe(api, ordinal)).collect::<Result<_, _>>()?;
-        let (devices, gpus) = seen.into_iter().unzip();
+        let seen: Result<Vec<_>, _> = (0..count).map(|ordinal| describe(api, ordinal)).collect();
+        let (devices, gpus) = seen.map_err(refused)?.into_iter().unzip();
         Ok(Self { api, version, gpus, devices })
     }
 

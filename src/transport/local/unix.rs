@@ -8,7 +8,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use interprocess::local_socket::traits::{Listener as _, Stream as _, StreamCommon as _};
+#[cfg(not(target_os = "linux"))]
+use interprocess::local_socket::traits::StreamCommon as _;
+use interprocess::local_socket::traits::{Listener as _, Stream as _};
 use interprocess::local_socket::{GenericFilePath, Listener, ListenerOptions, Stream, ToFsName};
 use interprocess::os::unix::local_socket::ListenerOptionsExt;
 use rustix::fs::{FlockOperation, flock};
@@ -72,8 +74,7 @@ impl LocalConnection {
 
     fn adopt(stream: Stream) -> Result<Self, TransportError> {
         let os = |call| move |cause| TransportError::Os { call, cause };
-        let credentials = stream.peer_creds().map_err(os("reading the peer's credentials"))?;
-        let peer = Peer { pid: credentials.pid().and_then(|pid| u32::try_from(pid).ok()), uid: credentials.euid() };
+        let peer = peer_of(&stream).map_err(os("reading the peer's credentials"))?;
         stream.set_send_timeout(Some(SEND_TIMEOUT)).map_err(os("setting the send timeout"))?;
         let connection = Self { stream, peer, receive_timeout_ns: AtomicU64::new(0) };
         let fd = connection.fd();
@@ -96,6 +97,33 @@ impl LocalConnection {
         }
         Ok(())
     }
+}
+
+/// The process at the other end. One in a PID namespace that this process does not look into has no number here, and is
+/// served all the same; libraries take it for a lost connection, or for a number that cannot be 0.
+#[cfg(target_os = "linux")]
+fn peer_of(stream: &Stream) -> io::Result<Peer> {
+    use std::os::fd::AsRawFd;
+    let Stream::UdSocket(stream) = stream;
+    let mut found = libc::ucred { pid: 0, uid: u32::MAX, gid: u32::MAX };
+    let mut length = size_of::<libc::ucred>() as libc::socklen_t;
+    // SAFETY: both pointers are valid for the call, the first one for `length` bytes; any bytes are a value of the type.
+    let answer = unsafe {
+        let (level, option) = (libc::SOL_SOCKET, libc::SO_PEERCRED);
+        libc::getsockopt(stream.as_fd().as_raw_fd(), level, option, (&raw mut found).cast(), &raw mut length)
+    };
+    match answer {
+        0 if found.uid == u32::MAX => Err(io::ErrorKind::NotConnected.into()),
+        0 => Ok(Peer { pid: u32::try_from(found.pid).ok().filter(|pid| *pid != 0), uid: Some(found.uid) }),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// The process at the other end.
+#[cfg(not(target_os = "linux"))]
+fn peer_of(stream: &Stream) -> io::Result<Peer> {
+    let found = stream.peer_creds()?;
+    Ok(Peer { pid: found.pid().and_then(|pid| u32::try_from(pid).ok()), uid: found.euid() })
 }
 
 impl Connection for LocalConnection {
