@@ -17,13 +17,15 @@ export FEATURES
 CARGO := cargo
 
 .PHONY: demo test test-long test-rust test-python test-examples test-windows bench lint build extension golden clean
+.PHONY: gpu-artifacts gpu-check test-gpu-check
 
 demo: build extension
 	$(BIN)/python examples/demo/main.py --broker $(BROKER) $(if $(VAE),--vae $(VAE)) $(if $(IMAGE),--image $(IMAGE))
 
 # Stages print their time; what cannot run here says why.
 test: $(VENV)/.test
-	@bash tests/stages.sh lint build test-rust test-examples extension test-python test-demo test-windows
+	@bash tests/stages.sh lint build test-rust test-examples extension test-python test-gpu-check test-demo \
+		test-windows
 
 test-long: $(VENV)/.test
 	@bash tests/stages.sh build extension test-rust-long bench
@@ -59,6 +61,19 @@ test-demo: build extension
 
 test-windows:
 	@bash tests/windows/run.sh --install
+
+# For a machine that has a GPU and no Rust; see CONTRIBUTING.md.
+gpu-artifacts: $(VENV)/.run
+	$(BIN)/python tests/gpu_check/artifacts.py --out target/gpu-artifacts
+
+gpu-check:
+	$(PYTHON) tests/gpu_check/main.py --artifacts target/gpu-artifacts --out benches/results
+
+# The check itself, as far as it goes without a GPU.
+test-gpu-check: extension $(VENV)/.test
+	$(BIN)/python -m pytest -q tests/gpu_check
+	$(BIN)/python tests/gpu_check/artifacts.py --in-place --out target/gpu-trial/artifacts
+	$(BIN)/python tests/gpu_check/main.py --substitute --artifacts target/gpu-trial/artifacts --out target/gpu-trial
 
 golden: $(VENV)/.test
 	@$(BIN)/python tests/golden/make_vae.py $(LUNA_BROKER_GOLDEN)

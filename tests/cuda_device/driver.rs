@@ -6,7 +6,7 @@ use luna_broker::device::{Device, DeviceError};
 use luna_broker::id::GpuUuid;
 use luna_broker::{Error, ErrorKind};
 
-use super::{driver_function, live, read, region};
+use super::{assert_live, driver_function, read, region};
 use crate::roles::{Role, Stage};
 
 fn uuids() -> Vec<GpuUuid> {
@@ -82,7 +82,7 @@ fn the_driver_tells_about_its_gpus() {
         assert!(driver.compute_capability(beta).is_some());
         assert_eq!(driver.is_integrated(beta), Some(false));
         assert_eq!(driver.supports_ipc_events(GpuUuid([7; 16])), None);
-        assert_eq!(live().contexts, 0);
+        assert_live!(contexts: 0);
     });
 }
 
@@ -198,13 +198,13 @@ fn one_context_serves_all_devices_of_a_gpu() {
         let first = CudaDevice::open(gpu, CudaSharing::Ipc).unwrap();
         let second = CudaDevice::open(gpu, CudaSharing::Vmm).unwrap();
         assert_eq!((first.sharing(), second.sharing()), (CudaSharing::Ipc, CudaSharing::Vmm));
-        assert_eq!(live().contexts, 1);
+        assert_live!(contexts: 1);
         let kept = region(&first);
         drop((first, second));
-        assert_eq!(live().contexts, 1);
+        assert_live!(contexts: 1);
         kept.copy_in(0, &[1]).unwrap();
         drop(kept);
-        assert_eq!(live().contexts, 0);
+        assert_live!(contexts: 0);
         drop(CudaDevice::open(gpu, CudaSharing::Ipc).unwrap());
     });
 }

@@ -7,7 +7,7 @@ use luna_broker::device::cuda::CudaSharing::Ipc;
 use luna_broker::device::cuda::{CudaDevice, CudaStream, Fence, FenceHandle, StreamRef};
 use luna_broker::device::{Device, DeviceError, HostDevice, Region};
 
-use super::{device, fresh, live, read, refused, region};
+use super::{assert_live, device, fresh, read, refused, region};
 use crate::roles::{Peer, Stage};
 
 const SLOW: Duration = Duration::from_millis(300);
@@ -383,7 +383,7 @@ fn events_do_not_open(fault: &'static str, value: &str) {
             let handle = FenceHandle::from_bytes(&peer.hear()).unwrap();
             let opened = Fence::open(&device(Ipc), page, &handle);
             assert_eq!(refused(opened).0, "cuIpcOpenEventHandle");
-            assert_eq!(live().opened_events, 0);
+            assert_live!(opened_events: 0);
             peer.meet();
         },
     );
@@ -433,6 +433,6 @@ fn a_page_or_a_number_of_events_that_will_not_do_is_refused() {
             !format!("{handle:?} {fence:?}").contains(&format!("{}, {}", handle.events[0][0], handle.events[0][1]))
         );
         drop(fence);
-        assert_eq!((live().events, live().opened_events), (0, 0));
+        assert_live!(events: 0, opened_events: 0);
     });
 }

@@ -66,7 +66,7 @@ fn driver_function(name: &str) -> *mut c_void {
     function
 }
 
-/// What the driver holds for this process.
+/// What the substitute driver holds for this process.
 #[derive(Debug, PartialEq, Eq)]
 struct Live {
     allocations: u64,
@@ -80,7 +80,11 @@ struct Live {
     contexts: u64,
 }
 
-fn live() -> Live {
+/// `None` on a real driver, which does not count.
+fn live() -> Option<Live> {
+    if cuda::is_real() {
+        return None;
+    }
     let function = driver_function("substituteCudaLive");
     // SAFETY: the substitute's function has this signature.
     let function: extern "C" fn(*mut u64, usize) -> usize = unsafe { std::mem::transmute(function) };
@@ -88,5 +92,15 @@ fn live() -> Live {
     assert_eq!(function(counts.as_mut_ptr(), counts.len()), counts.len());
     let [allocations, _, registered, imports, mappings, vmm_handles, reserved, events, opened_events, _, contexts] =
         counts;
-    Live { allocations, registered, imports, mappings, vmm_handles, reserved, events, opened_events, contexts }
+    Some(Live { allocations, registered, imports, mappings, vmm_handles, reserved, events, opened_events, contexts })
 }
+
+/// How many of some kinds the driver holds, where it can be asked: `assert_live!(imports: 1)`.
+macro_rules! assert_live {
+    ($($kind:ident: $count:expr),+) => {
+        if let Some(live) = crate::live() {
+            $(assert_eq!(live.$kind, $count, stringify!($kind));)+
+        }
+    };
+}
+use assert_live;

@@ -5,7 +5,7 @@ use luna_broker::device::cuda::CudaSharing::{self, Ipc, Vmm};
 use luna_broker::device::cuda::StreamRef;
 use luna_broker::device::{Device, DeviceError, HostDevice, InProcessDevice, Region, RegionHandle};
 
-use super::{MIB, device, live, read, refused, region};
+use super::{MIB, assert_live, device, read, refused, region};
 use crate::roles::{Peer, Role, Stage};
 
 /// The broker hands over one region and keeps it until the client is done with it.
@@ -35,14 +35,14 @@ fn imports_of_one_handle_share_one_region() {
         let open = || device(Ipc).import(RegionHandle::CudaIpc(handle), 6);
         let (first, second) = (open().unwrap(), open().unwrap());
         assert!(Arc::ptr_eq(&first, &second));
-        assert_eq!(live().imports, 1);
+        assert_live!(imports: 1);
         drop(first);
         assert_eq!(read(&second, 0, 6), b"shared");
-        assert_eq!(live().imports, 1);
+        assert_live!(imports: 1);
         drop(second);
-        assert_eq!(live().imports, 0);
+        assert_live!(imports: 0);
         assert_eq!(read(&open().unwrap(), 0, 6), b"shared");
-        assert_eq!(live().imports, 0);
+        assert_live!(imports: 0);
         peer.meet();
     });
 }
@@ -56,7 +56,7 @@ fn an_open_region_is_no_excuse_for_a_wrong_size() {
         let larger = device.import(RegionHandle::CudaIpc(handle), 2 * MIB + 1);
         assert!(matches!(larger, Err(DeviceError::TooSmall { actual, .. }) if actual == 2 * MIB));
         drop((larger, fitting));
-        assert_eq!(live().imports, 0);
+        assert_live!(imports: 0);
         peer.meet();
     });
 }
@@ -76,7 +76,7 @@ fn threads_that_open_and_close_one_handle_do_not_disturb_each_other() {
                 });
             }
         });
-        assert_eq!(live().imports, 0);
+        assert_live!(imports: 0);
         peer.meet();
     });
 }
@@ -96,7 +96,7 @@ fn an_opening_that_fails_twice_is_an_error_and_leaves_nothing() {
     Stage::new().set("SUBSTITUTE_CUDA_FAIL_OPEN", "1+").two(hand_over_one(Ipc), |peer| {
         let opened = device(Ipc).import(peer.receive(), 6);
         assert_eq!(refused(opened), ("cuIpcOpenMemHandle_v2", 205));
-        assert_eq!(live().imports, 0);
+        assert_live!(imports: 0);
         peer.meet();
     });
 }
@@ -145,8 +145,7 @@ fn another_pid_namespace_refuses_handles_and_takes_descriptors() {
 fn a_driver_that_does_not_export_descriptors_says_so_when_memory_is_allocated() {
     Stage::new().set("SUBSTITUTE_CUDA_VMM", "refused").alone(|| {
         assert_eq!(refused(device(Vmm).allocate(MIB)), ("cuMemExportToShareableHandle", 801));
-        let left = live();
-        assert_eq!((left.mappings, left.vmm_handles, left.reserved), (0, 0, 0));
+        assert_live!(mappings: 0, vmm_handles: 0, reserved: 0);
         device(Ipc).allocate(MIB).unwrap();
     });
 }
@@ -158,8 +157,7 @@ fn a_descriptor_that_cannot_be_imported_is_an_error_and_leaves_nothing() {
         assert_eq!(refused(device.import(peer.receive(), 6)), ("cuMemImportFromShareableHandle", 801));
         let file = RegionHandle::CudaVmm(tempfile::tempfile().unwrap().into());
         assert_eq!(refused(device.import(file, 6)).0, "cuMemImportFromShareableHandle");
-        let left = live();
-        assert_eq!((left.mappings, left.vmm_handles, left.reserved), (0, 0, 0));
+        assert_live!(mappings: 0, vmm_handles: 0, reserved: 0);
         peer.meet();
     });
 }
@@ -169,8 +167,7 @@ fn more_than_a_descriptor_holds_cannot_be_mapped() {
     Stage::new().two(hand_over_one(Vmm), |peer| {
         let mapped = device(Ipc).import(peer.receive(), 2 * MIB + 1);
         assert_eq!(refused(mapped).0, "cuMemMap");
-        let left = live();
-        assert_eq!((left.mappings, left.vmm_handles, left.reserved), (0, 0, 0));
+        assert_live!(mappings: 0, vmm_handles: 0, reserved: 0);
         peer.meet();
     });
 }
@@ -185,7 +182,7 @@ fn descriptors_are_imported_where_they_were_made_too() {
         imported.copy_in(9, &[9]).unwrap();
         assert_eq!(read(&own, 9, 1), [9]);
         // A mapping alone keeps no handle: the memory goes with the last mapping.
-        assert_eq!(live().vmm_handles, 1);
+        assert_live!(vmm_handles: 1);
     });
 }
 

@@ -6,7 +6,7 @@ use luna_broker::device::cuda::CudaSharing::{Ipc, Vmm};
 use luna_broker::device::cuda::StreamRef;
 use luna_broker::device::{Device, DeviceError, HostDevice, Place};
 
-use super::{MIB, device, fresh, live, read, refused, region};
+use super::{MIB, assert_live, device, fresh, read, refused, region};
 use crate::roles::Stage;
 
 /// Longer than a process takes to look at memory.
@@ -104,10 +104,10 @@ fn host_memory_is_pinned_once_and_for_as_long_as_asked() {
         let host = HostDevice::default().allocate(3 * 4096).unwrap();
         let pinned = device.pin(Arc::clone(&host)).unwrap();
         assert_eq!(pinned.region().address(), host.address());
-        assert_eq!(live().registered, 1);
+        assert_live!(registered: 1);
         assert_eq!(refused(device.pin(Arc::clone(&host))), ("cuMemHostRegister_v2", 712));
         drop(pinned);
-        assert_eq!(live().registered, 0);
+        assert_live!(registered: 0);
         drop(device.pin(host).unwrap());
         assert!(matches!(device.pin(region(&device)), Err(DeviceError::NotHost)));
     });

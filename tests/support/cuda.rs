@@ -10,6 +10,11 @@ use std::path::PathBuf;
 
 const LIBRARY: &str = "libluna_substitute_cuda.so";
 
+/// Whether tests play on the machine's own driver instead: where `LUNA_BROKER_REAL_CUDA` is 1.
+pub fn is_real() -> bool {
+    env::var_os("LUNA_BROKER_REAL_CUDA").is_some_and(|value| value == "1")
+}
+
 /// One run: processes started with its environment find the substitute as their CUDA driver and see each other's
 /// memory. What it needs on disk is gone with the value.
 pub struct SubstituteCuda {

@@ -2,23 +2,35 @@
 //!
 //! The test starts itself again, once for each role, and the copies find their role in the environment. They are
 //! connected by a socket that each finds at its standard input.
+//!
+//! With `LUNA_BROKER_REAL_CUDA=1` the processes find the machine's own driver. A play that needs what only the
+//! substitute can do is then skipped, and says so; leaks are not counted.
 #![allow(dead_code, unreachable_pub, reason = "each test file uses its own part")]
 
 use std::io::{IoSlice, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::process::{Child, Command, Stdio};
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Child, Command, ExitStatus, Stdio};
 
 use luna_broker::device::RegionHandle;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
 };
+use rustix::process::Signal;
 
-use crate::cuda::SubstituteCuda;
+use crate::cuda::{SubstituteCuda, is_real};
 
 /// Names the role to a test that was started again.
 const VARIABLE: &str = "LUNA_BROKER_TEST_ROLE";
+
+/// Slows the substitute's streams down, so that mistakes in ordering show. A play without it is a play all the same.
+const DELAY: &str = "SUBSTITUTE_CUDA_DELAY_MS";
+/// On a real driver the process is given a namespace of its own, where the system lets us.
+const PID_NAMESPACE: &str = "SUBSTITUTE_CUDA_PID_NAMESPACE";
+/// Of the system's tools; its arguments come before those of the program it starts.
+const IN_PID_NAMESPACE: [&str; 4] = ["unshare", "--pid", "--fork", "--kill-child"];
 
 /// Who a setting is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,6 +45,9 @@ pub struct Stage {
     settings: Vec<(Option<Role>, &'static str, String)>,
     /// Whether the driver does not get as far as counting, or does not take back any more, what it holds.
     is_unaccounted: bool,
+    /// Whose process is killed in the play.
+    killed: Vec<Role>,
+    needs_substitute: Option<&'static str>,
 }
 
 impl Stage {
@@ -58,6 +73,18 @@ impl Stage {
         self
     }
 
+    /// The process of this role is killed in the play.
+    pub fn killed(mut self, role: Role) -> Self {
+        self.killed.push(role);
+        self
+    }
+
+    /// The play cannot be given on a real driver, for this reason. Settings of the substitute's say so by themselves.
+    pub fn only_on_the_substitute(mut self, why: &'static str) -> Self {
+        self.needs_substitute = Some(why);
+        self
+    }
+
     /// Plays one part, the broker's. Nothing of the driver's may be left when it ends.
     pub fn alone(self, play: impl FnOnce()) {
         match role() {
@@ -79,26 +106,63 @@ impl Stage {
     }
 
     fn run<const N: usize>(self, parts: [(Role, Option<UnixStream>); N]) {
-        let cuda = SubstituteCuda::new();
-        let processes = parts.map(|(role, socket)| (role, self.start(&cuda, role, socket)));
+        if let Some(need) = self.missing() {
+            eprintln!("skipped on a real driver: {need}");
+            return;
+        }
+        let cuda = (!is_real()).then(SubstituteCuda::new);
+        let processes = parts.map(|(role, socket)| (role, self.start(cuda.as_ref(), role, socket)));
         let ends = processes.map(|(role, mut child)| (role, child.id(), child.wait().unwrap()));
         for (role, _, end) in ends {
-            assert!(end.success(), "the {role:?} failed, see above: {end}");
+            assert!(end.success() || self.was_to_be_killed(role, end), "the {role:?} failed, see above: {end}");
         }
-        for (role, process, _) in ends.into_iter().filter(|_| !self.is_unaccounted) {
+        let accounted = |role| !self.is_unaccounted && !self.killed.contains(&role);
+        for (role, process, _) in ends.into_iter().filter(|(role, ..)| accounted(*role)) {
+            let Some(cuda) = &cuda else { continue };
             let left: Vec<_> = cuda.leaks(process).into_iter().filter(|(_, count)| *count > 0).collect();
             assert!(left.is_empty(), "the {role:?} left {left:?}");
         }
     }
 
-    fn start(&self, cuda: &SubstituteCuda, role: Role, socket: Option<UnixStream>) -> Child {
-        let mut command = again(role);
-        command.envs(cuda.environment()).env("SUBSTITUTE_CUDA_DIRTY", "1");
-        let settings = self.settings.iter().filter(|(of, ..)| of.is_none_or(|of| of == role));
-        command.envs(settings.map(|(_, name, value)| (name, value)));
+    fn was_to_be_killed(&self, role: Role, end: ExitStatus) -> bool {
+        self.killed.contains(&role) && end.signal() == Some(Signal::KILL.as_raw())
+    }
+
+    /// What this play needs and cannot have.
+    fn missing(&self) -> Option<String> {
+        if !is_real() {
+            return None;
+        }
+        if let Some(why) = self.needs_substitute {
+            return Some(why.to_owned());
+        }
+        if self.settings.iter().any(|(_, name, _)| *name == PID_NAMESPACE) && !can_make_namespaces() {
+            return Some("the system does not let this user make a PID namespace".to_owned());
+        }
+        let names =
+            self.settings.iter().map(|(_, name, _)| *name).filter(|name| ![DELAY, PID_NAMESPACE].contains(name));
+        let mut faults = names.filter(|name| name.starts_with("SUBSTITUTE_CUDA_") || *name == "LD_LIBRARY_PATH");
+        faults.next().map(|name| format!("{name} is set, which only the substitute can play"))
+    }
+
+    fn start(&self, cuda: Option<&SubstituteCuda>, role: Role, socket: Option<UnixStream>) -> Child {
+        let settings: Vec<_> = self.settings.iter().filter(|(of, ..)| of.is_none_or(|of| of == role)).collect();
+        let is_apart = cuda.is_none() && settings.iter().any(|(_, name, _)| *name == PID_NAMESPACE);
+        let mut command = again(role, if is_apart { &IN_PID_NAMESPACE } else { &[] });
+        if let Some(cuda) = cuda {
+            command.envs(cuda.environment()).env("SUBSTITUTE_CUDA_DIRTY", "1");
+        }
+        command.envs(settings.iter().map(|(_, name, value)| (name, value)));
         command.stdin(socket.map_or_else(Stdio::null, |socket| OwnedFd::from(socket).into()));
         command.spawn().unwrap()
     }
+}
+
+fn can_make_namespaces() -> bool {
+    let [program, arguments @ ..] = IN_PID_NAMESPACE;
+    let mut command = Command::new(program);
+    command.args(arguments).arg("true").stderr(Stdio::null());
+    command.status().is_ok_and(|end| end.success())
 }
 
 fn role() -> Option<Role> {
@@ -108,11 +172,19 @@ fn role() -> Option<Role> {
     }
 }
 
-/// The command that starts the calling test once more.
-fn again(role: Role) -> Command {
+/// The command that starts the calling test once more, through another program where one is given.
+fn again(role: Role, through: &[&str]) -> Command {
     let thread = std::thread::current();
     let test = thread.name().expect("the harness names a test's thread after the test");
-    let mut command = Command::new(std::env::current_exe().unwrap());
+    let this = std::env::current_exe().unwrap();
+    let mut command = match through {
+        [] => Command::new(this),
+        [program, arguments @ ..] => {
+            let mut command = Command::new(program);
+            command.args(arguments).arg(this);
+            command
+        }
+    };
     command.args([test, "--exact", "--nocapture"]).env(VARIABLE, format!("{role:?}")).stdout(Stdio::null());
     command
 }
