@@ -1,5 +1,6 @@
 //! The serving side: sessions, their memory and the lanes, over listeners and devices.
 
+mod admission;
 mod clock;
 #[cfg(all(feature = "cuda", unix))]
 mod gpu;

@@ -3,6 +3,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use super::admission::{admit, refuse_or_ignore};
 use super::incoming::Incoming;
 use super::jobs::{Unfinished, VaeCallJob, VaeWork};
 use super::memories::Memories;
@@ -19,12 +20,12 @@ use crate::id::{RequestId, SessionId};
 use crate::lane::Entry;
 use crate::model::HandOff;
 use crate::protocol::{
-    Accepted, Action, DeviceRung, Features, GpuTarget, Hello, NONCE_BYTES, Operation, Outcome, PROTOCOL_VERSION, Phase,
+    Accepted, Action, DeviceRung, Features, GpuTarget, Hello, NONCE_BYTES, Operation, Outcome, PROTOCOL_VERSION,
     ProbeAnswer, ProbeOffer, ProbeOutcome, Reason, Release, Rung, ServerMessage, TensorSource, VaeRequest, Welcome,
     codec, negotiate, settle,
 };
 use crate::tensor::{DType, Dims, TensorMeta};
-use crate::transport::{Abilities, Connection, FrameReader, Peer, TransportError};
+use crate::transport::{Abilities, Connection, FrameReader, TransportError};
 
 /// One connection on the broker's side, on the thread that reads it.
 pub(super) struct Session {
@@ -473,34 +474,4 @@ impl Prepared {
         let Self { model, plan, input, meta, output, inline } = self;
         VaeCallJob { responder, model, plan, input, input_meta: meta, output, inline }
     }
-}
-
-/// Tells a peer that is still there why there is no session; one that is gone is not told.
-fn refuse_or_ignore(link: &SessionLink, error: Error) {
-    let gone = matches!(error.kind(), ErrorKind::ConnectionLost | ErrorKind::Io);
-    if !gone && link.machine.lock().phase() == Phase::Closed {
-        let fault = error.into_fault();
-        link.outbox.post(None, |_| ServerMessage::Refused(fault));
-    }
-}
-
-/// Workers of one user trust each other with their tensors; nobody else gets in.
-///
-/// # Errors
-/// [`ErrorKind::Refused`] for a process of another user.
-fn admit(peer: Peer) -> Result<()> {
-    #[cfg(unix)]
-    {
-        let owner = rustix::process::geteuid().as_raw();
-        if peer.uid != Some(owner) {
-            return Err(Error::new(
-                ErrorKind::Refused,
-                format!("this broker belongs to user {owner} and serves no process of user {:?}", peer.uid),
-                "start a broker of your own",
-            ));
-        }
-    }
-    #[cfg(not(unix))]
-    let _ = peer;
-    Ok(())
 }
