@@ -42,7 +42,9 @@ def main() -> int:
     for old in chosen.out.iterdir():
         old.unlink()
     copy = keep if chosen.in_place else strip
-    found = [describe(name, kind, copy(path, chosen.out), chosen.out) for name, kind, path in sorted(built.programs)]
+    # By our names: cargo's own end in a hash, which the manifest's readers have no use for.
+    copied = [(name, kind, copy(path, chosen.out / name)) for name, kind, path in sorted(built.programs)]
+    found = [describe(name, kind, path, chosen.out) for name, kind, path in copied]
     if not chosen.in_place:
         wheel = build_wheel(chosen.out)
         found.append(describe(wheel.name, "wheel", wheel, chosen.out))
@@ -73,9 +75,10 @@ def build(benches: list[str]) -> Built:
         note(built, message, dict.fromkeys(TESTS, "test"))
     for message in cargo("build", "--bin", BROKER):
         note(built, message, {BROKER: "program"})
-    for message in cargo("bench", "--no-run", *[argument for bench in BENCHES for argument in ("--bench", bench)]):
-        note(built, message, dict.fromkeys(BENCHES, "bench"))
-    missing = {*TESTS, *BENCHES, BROKER} - {name for name, _, _ in built.programs}
+    for bench in benches:
+        for message in cargo("bench", "--no-run", "--bench", bench):
+            note(built, message, {bench: "bench"})
+    missing = {*TESTS, *benches, BROKER} - {name for name, _, _ in built.programs}
     if missing:
         sys.exit(f"cargo built no {', '.join(sorted(missing))}")
     tests = next(path.parent for name, _, path in built.programs if name == TESTS[0])
@@ -107,14 +110,12 @@ def cargo(command: str, *arguments: str):
             yield json.loads(line)
 
 
-def strip(path: Path, out: Path) -> Path:
-    # Cargo's names of tests end in a hash, which the manifest's readers have no use for.
-    target = out / (path.name.rpartition("-")[0] if path.parent.name == "deps" and "-" in path.name else path.name)
+def strip(path: Path, target: Path) -> Path:
     subprocess.run(["strip", "-o", target, path], check=True)
     return target
 
 
-def keep(path: Path, _out: Path) -> Path:
+def keep(path: Path, _target: Path) -> Path:
     return path
 
 

@@ -120,7 +120,7 @@ class Broker:
     """A broker of the artefacts, serving until the block ends."""
 
     def __init__(self, program: str | Path, folder: Path, *arguments: str) -> None:
-        self.socket = str(folder / "broker.sock")
+        self.program, self.socket = program, str(folder / "broker.sock")
         self._command = [str(program), "serve", "--bench-models", "--socket", self.socket, *arguments]
         self._log = folder / "broker.log"
 

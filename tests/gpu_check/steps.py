@@ -118,8 +118,8 @@ def _programs(bench: Bench, deadline: Deadline) -> dict:
     words = "; ".join([*site, "import luna_broker; print(luna_broker.__version__, luna_broker.__file__)"])
     imported = run([python(), "-c", words], Deadline(30, deadline))
     found["package"] = imported.tail(300)
-    doctor = run([broker, "doctor"], Deadline(60, deadline), bench.environment)
-    found["doctor"] = doctor.tail(3000).splitlines() if doctor.code == 0 else "not in this build"
+    # Whatever it ends with: what it says is what is wanted, not whether all is well.
+    found["doctor"] = run([broker, "doctor"], Deadline(60, deadline), bench.environment).tail(3000).splitlines()
     if found["damaged"] or end.code != 0 or imported.code != 0:
         raise Unfinished("not everything that was built starts here", found)
     return found

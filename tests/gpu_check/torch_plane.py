@@ -14,7 +14,7 @@ from pathlib import Path
 import luna_broker
 import torch
 from hand_offs import LATENT, MODEL, arguments, latent, marks, said, synchronize, wanted
-from programs import Broker, tell
+from programs import Broker, Deadline, run, tell, with_libtorch
 
 # GPU clock ticks: about a millisecond.
 SLEEP = 2_000_000
@@ -38,6 +38,12 @@ class Plane:
             "rungs": [[rung.device, rung.rung, rung.reason] for rung in self.client.session.rungs],
             "allocator": torch.cuda.get_allocator_backend() if self.place == "cuda" else "cpu",
         }
+
+    def doctor(self) -> dict:
+        """What the program itself says of this machine, beside a broker."""
+        command = [self.broker.program, "doctor", "--socket", self.broker.socket]
+        end = run(command, Deadline(30), with_libtorch())
+        return {"said": end.tail(3000).splitlines()}
 
     def fresh_data(self) -> dict:
         return self._count(lambda _: latent(self.place))
@@ -136,7 +142,7 @@ class Plane:
         return {"rounds": self.rounds, "wrong": int(wrong)}
 
 
-PARTS = ["first", "fresh_data", "streams_that_lag", "built_in_place", "host_tensors", "side_stream_readers"]
+PARTS = ["first", "doctor", "fresh_data", "streams_that_lag", "built_in_place", "host_tensors", "side_stream_readers"]
 ON_A_GPU = ["streams_that_lag", "side_stream_readers"]
 # Last: what a broken GPU context leaves is of no use to the others.
 LAST = ["broker_killed"]
