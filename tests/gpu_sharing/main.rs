@@ -112,6 +112,9 @@ impl OwnLatent {
         getrandom::fill(&mut bytes).unwrap();
         // Any bits do, but NaN would be unequal to itself.
         self.values = bytes.chunks_exact(4).map(|four| f32::from(four[0]) + f32::from(four[1]) / 256.0).collect();
+        // The last call's copy of it may be enqueued still, on the stream that `input` names.
+        let device = CudaDevice::open(self.gpu, CudaSharing::Ipc).unwrap();
+        device.synchronize_stream(StreamRef::DEFAULT).unwrap();
         self.region.copy_in(0, &bytes_of(&self.values)).unwrap();
     }
 
