@@ -19,7 +19,7 @@
 
 namespace {
 
-// Raised with every change of a struct below; `shim/mod.rs` says the same number.
+// Raised with every change of a struct below; `shim.rs` says the same number.
 constexpr uint32_t VERSION = 1;
 
 // Where the words of an error go: cut short and always ended by a zero.

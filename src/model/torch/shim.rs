@@ -8,7 +8,7 @@ use super::super::{CudaUnavailable, ModelError};
 #[cfg(target_os = "linux")]
 mod open;
 #[cfg(not(target_os = "linux"))]
-#[path = "nowhere.rs"]
+#[path = "shim/nowhere.rs"]
 mod open;
 
 pub(super) use open::shim;
