@@ -32,6 +32,10 @@ ids! {
     ArenaId(u32);
     /// One place in an arena's slot table; reused under a new [`Generation`].
     SlotId(u32);
+    /// One set of weights in the broker's memory, unique within an epoch.
+    WeightSetId(u64);
+    /// One session's hold on a set of weights, unique within an epoch.
+    AttachmentId(u64);
     /// Counts the uses of a slot: a reference with an old one is stale.
     Generation(u32);
 }
@@ -66,6 +70,22 @@ impl fmt::Display for GpuUuid {
 }
 
 impl fmt::Debug for GpuUuid {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// What tensors contain, in 32 bytes: the same for the same keys, element types, shapes and values.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct ContentDigest(pub [u8; 32]);
+
+impl fmt::Display for ContentDigest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+impl fmt::Debug for ContentDigest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(self, f)
     }

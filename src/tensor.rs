@@ -6,8 +6,10 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::error::{Error, ErrorKind};
 
+mod cast;
 mod copy;
 
+pub use cast::CastRule;
 pub use copy::copy_dense;
 
 /// More dimensions than any tensor of the supported models has; bounds every loop over a peer's shape.
@@ -24,12 +26,24 @@ pub enum DType {
     U8,
     /// Signed 8-bit integer.
     I8,
+    /// Unsigned 16-bit integer.
+    U16,
     /// Signed 16-bit integer.
     I16,
+    /// Unsigned 32-bit integer.
+    U32,
     /// Signed 32-bit integer.
     I32,
+    /// Unsigned 64-bit integer.
+    U64,
     /// Signed 64-bit integer.
     I64,
+    /// 8-bit float with 4 bits of exponent, 3 of mantissa and no infinities; weights only.
+    #[serde(rename = "f8_e4m3fn")]
+    F8E4M3Fn,
+    /// 8-bit float with 5 bits of exponent and 2 of mantissa; weights only.
+    #[serde(rename = "f8_e5m2")]
+    F8E5M2,
     /// IEEE half precision.
     F16,
     /// bfloat16.
@@ -45,17 +59,48 @@ impl DType {
     #[must_use]
     pub const fn size_bytes(self) -> usize {
         match self {
-            Self::Bool | Self::U8 | Self::I8 => 1,
-            Self::I16 | Self::F16 | Self::Bf16 => 2,
-            Self::I32 | Self::F32 => 4,
-            Self::I64 | Self::F64 => 8,
+            Self::Bool | Self::U8 | Self::I8 | Self::F8E4M3Fn | Self::F8E5M2 => 1,
+            Self::U16 | Self::I16 | Self::F16 | Self::Bf16 => 2,
+            Self::U32 | Self::I32 | Self::F32 => 4,
+            Self::U64 | Self::I64 | Self::F64 => 8,
         }
     }
 
-    /// Whether elements are floating-point numbers.
+    /// Whether elements are floating-point numbers that can be computed with: those of 8 bits are only stored.
     #[must_use]
     pub const fn is_float(self) -> bool {
         matches!(self, Self::F16 | Self::Bf16 | Self::F32 | Self::F64)
+    }
+
+    /// Whether elements are floating-point numbers of 8 bits.
+    #[must_use]
+    pub const fn is_float8(self) -> bool {
+        matches!(self, Self::F8E4M3Fn | Self::F8E5M2)
+    }
+
+    /// Every element type.
+    pub const ALL: [Self; 15] = [
+        Self::Bool,
+        Self::U8,
+        Self::I8,
+        Self::U16,
+        Self::I16,
+        Self::U32,
+        Self::I32,
+        Self::U64,
+        Self::I64,
+        Self::F8E4M3Fn,
+        Self::F8E5M2,
+        Self::F16,
+        Self::Bf16,
+        Self::F32,
+        Self::F64,
+    ];
+
+    /// The element type of that name.
+    #[must_use]
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|dtype| dtype.name() == name)
     }
 
     /// The name used in messages and in `status`, as torch spells it.
@@ -65,9 +110,14 @@ impl DType {
             Self::Bool => "bool",
             Self::U8 => "uint8",
             Self::I8 => "int8",
+            Self::U16 => "uint16",
             Self::I16 => "int16",
+            Self::U32 => "uint32",
             Self::I32 => "int32",
+            Self::U64 => "uint64",
             Self::I64 => "int64",
+            Self::F8E4M3Fn => "float8_e4m3fn",
+            Self::F8E5M2 => "float8_e5m2",
             Self::F16 => "float16",
             Self::Bf16 => "bfloat16",
             Self::F32 => "float32",

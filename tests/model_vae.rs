@@ -74,7 +74,7 @@ impl Value {
     fn stored(file: &ModelFile, name: &str) -> Self {
         let stored = file.tensor(name).unwrap_or_else(|| panic!("no {name} in {}", file.path().display()));
         let shape: Vec<u64> = stored.shape.iter().map(|&extent| extent as u64).collect();
-        let dtype = stored.computable().expect("a plain type");
+        let dtype = stored.element().expect("a plain type");
         let meta = TensorMeta::contiguous(dtype, Dims::new(&shape).expect("a rank"));
         Self { meta, bytes: file.bytes(stored).expect("its bytes").to_vec() }
     }

@@ -80,17 +80,22 @@ struct Managed<Header> {
     _tensor: Tensor,
 }
 
-const DTYPES: [(DType, u8, u8); 10] = [
+const DTYPES: [(DType, u8, u8); 15] = [
     (DType::I8, 0, 8),
     (DType::I16, 0, 16),
     (DType::I32, 0, 32),
     (DType::I64, 0, 64),
     (DType::U8, 1, 8),
+    (DType::U16, 1, 16),
+    (DType::U32, 1, 32),
+    (DType::U64, 1, 64),
     (DType::F16, 2, 16),
     (DType::F32, 2, 32),
     (DType::F64, 2, 64),
     (DType::Bf16, 4, 16),
     (DType::Bool, 6, 8),
+    (DType::F8E4M3Fn, 10, 8),
+    (DType::F8E5M2, 12, 8),
 ];
 
 /// A tensor borrowed from another library for the length of a call.

@@ -247,20 +247,7 @@ pub(crate) fn dtype(object: &Bound<'_, PyAny>) -> PyResult<(Library, DType)> {
         Some(name) => (Library::Torch, name.to_owned()),
         None => (Library::Numpy, name),
     };
-    let known = [
-        DType::F16,
-        DType::Bf16,
-        DType::F32,
-        DType::F64,
-        DType::U8,
-        DType::I8,
-        DType::I16,
-        DType::I32,
-        DType::I64,
-        DType::Bool,
-    ];
-    let found = known.into_iter().find(|dtype| dtype.name() == name);
-    found
+    DType::from_name(&name)
         .map(|dtype| (library, dtype))
         .ok_or_else(|| PyTypeError::new_err(format!("{name} is not an element type that can cross")))
 }

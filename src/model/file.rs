@@ -34,16 +34,21 @@ pub struct StoredTensor {
 }
 
 impl StoredTensor {
-    /// Element type, where it is one that can be computed with.
+    /// Element type, where it is one whose elements fill whole bytes.
     #[must_use]
-    pub fn computable(&self) -> Option<DType> {
+    pub fn element(&self) -> Option<DType> {
         Some(match self.dtype {
             StoredDType::BOOL => DType::Bool,
             StoredDType::U8 => DType::U8,
             StoredDType::I8 => DType::I8,
+            StoredDType::U16 => DType::U16,
             StoredDType::I16 => DType::I16,
+            StoredDType::U32 => DType::U32,
             StoredDType::I32 => DType::I32,
+            StoredDType::U64 => DType::U64,
             StoredDType::I64 => DType::I64,
+            StoredDType::F8_E4M3 => DType::F8E4M3Fn,
+            StoredDType::F8_E5M2 => DType::F8E5M2,
             StoredDType::F16 => DType::F16,
             StoredDType::BF16 => DType::Bf16,
             StoredDType::F32 => DType::F32,

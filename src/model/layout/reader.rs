@@ -140,7 +140,7 @@ impl<'a> Reader<'a> {
             .file
             .tensor(name)
             .ok_or_else(|| self.unsupported(format!("an autoencoder without a tensor {}", quote(name))))?;
-        if !stored.computable().is_some_and(DType::is_float) {
+        if !stored.element().is_some_and(DType::is_float) {
             return Err(self.unsupported(format!("element type {} of {}", stored.dtype, quote(name))));
         }
         self.taken.insert(name.to_owned());

@@ -36,9 +36,9 @@ pub fn threads() -> usize {
     usize::try_from(tch::get_num_threads()).unwrap_or(1)
 }
 
-/// The library's name of an element type.
-fn kind_of(dtype: DType) -> Kind {
-    match dtype {
+/// The library's name of an element type, where it computes with that.
+fn kind_of(dtype: DType) -> Option<Kind> {
+    Some(match dtype {
         DType::Bool => Kind::Bool,
         DType::U8 => Kind::Uint8,
         DType::I8 => Kind::Int8,
@@ -49,7 +49,8 @@ fn kind_of(dtype: DType) -> Kind {
         DType::Bf16 => Kind::BFloat16,
         DType::F32 => Kind::Float,
         DType::F64 => Kind::Double,
-    }
+        _ => return None,
+    })
 }
 
 /// Turns the library's error for `what` into ours. The library has no kinds of error, only words.

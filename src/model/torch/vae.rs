@@ -13,7 +13,7 @@ use super::weights::{Backing, LoadOptions, Weights};
 use super::{failed, kind_of};
 use crate::device::{Place, Span, StreamRef};
 use crate::service::{VaeMode, VaeOperation};
-use crate::tensor::{DType, TensorMeta};
+use crate::tensor::TensorMeta;
 
 /// A network on float32 NCHW tensors, whatever it computes in: raw latents on one side, images in 0…1 (not clamped) on
 /// the other.
@@ -180,12 +180,13 @@ impl TorchVae {
         let (Ok(shape), Ok(strides)) = (shape, strides) else {
             return Err(refused("a tensor is larger than the address space"));
         };
+        let kind = kind_of(meta.dtype).ok_or_else(|| refused("elements of a kind that is not computed with"))?;
         let address = memory.address() as *const u8;
         // SAFETY: `check_fits` established that shape and strides stay inside the memory, which is aligned. Host memory
         // is mapped for as long as the caller's borrow, and no work on it is left when `run` returns; the caller keeps a
         // GPU's memory until the lane's stream has passed this call. The library asks the driver which GPU the address
         // belongs to and refuses one that is not `device`. The tensor is dropped inside `run`.
-        unsafe { Tensor::f_from_blob(address, &shape, &strides, kind_of(meta.dtype), device) }.map_err(failed(what))
+        unsafe { Tensor::f_from_blob(address, &shape, &strides, kind, device) }.map_err(failed(what))
     }
 }
 
@@ -225,7 +226,7 @@ fn crop(image: &Tensor, ratio: i64) -> Result<Tensor, TchError> {
 
 /// One sample where, in which layout and as which element type models take it. Crosses to a GPU as it is stored.
 fn sample(batch: &Tensor, at: i64, device: Compute) -> Result<Tensor, TchError> {
-    batch.f_narrow(0, at, 1)?.f_to_device(device)?.f_to_kind(kind_of(DType::F32))?.f_contiguous()
+    batch.f_narrow(0, at, 1)?.f_to_device(device)?.f_to_kind(Kind::Float)?.f_contiguous()
 }
 
 #[cfg(test)]

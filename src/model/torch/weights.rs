@@ -121,7 +121,7 @@ impl<'a> Weights<'a> {
     /// The stored values: a view on the mapping, or a copy where the file does not align them.
     fn source(&self, stored: &StoredTensor) -> Result<Tensor, ModelError> {
         let bytes = self.file.bytes(stored)?;
-        let kind = stored.computable().map(kind_of).ok_or_else(|| ModelError::Unsupported {
+        let kind = stored.element().and_then(kind_of).ok_or_else(|| ModelError::Unsupported {
             path: self.file.path().to_owned(),
             what: format!("element type {}", stored.dtype),
         })?;
