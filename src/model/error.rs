@@ -1,8 +1,10 @@
 use std::io;
 use std::path::PathBuf;
 
+use super::weights::CastError;
+use crate::device::DeviceError;
 use crate::error::{Error, ErrorKind};
-use crate::tensor::TensorError;
+use crate::tensor::{DType, TensorError};
 
 /// Why a model could not be found, opened, loaded or run.
 #[derive(Debug, thiserror::Error)]
@@ -63,11 +65,58 @@ pub enum ModelError {
         what: String,
     },
     /// The file is not the one that was loaded.
-    #[error("{} changed on disk since it was loaded; it is loaded anew by the next request", path.display())]
+    #[error("{} changed on disk since it was opened; it is loaded anew by the next request", path.display())]
     Changed {
         /// The file.
         path: PathBuf,
     },
+    /// A tensor of an element type that weights are not shared in.
+    #[error("{}: tensor {tensor} is stored as {stored}, which cannot be shared", path.display())]
+    ElementType {
+        /// The file.
+        path: PathBuf,
+        /// The tensor, quoted.
+        tensor: String,
+        /// The element type, as the file names it.
+        stored: String,
+    },
+    /// A rule asks for an element type that nothing is converted to.
+    #[error("weights cannot be converted to {wanted}")]
+    CastTarget {
+        /// The element type asked for.
+        wanted: DType,
+    },
+    /// A tensor of a set has a shape that cannot be described, or with it the set is larger than the address space.
+    #[error("tensor {tensor}: {cause}")]
+    WeightShape {
+        /// The tensor, quoted.
+        tensor: String,
+        /// What is wrong.
+        cause: Box<TensorError>,
+    },
+    /// A set names a tensor twice.
+    #[error("tensor {tensor} is in the set twice")]
+    DuplicateTensor {
+        /// The tensor, quoted.
+        tensor: String,
+    },
+    /// A set of no tensors.
+    #[error("the set has no tensors")]
+    EmptySet,
+    /// A plan was used with a file or a region that it was not made for.
+    #[error("tensor {tensor} is not where the plan says: {reason}")]
+    PlanMismatch {
+        /// The tensor, quoted.
+        tensor: String,
+        /// What does not match.
+        reason: &'static str,
+    },
+    /// Bytes could not be converted.
+    #[error(transparent)]
+    Cast(#[from] CastError),
+    /// The memory that weights are loaded into refused.
+    #[error(transparent)]
+    Memory(#[from] DeviceError),
     /// A tensor does not fit the model.
     #[error(transparent)]
     Tensor(#[from] TensorError),
@@ -212,7 +261,10 @@ impl ModelError {
             }
             Self::Unreadable { cause, .. } if cause.kind() == io::ErrorKind::NotFound => ErrorKind::ModelNotFound,
             Self::Unreadable { .. } => ErrorKind::Io,
-            Self::Unsupported { .. } => ErrorKind::Unsupported,
+            Self::Unsupported { .. } | Self::ElementType { .. } | Self::CastTarget { .. } => ErrorKind::Unsupported,
+            Self::WeightShape { .. } | Self::DuplicateTensor { .. } | Self::EmptySet => ErrorKind::InvalidTensor,
+            Self::PlanMismatch { .. } | Self::Cast(_) => ErrorKind::Internal,
+            Self::Memory(cause) => cause.kind(),
             Self::Changed { .. } => ErrorKind::Stale,
             Self::Tensor(_) | Self::Tiles { .. } => ErrorKind::InvalidTensor,
             Self::OverBudget { .. } | Self::OutOfMemory { .. } => ErrorKind::OutOfMemory,
@@ -237,6 +289,14 @@ impl ModelError {
             Self::Malformed { .. } => "download or convert the file again",
             Self::MissingPart { .. } => "name a checkpoint or VAE file that holds this part",
             Self::Unsupported { .. } => "use a supported model, or a worker that runs it itself",
+            Self::ElementType { .. } => {
+                "convert the file to a type of 8 bits or more, such as float8_e4m3fn or float16"
+            }
+            Self::CastTarget { .. } => "ask for float16, bfloat16, float32 or float64, or for the weights as stored",
+            Self::WeightShape { .. } => "reshape the tensor, or leave it out of the set",
+            Self::DuplicateTensor { .. } => "name each tensor once",
+            Self::EmptySet => "give at least one tensor",
+            Self::PlanMismatch { .. } | Self::Cast(_) | Self::Memory(_) => "",
             Self::Changed { .. } => {
                 "send the request again; replace model files by renaming a new file over the old one"
             }

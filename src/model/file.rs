@@ -71,6 +71,7 @@ impl StoredTensor {
 #[derive(Debug)]
 pub struct ModelFile {
     path: PathBuf,
+    file: File,
     mapping: Mmap,
     tensors: BTreeMap<String, StoredTensor>,
     identity: Identity,
@@ -131,7 +132,7 @@ impl ModelFile {
                 (name, StoredTensor { dtype: stored.dtype, shape: stored.shape.clone(), bytes })
             })
             .collect();
-        Ok(Self { path: path.to_owned(), mapping, tensors, identity: Identity::of(&metadata) })
+        Ok(Self { path: path.to_owned(), file, mapping, tensors, identity: Identity::of(&metadata) })
     }
 
     /// The path the file was opened by.
@@ -168,6 +169,31 @@ impl ModelFile {
         })
     }
 
+    /// Fills `target` with what the file holds from byte `at` on. Unlike the mapping, it survives a file that shrinks.
+    ///
+    /// # Errors
+    /// [`ModelError::Changed`] where the file now ends before, [`ModelError::Unreadable`] where it cannot be read.
+    pub fn read_exact_at(&self, mut at: u64, mut target: &mut [u8]) -> Result<(), ModelError> {
+        while !target.is_empty() {
+            match read_at(&self.file, target, at) {
+                Ok(0) => return Err(ModelError::Changed { path: self.path.clone() }),
+                Ok(read) => {
+                    target = target.get_mut(read..).unwrap_or_default();
+                    at += read as u64;
+                }
+                Err(cause) if cause.kind() == io::ErrorKind::Interrupted => {}
+                Err(cause) => return Err(ModelError::Unreadable { path: self.path.clone(), cause }),
+            }
+        }
+        Ok(())
+    }
+
+    /// The open file, for questions about how it is stored.
+    #[cfg_attr(not(target_os = "linux"), expect(dead_code, reason = "only Linux is asked for holes"))]
+    pub(super) fn file(&self) -> &File {
+        &self.file
+    }
+
     /// Checks that the path still names the file that was opened, in the same state. One `stat`.
     ///
     /// # Errors
@@ -191,6 +217,16 @@ impl ModelFile {
             Some(first) => format!("{} tensors, first: {}", self.tensors.len(), quote(first)),
         }
     }
+}
+
+#[cfg(unix)]
+fn read_at(file: &File, target: &mut [u8], at: u64) -> io::Result<usize> {
+    std::os::unix::fs::FileExt::read_at(file, target, at)
+}
+
+#[cfg(windows)]
+fn read_at(file: &File, target: &mut [u8], at: u64) -> io::Result<usize> {
+    std::os::windows::fs::FileExt::seek_read(file, target, at)
 }
 
 /// Opens what must be a regular file, without ever waiting for a writer at the other end of a pipe.
@@ -252,6 +288,6 @@ fn shorten(text: &str) -> String {
 }
 
 /// A tensor's name fit for a message: quoted, escaped, shortened.
-pub(super) fn quote(name: &str) -> String {
+pub(in crate::model) fn quote(name: &str) -> String {
     format!("{:?}", shorten(name))
 }

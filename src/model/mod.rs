@@ -11,6 +11,7 @@ mod layout;
 mod plan;
 #[cfg(feature = "torch")]
 pub mod torch;
+pub mod weights;
 
 pub use detect::vae_facts;
 pub use error::{CudaUnavailable, ModelError};

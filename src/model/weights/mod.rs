@@ -1,0 +1,21 @@
+//! Weights that are shared between processes: where each tensor of a set lies in one region, how the region is filled
+//! from a file, and what tells one content from another.
+//!
+//! No libtorch. The region is filled before anybody else sees it; whoever imports it later finds the same layout for
+//! the same file and rule, so that the memory of a restarted broker goes where the old one's was.
+
+mod cast;
+mod digest;
+mod load;
+mod plan;
+mod pool;
+mod sparse;
+mod transfer;
+
+#[cfg(test)]
+mod tests;
+
+pub use cast::{CastError, cast};
+pub use digest::digest_tensors;
+pub use load::{Loaded, digest_file, digest_region, load};
+pub use plan::{PlannedTensor, WeightPlan};
