@@ -42,6 +42,9 @@ pub enum DeviceError {
     /// A peer could shrink the memory under the mapping.
     #[error("the region's memory is not sealed against shrinking")]
     NotSealed,
+    /// Memory that is to become unchangeable can still be written to by somebody.
+    #[error("the memory is still mapped for writing")]
+    StillMapped,
     /// Only the process that allocated a region exports it.
     #[error("the region was imported; only its owner exports it")]
     Imported,
@@ -152,7 +155,9 @@ impl DeviceError {
                 ErrorKind::Unsupported
             }
             Self::UnknownGpu { .. } => ErrorKind::Configuration,
-            Self::TooSmall { .. } | Self::NotSealed | Self::Imported | Self::OutOfBounds { .. } => ErrorKind::Protocol,
+            Self::TooSmall { .. } | Self::NotSealed | Self::StillMapped | Self::Imported | Self::OutOfBounds { .. } => {
+                ErrorKind::Protocol
+            }
             Self::NotRecorded { .. } | Self::OwnerGone => ErrorKind::Stale,
         }
     }

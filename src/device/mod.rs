@@ -18,11 +18,13 @@ mod span;
 #[cfg(all(feature = "cuda", unix))]
 pub use cuda::{CudaDevice, CudaSharing};
 pub use error::{DeviceError, NoDriver};
+#[cfg(target_os = "linux")]
+pub use host::{DraftRegion, SealedRegion};
 pub use host::{HostDevice, HostSharing};
 pub use in_process::InProcessDevice;
 pub use order::{CopyStream, Order};
 pub use range::GpuRange;
-pub use span::Span;
+pub use span::{Element, Span};
 
 use crate::id::GpuUuid;
 

@@ -1,6 +1,9 @@
 use std::sync::Arc;
 
+use half::{bf16, f16};
+
 use super::{DeviceError, Place, Region, check_range};
+use crate::tensor::DType;
 
 /// A checked range of a region; keeps the region alive.
 #[derive(Debug, Clone)]
@@ -121,15 +124,15 @@ impl Span {
         }
     }
 
-    /// The first `count` float32 elements, for a caller that holds the slot's lease or pin.
+    /// The first `count` elements, for a caller that holds the slot's lease or pin.
     ///
     /// # Errors
-    /// As [`Span::bytes`]; [`DeviceError::OutOfBounds`] also for a range that is not aligned for float32.
-    pub(crate) fn floats(&self, count: usize) -> Result<&[f32], DeviceError> {
-        let bytes = self.bytes(count.saturating_mul(size_of::<f32>()))?;
-        // SAFETY: every bit pattern is a float32; `align_to` takes care of alignment.
-        match unsafe { bytes.align_to::<f32>() } {
-            ([], floats, []) => Ok(floats),
+    /// As [`Span::bytes`]; [`DeviceError::OutOfBounds`] also for a range that is not aligned for the elements.
+    pub(crate) fn elements<T: Element>(&self, count: usize) -> Result<&[T], DeviceError> {
+        let bytes = self.bytes(count.saturating_mul(size_of::<T>()))?;
+        // SAFETY: every bit pattern is an element, by the list of those that are; `align_to` takes care of alignment.
+        match unsafe { bytes.align_to::<T>() } {
+            ([], elements, []) => Ok(elements),
             _ => Err(DeviceError::OutOfBounds { offset: self.offset, length: self.length, size_bytes: self.length }),
         }
     }
@@ -140,4 +143,39 @@ impl Span {
         }
         check_range(0, length, self.length)
     }
+}
+
+/// A type whose every bit pattern is an element of a tensor.
+pub trait Element: sealed::Sealed + Copy + 'static {
+    /// What tensors of it say.
+    const DTYPE: DType;
+}
+
+mod sealed {
+    /// Nobody else says of a type that all its bit patterns are good.
+    pub trait Sealed {}
+}
+
+macro_rules! elements {
+    ($($element:ty => $dtype:ident,)*) => {$(
+        impl sealed::Sealed for $element {}
+        impl Element for $element {
+            const DTYPE: DType = DType::$dtype;
+        }
+    )*};
+}
+
+elements! {
+    u8 => U8,
+    i8 => I8,
+    u16 => U16,
+    i16 => I16,
+    u32 => U32,
+    i32 => I32,
+    u64 => U64,
+    i64 => I64,
+    f16 => F16,
+    bf16 => Bf16,
+    f32 => F32,
+    f64 => F64,
 }

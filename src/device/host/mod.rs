@@ -8,6 +8,11 @@ use super::{Device, DeviceError, Place, Region, RegionHandle};
 #[cfg(target_os = "linux")]
 mod memfd;
 mod named;
+#[cfg(target_os = "linux")]
+mod sealed;
+
+#[cfg(target_os = "linux")]
+pub use sealed::{DraftRegion, SealedRegion};
 
 /// How a host region is shared.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
