@@ -61,6 +61,11 @@ pub struct BrokerConfig {
     pub gpu_bytes: u64,
     /// How GPU work of broker and clients is kept in order. Default: by events.
     pub gpu_order: GpuOrder,
+    /// Bytes of weights held for clients to attach, on all devices together. Default `None`: as much as there is memory.
+    /// Sets that nobody holds give way to others; what is beyond it then is refused as out of memory.
+    pub weight_bytes: Option<u64>,
+    /// How long a client may keep a permit before the lane goes on without it. Default 10 min.
+    pub permit_patience: Duration,
 }
 
 impl Default for BrokerConfig {
@@ -84,6 +89,8 @@ impl Default for BrokerConfig {
             gpu_arena_bytes: 32 << 20,
             gpu_bytes: 2 << 30,
             gpu_order: GpuOrder::Events,
+            weight_bytes: None,
+            permit_patience: Duration::from_secs(600),
         }
     }
 }

@@ -29,6 +29,8 @@ pub enum ErrorKind {
     Stale,
     /// Recognised, but not something this build or device can do.
     Unsupported,
+    /// Somebody uses what the request would replace or take away.
+    InUse,
     /// The deadline passed before the work was done.
     Timeout,
     /// The caller took the request back.
@@ -51,7 +53,7 @@ impl ErrorKind {
     pub const fn retry(self) -> Retry {
         match self {
             Self::ConnectionLost | Self::ShuttingDown => Retry::Reconnect,
-            Self::Busy | Self::Timeout => Retry::Later,
+            Self::Busy | Self::InUse | Self::Timeout => Retry::Later,
             Self::Stale => Retry::Refresh,
             Self::OutOfMemory
             | Self::Refused
@@ -77,7 +79,7 @@ impl ErrorKind {
             Self::ConnectionLost | Self::ShuttingDown => 3,
             Self::Refused => 4,
             Self::ModelNotFound | Self::InvalidModel => 5,
-            Self::Busy | Self::Timeout | Self::OutOfMemory => 6,
+            Self::Busy | Self::InUse | Self::Timeout | Self::OutOfMemory => 6,
             Self::InvalidTensor | Self::Stale | Self::Cancelled | Self::Protocol | Self::Io | Self::Internal => 1,
         }
     }

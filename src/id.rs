@@ -36,6 +36,10 @@ ids! {
     WeightSetId(u64);
     /// One session's hold on a set of weights, unique within an epoch.
     AttachmentId(u64);
+    /// Memory that a client is filling with tensors to publish, unique within an epoch.
+    DraftId(u64);
+    /// One place in a lane that a client holds, unique within an epoch.
+    PermitId(u64);
     /// Counts the uses of a slot: a reference with an old one is stale.
     Generation(u32);
 }
@@ -76,12 +80,39 @@ impl fmt::Debug for GpuUuid {
 }
 
 /// What tensors contain, in 32 bytes: the same for the same keys, element types, shapes and values.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+///
+/// Where people read, it is written in hexadecimal digits.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ContentDigest(pub [u8; 32]);
 
 impl fmt::Display for ContentDigest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+impl Serialize for ContentDigest {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        if serializer.is_human_readable() { serializer.collect_str(self) } else { self.0.serialize(serializer) }
+    }
+}
+
+impl<'de> Deserialize<'de> for ContentDigest {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        if !deserializer.is_human_readable() {
+            return <[u8; 32]>::deserialize(deserializer).map(Self);
+        }
+        let text = String::deserialize(deserializer)?;
+        let refused = || serde::de::Error::custom("a digest is 64 hexadecimal digits");
+        let mut bytes = [0; 32];
+        if text.len() != 2 * bytes.len() {
+            return Err(refused());
+        }
+        for (byte, digits) in bytes.iter_mut().zip(text.as_bytes().chunks(2)) {
+            let digits = std::str::from_utf8(digits).map_err(|_| refused())?;
+            *byte = u8::from_str_radix(digits, 16).map_err(|_| refused())?;
+        }
+        Ok(Self(bytes))
     }
 }
 

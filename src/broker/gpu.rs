@@ -92,6 +92,22 @@ impl BrokerGpu {
         Ok(self.pool(rung)?.arenas)
     }
 
+    /// Memory for weights: of the kind that outlives the broker and that others can be given for reading alone, or plain
+    /// memory where the driver hands that kind to nobody.
+    ///
+    /// # Errors
+    /// [`DeviceError::OutOfMemory`], [`DeviceError::Cuda`].
+    pub(super) fn weight_memory(&self, size_bytes: usize) -> Result<Arc<dyn Region>, DeviceError> {
+        let readable = CudaDevice::open(self.uuid, CudaSharing::Vmm).and_then(|device| device.allocate(size_bytes));
+        match readable {
+            Err(DeviceError::Cuda { call, code, name }) => {
+                tracing::warn!(call, code, name, "weights lie in plain GPU memory, which every client can write to");
+                self.plain.device.allocate(size_bytes)
+            }
+            done => done,
+        }
+    }
+
     /// A stream for work that needs no lane.
     ///
     /// # Errors

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use super::loader::Loader;
 use super::memory::Held;
 use super::outbox::Payload;
+use super::permits::PermitJob;
 use super::registry::{ModelEntry, Registry};
 use super::responder::Responder;
 use crate::device::{DeviceError, StreamRef};
@@ -66,7 +67,7 @@ impl VaeCallJob {
             };
             drop(input);
             return responder
-                .answer_with_payload(Outcome::InlineTensor { meta, mode }, Payload { held: output, length });
+                .answer_with_payload(Outcome::InlineTensor { meta, mode }, Payload::Slot { held: output, length });
         }
         let handed_over = output.hand_over(meta, stream);
         // Given back before the client can know, so that its next call finds the slot free; but behind the mark that
@@ -95,8 +96,16 @@ pub(super) struct Unfinished {
 #[derive(Debug)]
 pub(super) enum VaeWork {
     Call(VaeCallJob),
-    Load { responder: Responder, model: Arc<ModelEntry> },
-    Unload { responder: Responder, model: Arc<ModelEntry> },
+    Load {
+        responder: Responder,
+        model: Arc<ModelEntry>,
+    },
+    Unload {
+        responder: Responder,
+        model: Arc<ModelEntry>,
+    },
+    /// Work that a client does itself.
+    Permit(PermitJob),
 }
 
 /// What the VAE lane's thread owns.
@@ -170,6 +179,7 @@ impl Job for VaeWork {
                 responder.finished();
                 responder.answer(Outcome::Done);
             }
+            Self::Permit(job) => job.hold(),
         }
     }
 
@@ -177,6 +187,7 @@ impl Job for VaeWork {
         let responder = match self {
             Self::Call(job) => job.responder,
             Self::Load { responder, .. } | Self::Unload { responder, .. } => responder,
+            Self::Permit(job) => job.give_up(),
         };
         responder.fail(refusal(why));
     }

@@ -14,6 +14,7 @@ mod memories;
 mod memory;
 mod open_gpu;
 mod outbox;
+mod permits;
 mod pool;
 mod quarantine;
 mod registry;
@@ -22,5 +23,6 @@ mod server;
 mod session;
 mod state;
 mod status;
+mod weights;
 
 pub use server::{Broker, BrokerBuilder};

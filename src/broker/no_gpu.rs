@@ -37,6 +37,10 @@ impl BrokerGpu {
         match *self {}
     }
 
+    pub(super) fn weight_memory(&self, _size_bytes: usize) -> Result<Arc<dyn Region>, DeviceError> {
+        match *self {}
+    }
+
     pub(super) fn queue(&self) -> Result<Arc<dyn CopyStream>, DeviceError> {
         match *self {}
     }

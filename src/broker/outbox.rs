@@ -52,16 +52,21 @@ struct Outgoing {
     progress: FrameWriter,
 }
 
-/// Bytes that follow a message straight from the slot they were computed in.
+/// Bytes that follow a message.
 #[derive(Debug)]
-pub(super) struct Payload {
-    pub(super) held: Held,
-    pub(super) length: usize,
+pub(super) enum Payload {
+    /// Straight from the slot they were computed in.
+    Slot { held: Held, length: usize },
+    /// A table that is sent to everybody who asks.
+    Table(Arc<[u8]>),
 }
 
 impl Payload {
     fn bytes(&self) -> &[u8] {
-        self.held.span().bytes(self.length).unwrap_or_default()
+        match self {
+            Self::Slot { held, length } => held.span().bytes(*length).unwrap_or_default(),
+            Self::Table(bytes) => bytes,
+        }
     }
 }
 
@@ -93,7 +98,7 @@ impl Outbox {
             self.changed.notify_all();
             return;
         }
-        finish_frame(&mut frame, payload.as_ref().map_or(0, |payload| payload.length as u64));
+        finish_frame(&mut frame, payload.as_ref().map_or(0, |payload| payload.bytes().len() as u64));
         let mut progress = FrameWriter::default();
         let idle = state.waiting.is_empty() && state.writer != Writer::Writing;
         if idle {

@@ -143,7 +143,7 @@ impl Registry {
         if let Some(facts) = HandOff::facts(name).filter(|_| self.bench_models) {
             return Ok(self.add(name, Source::HandOff, facts));
         }
-        let path = self.find(name)?;
+        let path = self.locate(name)?;
         let file = ModelFile::open(&path)?;
         let facts = self.placement.facts(vae_facts(&file)?);
         Ok(self.add(name, Source::File(Arc::new(file)), facts))
@@ -211,7 +211,11 @@ impl Registry {
         }
     }
 
-    fn find(&self, name: &str) -> Result<PathBuf, ModelError> {
+    /// The file of that name or path, whatever it holds.
+    ///
+    /// # Errors
+    /// [`ModelError::NotFound`].
+    pub(super) fn locate(&self, name: &str) -> Result<PathBuf, ModelError> {
         let given = Path::new(name);
         let not_found = || ModelError::NotFound { name: name.to_owned(), searched: self.places() };
         if given.is_absolute() {

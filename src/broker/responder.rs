@@ -98,6 +98,11 @@ impl Responder {
         self.send(outcome, None, handles);
     }
 
+    /// As [`Responder::answer_with_handles`], with bytes behind the message.
+    pub(super) fn answer_with(mut self, outcome: Outcome, payload: Option<Payload>, handles: Vec<Attachment>) {
+        self.send(outcome, payload, handles);
+    }
+
     pub(super) fn fail(self, error: impl Into<Error>) {
         let fault = error.into().into_fault();
         tracing::debug!(session = %self.link.id, request = %self.request, %fault, "request failed");

@@ -9,9 +9,11 @@ use super::clock::Clock;
 use super::gpu::BrokerGpu;
 use super::jobs::VaeExecutor;
 use super::loader::{Loader, Placement};
+use super::permits::Permits;
 use super::registry::Registry;
 use super::session::Session;
 use super::state::{Counters, Sessions, State};
+use super::weights::Weights;
 use crate::config::BrokerConfig;
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::Epoch;
@@ -90,6 +92,7 @@ fn make_state(config: BrokerConfig, address: String) -> Result<State> {
     let queue = Queue::new(Policy::Fifo, config.lane_capacity);
     let vae_lane =
         Lane::spawn("luna-vae", queue, move || VaeExecutor::new(loader, lane_registry)).map_err(no_thread)?;
+    let weights = Weights::start(config.weight_bytes.unwrap_or(u64::MAX)).map_err(no_thread)?;
     Ok(State {
         config,
         address,
@@ -97,6 +100,8 @@ fn make_state(config: BrokerConfig, address: String) -> Result<State> {
         clock: Clock::start(),
         registry,
         vae_lane,
+        permits: Arc::new(Permits::default()),
+        weights,
         loading,
         sessions: Arc::new(Sessions::default()),
         counters: Counters::default(),
@@ -212,6 +217,7 @@ impl Broker {
         for link in &sessions {
             link.outbox.post(None, |_| ServerMessage::Closing);
         }
+        self.state.permits.end_all();
         self.state.vae_lane.shut_down();
         let deadline = Instant::now() + FAREWELL;
         for link in &sessions {

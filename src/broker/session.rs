@@ -4,6 +4,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::admission::{admit, refuse_or_ignore};
+use super::gpu::BrokerGpu;
 use super::incoming::Incoming;
 use super::jobs::{Unfinished, VaeCallJob, VaeWork};
 use super::memories::Memories;
@@ -14,16 +15,18 @@ use super::pool::{ArenaPool, Limits};
 use super::quarantine::Process;
 use super::responder::{OpenSession, Responder, SessionLink};
 use super::state::State;
+use super::weights::Unloaded;
 use crate::device::{CopyStream, Device, HostDevice, HostSharing, InProcessDevice};
 use crate::error::{Error, ErrorKind, Fault, Result};
-use crate::id::{RequestId, SessionId};
+use crate::id::{GpuUuid, RequestId, SessionId};
 use crate::lane::Entry;
 use crate::model::HandOff;
 use crate::protocol::{
-    Accepted, Action, DeviceRung, Features, GpuTarget, Hello, NONCE_BYTES, Operation, Outcome, PROTOCOL_VERSION,
-    ProbeAnswer, ProbeOffer, ProbeOutcome, Reason, Release, Rung, ServerMessage, TensorSource, VaeRequest, Welcome,
-    codec, negotiate, settle,
+    Accepted, Action, DeviceRung, Features, Force, GpuTarget, Hello, MAX_TABLE_BYTES, NONCE_BYTES, Operation, Outcome,
+    PROTOCOL_VERSION, ProbeAnswer, ProbeOffer, ProbeOutcome, PublishRequest, Reason, Release, Rung, ServerMessage,
+    TensorSource, VaeRequest, Welcome, codec, decode_table, negotiate, settle,
 };
+use crate::service::Service;
 use crate::tensor::{DType, Dims, TensorMeta};
 use crate::transport::{Abilities, Connection, FrameReader, TransportError};
 
@@ -105,7 +108,12 @@ impl Session {
                     self.memories()?.release(&releases);
                     self.start(responder, timeout_ms, operation)?;
                 }
-                Action::Cancel(id) => self.state.vae_lane.cancel(self.link.id(), id),
+                Action::Cancel(id) => {
+                    self.state.vae_lane.cancel(self.link.id(), id);
+                    self.state.weights.cancel(self.link.id(), id);
+                }
+                Action::Detach(attachments) => self.state.weights.detach(self.link.id(), &attachments),
+                Action::EndPermit(permit) => self.state.permits.end(self.link.id(), permit),
                 Action::Release(releases) => self.memories()?.release(&releases),
                 Action::Reject { id, releases, limit } => self.reject(id, &releases, limit)?,
                 Action::Opened(arena) => self.opened(arena),
@@ -152,7 +160,9 @@ impl Session {
         link.outbox.flush(Instant::now() + Duration::from_millis(200));
         // In this order: the reason is the last word, and no job starts on memory that goes away.
         link.outbox.close();
+        state.permits.end_session(link.id());
         state.vae_lane.end_session(link.id());
+        state.weights.end_session(link.id());
         connection.close();
         drop((probing, gpu_door));
         if let Some(open) = link.open.get() {
@@ -316,15 +326,18 @@ impl Session {
                 }
                 Err(error) => responder.fail(error),
             },
-            Operation::Unload { model } => match self.state.registry.resolve(&model) {
-                Ok(model) => self.submit(
-                    responder.session(),
-                    responder.request(),
-                    deadline,
-                    VaeWork::Unload { responder, model },
-                ),
+            Operation::Unload { model, force } => self.unload(responder, deadline, &model, force),
+            Operation::Attach(request) => match self.weights_place(request.gpu) {
+                Ok(gpu) => self.state.weights.attach(&self.state, responder, request, gpu),
                 Err(error) => responder.fail(error),
             },
+            Operation::Publish(request) => self.publish(responder, request)?,
+            Operation::PublishFilled { draft } => self.state.weights.filled(&self.state, responder, draft),
+            Operation::CheckAttached => {
+                responder.settle(self.state.weights.check(self.link.id()).map(|()| Outcome::Done));
+            }
+            Operation::Permit { service: Service::Vae, bytes } => self.permit(responder, deadline, bytes),
+            Operation::Verify { name } => self.state.weights.verify(&self.state, responder, name),
             Operation::Models => responder.answer(Outcome::Models(self.state.registry.list())),
             Operation::Status => responder.answer(Outcome::Status(Box::new(self.state.status()))),
         }
@@ -333,6 +346,84 @@ impl Session {
 
     fn submit(&self, session: SessionId, request: RequestId, deadline: Option<Instant>, job: VaeWork) {
         self.state.vae_lane.submit(Entry { session, request, deadline, job });
+    }
+
+    /// Unloads weights and the model of that name.
+    fn unload(&self, responder: Responder, deadline: Option<Instant>, name: &str, force: Force) {
+        let weights = match self.state.weights.unload(&self.state, name, force) {
+            Ok(weights) => weights,
+            Err(error) => return responder.fail(error),
+        };
+        match (self.state.registry.resolve(name), weights) {
+            (Ok(model), _) => {
+                let (session, request) = (responder.session(), responder.request());
+                self.submit(session, request, deadline, VaeWork::Unload { responder, model });
+            }
+            // What attached it need not be a model that is run here.
+            (Err(_), Unloaded::Weights) => responder.answer(Outcome::Done),
+            (Err(error), Unloaded::Nothing) => responder.fail(error),
+        }
+    }
+
+    /// Where weights go for this client: absent for host memory.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] where no memory can be handed to it.
+    fn weights_place(&self, target: Option<GpuTarget>) -> Result<Option<GpuUuid>> {
+        let open = self.link.open.get();
+        let rung = open.map_or(Rung::Inline, |open| open.rung.rung);
+        if let Some(target) = target {
+            gpu_memory(self.memories()?, target)?;
+            return Ok(self.state.gpu.as_ref().map(BrokerGpu::uuid));
+        }
+        let hands_over = self.connection.abilities().descriptors || self.connection.abilities().same_process;
+        if rung == Rung::Inline || !hands_over || !cfg!(target_os = "linux") {
+            let message = format!("this session is on the rung {rung}, where no memory can be mapped by both sides");
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                message,
+                "run the worker on the broker's machine, on Linux",
+            ));
+        }
+        Ok(None)
+    }
+
+    /// # Errors
+    /// What ends the session: the table behind the request did not come.
+    fn publish(&mut self, responder: Responder, request: PublishRequest) -> Result<()> {
+        let mut table = vec![0; self.reader.payload_length().min(MAX_TABLE_BYTES)];
+        if let Err(error) = self.reader.read_payload(&self.connection, &mut table) {
+            return match error {
+                error @ TransportError::FrameTooLong { .. } => {
+                    responder.fail(error);
+                    Ok(())
+                }
+                error => Err(error.into()),
+            };
+        }
+        let entries = self.weights_place(None).and_then(|_| Ok(decode_table(&table)?));
+        match entries {
+            Ok(entries) => {
+                let is_file = self.state.registry.locate(&request.name).is_ok_and(|path| path.is_file());
+                self.state.weights.publish(responder, request, entries, is_file);
+            }
+            Err(error) => responder.fail(error),
+        }
+        Ok(())
+    }
+
+    fn permit(&self, responder: Responder, deadline: Option<Instant>, bytes: u64) {
+        let budget = self.state.config.vae_budget_bytes;
+        if bytes > budget {
+            let message = format!("{bytes} bytes of working memory were asked for; one call may use {budget}");
+            return responder.fail(Error::new(ErrorKind::OutOfMemory, message, "work in tiles, or raise --vae-budget"));
+        }
+        if let Err(error) = self.state.weights.check(self.link.id()) {
+            return responder.fail(error);
+        }
+        let (session, request) = (responder.session(), responder.request());
+        let job = self.state.permits.ask(responder, self.state.config.permit_patience);
+        self.submit(session, request, deadline, VaeWork::Permit(job));
     }
 
     /// Goes on with the search for a GPU's rung.

@@ -7,8 +7,10 @@ use parking_lot::{Condvar, Mutex};
 use super::clock::Clock;
 use super::gpu::BrokerGpu;
 use super::jobs::VaeWork;
+use super::permits::Permits;
 use super::registry::Registry;
 use super::responder::SessionLink;
+use super::weights::Weights;
 use crate::config::BrokerConfig;
 use crate::id::{Epoch, SessionId};
 use crate::lane::Lane;
@@ -22,6 +24,8 @@ pub(super) struct State {
     pub(super) clock: Clock,
     pub(super) registry: Arc<Registry>,
     pub(super) vae_lane: Lane<VaeWork>,
+    pub(super) permits: Arc<Permits>,
+    pub(super) weights: Weights,
     /// Bytes of the model being loaded that are in place.
     pub(super) loading: Arc<AtomicU64>,
     /// Outlives the state: a session is counted until nothing of it is left.

@@ -15,6 +15,7 @@ impl State {
             address: self.address.clone(),
             sessions: self.sessions.all().iter().filter_map(|link| session_report(link)).collect(),
             models: self.registry.known_reports(),
+            weights: self.weights.reports(self),
             lanes: vec![self.vae_lane_report()],
             requests: count(&self.counters.requests),
             faults: count(&self.counters.faults),
@@ -32,6 +33,7 @@ impl State {
             capacity: counts.capacity as u64,
             busy: counts.busy,
             completed: counts.completed,
+            permitted: self.permits.holder(),
         }
     }
 }

@@ -15,7 +15,7 @@ use crate::config::{ADDRESS_VARIABLE, ClientConfig, rung_from_environment};
 use crate::device::StreamRef;
 use crate::error::{Error, ErrorKind, Result, Retry};
 use crate::id::GpuUuid;
-use crate::protocol::{DeviceRung, ModelReport, Operation, Outcome, Rung, Status};
+use crate::protocol::{DeviceRung, Force, ModelReport, Operation, Outcome, Rung, Status, VerifyReport};
 use crate::tensor::TensorMeta;
 use crate::transport::{Connection, LocalConnection, default_address};
 
@@ -259,18 +259,43 @@ impl Client {
         }
     }
 
-    /// Forgets a model; its memory is free once the calls before this one are done. The next call loads it anew.
+    /// Forgets a model and weights of that name; their memory is free once the calls before this one are done. The next
+    /// call loads them anew.
     ///
     /// # Errors
-    /// As [`Client::vae`].
+    /// As [`Client::vae`]; [`ErrorKind::InUse`] for weights that somebody has attached.
     pub fn unload(&self, model: &str) -> Result<()> {
-        self.ask(Operation::Unload { model: resolve_locally(model) }, &self.default_options()).map(|_| ())
+        self.unload_with(model, Force::No)
+    }
+
+    /// As [`Client::unload`]; by force, weights go that somebody has attached. They stay readable for those who have.
+    ///
+    /// # Errors
+    /// As [`Client::unload`].
+    pub fn unload_with(&self, model: &str, force: Force) -> Result<()> {
+        self.ask(Operation::Unload { model: resolve_locally(model), force }, &self.default_options()).map(|_| ())
+    }
+
+    /// Compares what weights contain with what they contained when they were loaded or published.
+    ///
+    /// # Errors
+    /// [`ErrorKind::ModelNotFound`] for weights that nobody has attached since the broker started.
+    pub fn verify(&self, name: &str) -> Result<Vec<VerifyReport>> {
+        match self.ask(Operation::Verify { name: resolve_locally(name) }, &self.default_options())? {
+            Outcome::Verified(reports) => Ok(reports),
+            _ => Err(unexpected_outcome()),
+        }
     }
 
     /// Ends the session. Tensors already received stay readable; further calls fail. Repeating it is harmless.
     pub fn close(&self) {
         self.inner.closed.store(true, Ordering::Release);
         self.inner.link.lock().close();
+    }
+
+    /// The current session, or a new one where it is over.
+    pub(super) fn live(&self) -> Result<Arc<Link>> {
+        self.inner.live_link()
     }
 
     fn ask(&self, operation: Operation, options: &CallOptions<'_>) -> Result<Outcome> {
@@ -346,7 +371,7 @@ pub fn address_from_environment() -> String {
 }
 
 /// A file the caller can see is named by its full path: the broker has another working directory.
-fn resolve_locally(model: &str) -> String {
+pub(super) fn resolve_locally(model: &str) -> String {
     let path = std::path::Path::new(model);
     if path.is_absolute() || model.starts_with("builtin:") || !path.exists() {
         return model.to_owned();

@@ -22,6 +22,18 @@ impl GpuDevice {
         self.0.import(handle, size_bytes)
     }
 
+    /// Maps weights: for reading alone where the driver can enforce it.
+    pub(super) fn import_weights(
+        &self,
+        handle: RegionHandle,
+        size_bytes: usize,
+    ) -> Result<Arc<dyn Region>, DeviceError> {
+        match handle {
+            RegionHandle::CudaVmm(fd) => self.0.import_read_only(fd, size_bytes),
+            handle => self.0.import(handle, size_bytes),
+        }
+    }
+
     pub(super) fn queue(&self) -> Result<Arc<dyn CopyStream>, DeviceError> {
         Ok(Arc::new(self.0.stream()?))
     }

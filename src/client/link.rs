@@ -14,7 +14,7 @@ use super::router::{Answer, Router, Turn};
 use super::session::{Negotiation, SessionInfo};
 use crate::config::ClientConfig;
 use crate::error::{Error, ErrorKind, Fault, Result};
-use crate::id::{GpuUuid, RequestId};
+use crate::id::{AttachmentId, GpuUuid, PermitId, RequestId};
 use crate::protocol::{
     ClientMessage, DeviceRung, GpuAnswer, Operation, Outcome, ProtocolError, Release, Reply, Request, Rung,
     RungFailure, ServerMessage, codec,
@@ -48,6 +48,8 @@ pub(super) struct Link {
     /// Held while a GPU's rung is looked for: the search is a conversation.
     opening: Mutex<()>,
     pub(super) memory: ImportedMemory,
+    /// Attachments to be given back.
+    detached: Mutex<Vec<AttachmentId>>,
     /// Dropped to end the janitor.
     end: Mutex<Option<Sender<()>>>,
 }
@@ -87,6 +89,7 @@ impl Link {
             gpus: RwLock::default(),
             opening: Mutex::default(),
             memory,
+            detached: Mutex::default(),
             end: Mutex::new(Some(end)),
         });
         let weak = Arc::downgrade(&link);
@@ -227,6 +230,8 @@ impl Link {
         let opened = self.import(&mut reader, &reply)?;
         let handles = match &reply.outcome {
             Outcome::Gpu(step) => reader.take_attachments(handles_of(step)),
+            Outcome::Attached(weights) => reader.take_attachments(usize::from(travels_beside(&weights.handle))),
+            Outcome::Draft(offer) => reader.take_attachments(usize::from(travels_beside(&offer.handle))),
             _ => Vec::new(),
         };
         let payload = match usize::try_from(header.payload) {
@@ -325,6 +330,25 @@ impl Link {
         if let Outcome::Tensor { descriptor, .. } | Outcome::Allocated { descriptor } = &answer.reply.outcome {
             self.memory.leases.give_back(descriptor.lease);
         }
+        match answer.reply.outcome {
+            Outcome::Attached(ref weights) => self.detach(weights.attachment),
+            Outcome::Permitted { permit } => self.end_permit(permit),
+            _ => {}
+        }
+    }
+
+    /// Weights are no longer used by this process. Noted here, said by the next message.
+    pub(super) fn detach(&self, attachment: AttachmentId) {
+        self.detached.lock().push(attachment);
+        self.memory.leases.ring();
+    }
+
+    /// A turn in a lane is given back.
+    pub(super) fn end_permit(&self, permit: PermitId) {
+        // A connection that is gone has given it back already.
+        if !self.router.is_lost() {
+            _ = self.send(&ClientMessage::EndPermit { permit });
+        }
     }
 
     fn cancel(&self, id: RequestId) {
@@ -337,8 +361,12 @@ impl Link {
         self.write(&mut writer.frame, message, &[])
     }
 
-    /// Gives back leases that no request has taken along.
+    /// Gives back leases that no request has taken along, and attachments.
     pub(super) fn release_now(&self) {
+        let detached = std::mem::take(&mut *self.detached.lock());
+        if !detached.is_empty() && !self.router.is_lost() {
+            _ = self.send(&ClientMessage::Detach(detached));
+        }
         loop {
             let mut released = Vec::new();
             self.memory.leases.take_released(&mut released);

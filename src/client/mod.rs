@@ -16,9 +16,11 @@ mod router;
 mod session;
 mod tensor;
 mod vae;
+mod weights;
 
 pub use connect::{CallOptions, Client, ResultPlace, address_from_environment, gpu_named, synchronize_default_stream};
 pub use input::Input;
 pub use session::SessionInfo;
 pub use tensor::Tensor;
 pub use vae::{Vae, VaeOutput};
+pub use weights::{AttachOptions, Permit, Published, Weights};

@@ -3,7 +3,8 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 
 use super::leases::{GpuLease, Lease};
-use crate::device::{DeviceError, GpuRange, Place, StreamRef};
+use super::weights::Attached;
+use crate::device::{DeviceError, Element, GpuRange, Place, Span, StreamRef};
 use crate::error::{Error, ErrorKind, Result};
 use crate::service::Rung;
 use crate::tensor::TensorMeta;
@@ -22,6 +23,8 @@ pub(super) enum Storage {
     Leased(Lease),
     /// In memory of this process, where bytes crossed in frames.
     Received(PooledBytes),
+    /// In weights that nobody changes.
+    Attached { weights: Arc<Attached>, span: Span },
 }
 
 impl Tensor {
@@ -42,7 +45,10 @@ impl Tensor {
     /// The memory it lies in. On the rung `peer` the GPU is the client's, which reaches the memory.
     #[must_use]
     pub fn place(&self) -> Place {
-        self.on_gpu().map_or(Place::Host, |on_gpu| Place::Gpu(on_gpu.gpu.gpu))
+        match &*self.storage {
+            Storage::Attached { span, .. } => span.place(),
+            _ => self.on_gpu().map_or(Place::Host, |on_gpu| Place::Gpu(on_gpu.gpu.gpu)),
+        }
     }
 
     /// The rung on which a tensor in GPU memory came.
@@ -54,13 +60,16 @@ impl Tensor {
     /// This process's ordinal of the GPU that the tensor lies on.
     #[must_use]
     pub fn gpu_ordinal(&self) -> Option<i32> {
-        self.on_gpu().map(|on_gpu| on_gpu.gpu.device.ordinal())
+        match &*self.storage {
+            Storage::Attached { weights, .. } => weights.ordinal(),
+            _ => self.on_gpu().map(|on_gpu| on_gpu.gpu.device.ordinal()),
+        }
     }
 
     fn on_gpu(&self) -> Option<&GpuLease> {
         match &*self.storage {
             Storage::Leased(lease) => lease.gpu().map(|gpu| &**gpu),
-            Storage::Received(_) => None,
+            Storage::Received(_) | Storage::Attached { .. } => None,
         }
     }
 
@@ -106,6 +115,11 @@ impl Tensor {
     pub fn to_vec(&self) -> Result<Vec<u8>> {
         let length = self.meta.span_bytes()?;
         let (Some(on_gpu), Storage::Leased(lease)) = (self.on_gpu(), &*self.storage) else {
+            if let Storage::Attached { span, .. } = &*self.storage {
+                let mut bytes = vec![0; length];
+                span.read(&mut bytes)?;
+                return Ok(bytes);
+            }
             return Ok(self.bytes()?.to_vec());
         };
         on_gpu.gpu.synchronize(on_gpu.ready())?;
@@ -120,6 +134,7 @@ impl Tensor {
         match &*self.storage {
             Storage::Leased(lease) => lease.span().address(),
             Storage::Received(bytes) => bytes.bytes.as_ptr() as usize,
+            Storage::Attached { span, .. } => span.address(),
         }
     }
 
@@ -132,6 +147,7 @@ impl Tensor {
         Ok(match &*self.storage {
             Storage::Leased(lease) => lease.span().bytes(length)?,
             Storage::Received(bytes) => bytes.bytes.get(..length).unwrap_or_default(),
+            Storage::Attached { span, .. } => span.bytes(length)?,
         })
     }
 
@@ -148,12 +164,39 @@ impl Tensor {
         }
         let count = self.meta.elements()?;
         Ok(match &*self.storage {
-            Storage::Leased(lease) => lease.span().floats(count)?.into(),
+            Storage::Leased(lease) => lease.span().elements::<f32>(count)?.into(),
+            Storage::Attached { span, .. } => span.elements::<f32>(count)?.into(),
             Storage::Received(_) => {
                 let (elements, _) = self.bytes()?.as_chunks::<4>();
                 elements.iter().map(|bytes| f32::from_ne_bytes(*bytes)).collect::<Vec<_>>().into()
             }
         })
+    }
+
+    /// The elements of a contiguous tensor in shared memory, in order.
+    ///
+    /// # Errors
+    /// [`DeviceError::NotHost`] for a tensor in GPU memory; another element type or layout than asked for, and a tensor
+    /// whose bytes crossed in a frame, are errors too.
+    pub fn values<T: Element>(&self) -> Result<&[T]> {
+        use crate::tensor::TensorError;
+        let TensorMeta { dtype, shape, strides } = self.meta;
+        let span = match &*self.storage {
+            Storage::Leased(lease) => lease.span(),
+            Storage::Attached { span, .. } => span,
+            Storage::Received(_) => {
+                return Err(Error::new(
+                    ErrorKind::Unsupported,
+                    "the tensor crossed as bytes, which need not be aligned to its elements",
+                    "read it with Tensor::bytes",
+                ));
+            }
+        };
+        if dtype != T::DTYPE || strides != shape.contiguous_strides() {
+            let expected = format!("a contiguous {} tensor", T::DTYPE);
+            return Err(TensorError::Unexpected { tensor: "tensor", expected, shape, dtype }.into());
+        }
+        Ok(span.elements(self.meta.elements()?)?)
     }
 
     /// Copies `bytes` to the start of the tensor's memory. For tensors from [`crate::client::Client::empty`].
@@ -170,7 +213,7 @@ impl Tensor {
                 }
                 Ok(lease.span().write(bytes)?)
             }
-            Some(Storage::Received(_)) => Err(Error::new(
+            Some(Storage::Received(_) | Storage::Attached { .. }) => Err(Error::new(
                 ErrorKind::InvalidTensor,
                 "the tensor is not in memory shared with the broker; nothing was written",
                 "write to a tensor from Client::empty, or pass bytes of your own as the input",
@@ -202,7 +245,7 @@ impl BytePool {
         let fitting = idle.iter().position(|bytes| bytes.len() >= length);
         let bytes = fitting.map(|at| idle.swap_remove(at));
         drop(idle);
-        PooledBytes { bytes: bytes.unwrap_or_else(|| vec![0; length]), pool: Arc::clone(self) }
+        PooledBytes { bytes: bytes.unwrap_or_else(|| vec![0; length]), length, pool: Arc::clone(self) }
     }
 }
 
@@ -210,7 +253,15 @@ impl BytePool {
 #[derive(Debug)]
 pub(super) struct PooledBytes {
     pub(super) bytes: Vec<u8>,
+    length: usize,
     pool: Arc<BytePool>,
+}
+
+impl PooledBytes {
+    /// The bytes that were received.
+    pub(super) fn received(&self) -> &[u8] {
+        self.bytes.get(..self.length).unwrap_or_default()
+    }
 }
 
 impl Drop for PooledBytes {

@@ -80,6 +80,11 @@ pub fn decode<M: DeserializeOwned>(bytes: &[u8]) -> Result<M, CodecError> {
     if bytes.len() > MAX_MESSAGE_BYTES {
         return Err(CodecError::TooLong { length: bytes.len() });
     }
+    decode_all(bytes)
+}
+
+/// As [`decode`], of any length.
+pub(super) fn decode_all<M: DeserializeOwned>(bytes: &[u8]) -> Result<M, CodecError> {
     let mut deserializer = rmp_serde::Deserializer::from_read_ref(bytes);
     deserializer.set_max_depth(MAX_DEPTH);
     let message = M::deserialize(&mut deserializer)?;

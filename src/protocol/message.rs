@@ -1,12 +1,13 @@
 use serde::{Deserialize, Serialize};
 
 use crate::error::Fault;
-use crate::id::{ArenaId, Epoch, GpuUuid, LeaseRef, RequestId};
-use crate::service::{Rung, VaeCall, VaeMode};
+use crate::id::{ArenaId, AttachmentId, DraftId, Epoch, GpuUuid, LeaseRef, PermitId, RequestId};
+use crate::service::{Rung, Service, VaeCall, VaeMode};
 use crate::tensor::{DType, Dims, TensorMeta};
 
 use super::negotiate::{Accepted, DeviceRung, Hello, NONCE_BYTES, ProbeAnswer, RungFailure, Welcome};
 use super::report::{ModelReport, Status};
+use super::weights::{AttachRequest, AttachedWeights, DraftOffer, PublishRequest, VerifyReport};
 
 /// Everything a client says.
 #[expect(clippy::large_enum_variant, reason = "moved a few times; a box would be an allocation per call")]
@@ -29,6 +30,13 @@ pub enum ClientMessage {
     Opened {
         /// The mapped arena.
         arena: ArenaId,
+    },
+    /// Attachments given back: nothing of this process uses their memory any more. Not answered.
+    Detach(Vec<AttachmentId>),
+    /// A place in a lane is given back. Not answered.
+    EndPermit {
+        /// The place.
+        permit: PermitId,
     },
     /// The session ends in order.
     Goodbye,
@@ -116,15 +124,49 @@ pub enum Operation {
         /// Name or path.
         model: String,
     },
-    /// Forget a model; the next call loads it anew.
+    /// Forget a model, and weights of that name; the next call loads them anew.
     Unload {
         /// Name or path.
         model: String,
+        /// Whether weights go that somebody has attached.
+        force: Force,
+    },
+    /// Map the tensors of a file or of a published set.
+    Attach(AttachRequest),
+    /// Hand tensors to the broker for others.
+    Publish(PublishRequest),
+    /// The draft is filled, and mapped by this client no more.
+    PublishFilled {
+        /// The draft.
+        draft: DraftId,
+    },
+    /// Whether all attachments of the session are still good.
+    CheckAttached,
+    /// A place in a lane, without work: the client does that itself.
+    Permit {
+        /// Whose lane.
+        service: Service,
+        /// Working memory that the client is going to use, in bytes.
+        bytes: u64,
+    },
+    /// Compare what weights contain with what they should.
+    Verify {
+        /// Name or path.
+        name: String,
     },
     /// Models loaded and models found in the configured folders.
     Models,
     /// Everything about sessions, models and lanes.
     Status,
+}
+
+/// What happens to weights that somebody has attached when they are unloaded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Force {
+    /// They stay, and the request is refused.
+    No,
+    /// They are given up: who has them attached is told at the next call, and keeps them readable until then and after.
+    Yes,
 }
 
 /// A VAE call with its input.
@@ -373,6 +415,24 @@ pub enum Outcome {
     },
     /// The next step towards a GPU's rung.
     Gpu(Box<GpuAnswer>),
+    /// Weights, now attached. Their table is in the bytes behind this frame.
+    Attached(Box<AttachedWeights>),
+    /// The weights are being loaded: ask again.
+    Loading {
+        /// Bytes in place.
+        done: u64,
+        /// Bytes of the set.
+        total: u64,
+    },
+    /// Memory for what is published. The table is in the bytes behind this frame.
+    Draft(Box<DraftOffer>),
+    /// The lane is the client's until it gives the permit back.
+    Permitted {
+        /// What to give back.
+        permit: PermitId,
+    },
+    /// What was found.
+    Verified(Vec<VerifyReport>),
     /// One model.
     Model(ModelReport),
     /// All models.

@@ -10,19 +10,24 @@ mod message;
 mod negotiate;
 mod report;
 mod session;
+mod weights;
 
 pub use crate::service::Rung;
 pub use codec::CodecError;
 pub use ladder::{GpuNonces, GpuSituation, gpu_reason, judge_gpu};
 pub use message::{
-    ArenaHandle, ArenaOffer, ClientMessage, Descriptor, FenceOffer, GpuAnswer, GpuFindings, GpuOffer, GpuProbeOutcome,
-    GpuProbed, GpuTarget, MarkedFindings, OpenGpu, Operation, Outcome, Release, Reply, Request, ServerMessage,
-    TensorSource, Times, VaeRequest,
+    ArenaHandle, ArenaOffer, ClientMessage, Descriptor, FenceOffer, Force, GpuAnswer, GpuFindings, GpuOffer,
+    GpuProbeOutcome, GpuProbed, GpuTarget, MarkedFindings, OpenGpu, Operation, Outcome, Release, Reply, Request,
+    ServerMessage, TensorSource, Times, VaeRequest,
 };
 pub(crate) use negotiate::presentable;
 pub use negotiate::{
     Accepted, DeviceRung, FailureCode, Features, Hello, NONCE_BYTES, PROTOCOL_VERSION, ProbeAnswer, ProbeOffer,
     ProbeOutcome, Reason, RungFailure, Welcome, negotiate, settle,
 };
-pub use report::{LaneReport, ModelReport, SessionReport, Status};
+pub use report::{HolderReport, LaneReport, ModelReport, SessionReport, Status, WeightReport, WeightState};
 pub use session::{Action, Phase, ProtocolError, SessionMachine};
+pub use weights::{
+    AttachRequest, AttachedWeights, DraftOffer, MAX_TABLE_BYTES, PublishRequest, VerifyReport, WeightEntry,
+    decode_table, encode_table,
+};

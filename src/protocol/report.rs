@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::negotiate::DeviceRung;
-use crate::id::SessionId;
+use crate::id::{ContentDigest, SessionId, WeightSetId};
 use crate::service::Service;
 
 /// Everything about a broker at one moment.
@@ -21,6 +21,8 @@ pub struct Status {
     pub sessions: Vec<SessionReport>,
     /// Models loaded, and models known but not loaded.
     pub models: Vec<ModelReport>,
+    /// Sets of weights that clients attach.
+    pub weights: Vec<WeightReport>,
     /// Lanes.
     pub lanes: Vec<LaneReport>,
     /// Requests answered since the start, faults included.
@@ -102,4 +104,73 @@ pub struct LaneReport {
     pub busy: bool,
     /// Requests it has run.
     pub completed: u64,
+    /// The session that has it by a permit.
+    pub permitted: Option<SessionId>,
+}
+
+/// One set of weights.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct WeightReport {
+    /// Its id.
+    pub id: WeightSetId,
+    /// Names by which it was asked for or published.
+    pub names: Vec<String>,
+    /// File it comes from; empty for a published set.
+    pub path: String,
+    /// What its tensors contain.
+    pub content: ContentDigest,
+    /// Element types of its tensors, with how many there are of each.
+    pub dtypes: Vec<(String, u64)>,
+    /// Device it lies on.
+    pub device: String,
+    /// Bytes of its memory.
+    pub bytes: u64,
+    /// Bytes that its holders would take in addition if each had its own.
+    pub saved_bytes: u64,
+    /// Whether it can be attached.
+    pub state: WeightState,
+    /// Who has it attached.
+    pub holders: Vec<HolderReport>,
+}
+
+/// What can be done with a set of weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum WeightState {
+    /// It is being loaded.
+    Loading,
+    /// It can be attached.
+    Ready,
+    /// The file has changed since: it stays until its holders give it back.
+    Outdated,
+    /// It was unloaded by force: it stays until its holders give it back.
+    Revoked,
+}
+
+impl WeightState {
+    /// The name used in `status`.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Loading => "loading",
+            Self::Ready => "ready",
+            Self::Outdated => "outdated",
+            Self::Revoked => "revoked",
+        }
+    }
+}
+
+/// One session's hold on a set of weights.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct HolderReport {
+    /// The session.
+    pub session: SessionId,
+    /// The name the client gave itself.
+    pub name: String,
+    /// Process id of the client, where the system tells.
+    pub pid: Option<u32>,
+    /// How often it has the set attached.
+    pub attachments: u64,
+    /// Bytes of pages that the client has written to, which are its own since; absent where the system does not tell.
+    pub diverged_bytes: Option<u64>,
 }

@@ -3,7 +3,7 @@ use rustc_hash::FxHashSet;
 use super::message::{ClientMessage, Operation, Release};
 use super::negotiate::{Hello, ProbeAnswer};
 use crate::error::{Error, ErrorKind};
-use crate::id::{ArenaId, RequestId};
+use crate::id::{ArenaId, AttachmentId, PermitId, RequestId};
 
 /// Where a session is in its life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -84,6 +84,10 @@ pub enum Action {
     Cancel(RequestId),
     /// Give back leases.
     Release(Vec<Release>),
+    /// End attachments.
+    Detach(Vec<AttachmentId>),
+    /// End a permit.
+    EndPermit(PermitId),
     /// The arena's name can go.
     Opened(ArenaId),
     /// The client left in order.
@@ -158,6 +162,8 @@ impl SessionMachine {
             (Phase::Open, ClientMessage::Cancel { .. }) => Ok(Action::Ignore),
             (Phase::Open, ClientMessage::Release(leases)) => Ok(Action::Release(leases)),
             (Phase::Open | Phase::Probing, ClientMessage::Opened { arena }) => Ok(Action::Opened(arena)),
+            (Phase::Open, ClientMessage::Detach(attachments)) => Ok(Action::Detach(attachments)),
+            (Phase::Open, ClientMessage::EndPermit { permit }) => Ok(Action::EndPermit(permit)),
             (Phase::Open, ClientMessage::Goodbye) => {
                 self.phase = Phase::Closed;
                 Ok(Action::Leave)
@@ -195,6 +201,8 @@ impl ClientMessage {
             Self::Cancel { .. } => "cancel",
             Self::Release(_) => "release",
             Self::Opened { .. } => "opened",
+            Self::Detach(_) => "detach",
+            Self::EndPermit { .. } => "end-permit",
             Self::Goodbye => "goodbye",
         }
     }

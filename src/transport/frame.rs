@@ -163,6 +163,12 @@ impl FrameReader {
         &self.bytes[self.start..self.start + self.message]
     }
 
+    /// Bytes of the current frame's payload that were not taken.
+    #[must_use]
+    pub fn payload_length(&self) -> usize {
+        usize::try_from(self.payload).unwrap_or(usize::MAX)
+    }
+
     /// Reads the next `target.len()` bytes of the current frame's payload.
     ///
     /// # Errors

@@ -110,10 +110,22 @@ pub(crate) enum Command {
         /// Name in a model folder, or path.
         model: String,
     },
-    /// Give a model's memory back; the next use loads it again.
+    /// Give the memory of a model and of weights of that name back; the next use loads them again.
     Unload {
         /// Name in a model folder, or path.
         model: String,
+        /// Give up weights that clients have attached, too: those keep them readable, and get an error with their next
+        /// call.
+        #[arg(long)]
+        force: bool,
+    },
+    /// Compare what weights in memory contain with what they contained when they were loaded or published.
+    Verify {
+        /// Name in a model folder, path, or name of a published set.
+        name: String,
+        /// As JSON, for programs.
+        #[arg(long)]
+        json: bool,
     },
     /// Measure the round trip to a broker that serves --bench-models.
     Bench(BenchArgs),
@@ -160,6 +172,15 @@ pub(crate) struct ServeArgs {
     /// Bytes of GPU memory for the tensors of all sessions; accepts K, M, G. Taken as they are needed.
     #[arg(long, default_value = "2G", value_parser = bytes, value_name = "BYTES")]
     gpu_bytes: u64,
+
+    /// Bytes of weights held for clients to attach; accepts K, M, G. Default: as much as there is memory. Weights that
+    /// nobody holds give way to others.
+    #[arg(long, value_parser = bytes, value_name = "BYTES")]
+    weight_bytes: Option<u64>,
+
+    /// How long a client may keep a permit before the lane goes on without it.
+    #[arg(long, default_value_t = 600, value_name = "SECONDS")]
+    permit_seconds: u64,
 
     /// How GPU work of broker and clients is kept in order.
     #[arg(long, value_enum, default_value_t = Order::Events)]
@@ -250,6 +271,8 @@ impl TryFrom<&ServeArgs> for BrokerConfig {
                 Order::Host => GpuOrder::Host,
             },
             vae_precision: args.vae_precision.into(),
+            weight_bytes: args.weight_bytes,
+            permit_patience: Duration::from_secs(args.permit_seconds),
             ..Self::default()
         };
         config.validate()?;

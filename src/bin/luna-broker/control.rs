@@ -1,4 +1,5 @@
 use luna_broker::client::Client;
+use luna_broker::protocol::Force;
 use luna_broker::{Error, ErrorKind};
 use serde::Serialize;
 
@@ -26,9 +27,26 @@ pub(crate) fn load(connection: &ConnectionArgs, model: &str) -> Result<(), Error
     print_text(&format!("loaded {} ({}, {} of weights)\n", info.name, info.family, show::bytes(info.bytes)))
 }
 
-pub(crate) fn unload(connection: &ConnectionArgs, model: &str) -> Result<(), Error> {
-    client(connection)?.unload(model)?;
+pub(crate) fn unload(connection: &ConnectionArgs, model: &str, force: bool) -> Result<(), Error> {
+    client(connection)?.unload_with(model, if force { Force::Yes } else { Force::No })?;
     print_text(&format!("unloaded {model}\n"))
+}
+
+pub(crate) fn verify(connection: &ConnectionArgs, name: &str, json: bool) -> Result<(), Error> {
+    let reports = client(connection)?.verify(name)?;
+    if json {
+        print_json(&reports)?;
+    } else {
+        print_text(&show::verified(&reports))?;
+    }
+    match reports.iter().find(|report| report.found != report.expected) {
+        None => Ok(()),
+        Some(report) => Err(Error::new(
+            ErrorKind::Internal,
+            format!("{} on {} does not contain what it should", report.name, report.device),
+            "unload it by force; the next use loads it anew",
+        )),
+    }
 }
 
 pub(crate) fn print_json(value: &impl Serialize) -> Result<(), Error> {

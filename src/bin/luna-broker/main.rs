@@ -22,7 +22,8 @@ fn main() -> ExitCode {
         Command::Status { json } => control::status(&args.connection, json),
         Command::Models { json } => control::models(&args.connection, json),
         Command::Load { model } => control::load(&args.connection, &model),
-        Command::Unload { model } => control::unload(&args.connection, &model),
+        Command::Unload { model, force } => control::unload(&args.connection, &model, force),
+        Command::Verify { name, json } => control::verify(&args.connection, &name, json),
         Command::Bench(bench) => bench::run(&args.connection, &bench),
         Command::Doctor { json } => return doctor::run(&args.connection, json),
     };

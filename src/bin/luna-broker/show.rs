@@ -1,6 +1,6 @@
 use std::fmt::Write;
 
-use luna_broker::protocol::{ModelReport, Status};
+use luna_broker::protocol::{ModelReport, Status, VerifyReport, WeightReport};
 
 /// A number of bytes as people read it.
 pub(crate) fn bytes(count: u64) -> String {
@@ -61,23 +61,70 @@ pub(crate) fn status(status: &Status) -> String {
     text += &table(["name", "pid", "rung", "why", "leases", "requests"], &sessions);
     _ = writeln!(text, "\nmodels");
     text += &models(&status.models);
+    if !status.weights.is_empty() {
+        _ = writeln!(text, "\nweights");
+        text += &weights(&status.weights);
+    }
     _ = writeln!(text, "\nlanes");
     let lanes: Vec<_> = status
         .lanes
         .iter()
         .map(|lane| {
+            let permitted = lane.permitted.and_then(|id| status.sessions.iter().find(|session| session.id == id));
             let service = format!("{:?}", lane.service).to_lowercase();
             let queued = format!("{} of {}", lane.queued, lane.capacity);
             [
                 service,
                 lane.device.clone(),
                 queued,
-                if lane.busy { "yes" } else { "no" }.to_owned(),
+                match permitted {
+                    Some(session) => format!("permit of {}", session.name),
+                    None => if lane.busy { "yes" } else { "no" }.to_owned(),
+                },
                 lane.completed.to_string(),
             ]
         })
         .collect();
     text + &table(["service", "device", "waiting", "running", "completed"], &lanes)
+}
+
+fn weights(weights: &[WeightReport]) -> String {
+    let rows: Vec<_> = weights
+        .iter()
+        .map(|set| {
+            let name = set.names.first().cloned().unwrap_or_else(|| set.path.clone());
+            let dtypes: Vec<&str> = set.dtypes.iter().map(|(name, _)| name.as_str()).collect();
+            let holder = |holder: &luna_broker::protocol::HolderReport| {
+                let diverged = holder.diverged_bytes.filter(|&diverged| diverged > 0);
+                let diverged = diverged.map_or_else(String::new, |diverged| format!(" ({} diverged)", bytes(diverged)));
+                format!("{}{diverged}", holder.name)
+            };
+            let holders: Vec<String> = set.holders.iter().map(holder).collect();
+            [
+                name,
+                dtypes.join(", "),
+                bytes(set.bytes),
+                set.device.clone(),
+                set.state.name().to_owned(),
+                bytes(set.saved_bytes),
+                holders.join(", "),
+            ]
+        })
+        .collect();
+    table(["name", "types", "bytes", "device", "state", "saved", "attached by"], &rows)
+}
+
+/// `luna-broker verify` for people.
+pub(crate) fn verified(reports: &[VerifyReport]) -> String {
+    let rows: Vec<_> = reports
+        .iter()
+        .map(|report| {
+            let verdict = if report.found == report.expected { "as it was" } else { "CHANGED" };
+            let digest = report.found.to_string().chars().take(16).collect();
+            [report.name.clone(), report.device.clone(), bytes(report.bytes), digest, verdict.to_owned()]
+        })
+        .collect();
+    table(["name", "device", "bytes", "content", "verdict"], &rows)
 }
 
 /// `luna-broker models` for people.

@@ -1,0 +1,367 @@
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, Sender, unbounded};
+use parking_lot::Mutex;
+
+use super::super::memory::attach;
+use super::super::outbox::Payload;
+use super::super::responder::Responder;
+use super::super::state::State;
+use super::memory::{WeightDraft, WeightPlace};
+use super::publish::{Drafts, Filled};
+use super::set::{WeightSet, wire_table};
+use super::table::{Table, Unloaded};
+use super::wanted::{Wanted, check_published};
+use crate::error::{Error, ErrorKind, Fault, Result};
+use crate::id::{AttachmentId, GpuUuid, RequestId, SessionId, WeightSetId};
+use crate::model::ModelError;
+use crate::model::weights::{Loaded, digest_file, digest_region, load};
+use crate::protocol::{AttachRequest, AttachedWeights, Force, Outcome, VerifyReport};
+
+/// How long who waits for weights goes without hearing how far they are.
+const TELL_EVERY: Duration = Duration::from_millis(200);
+
+/// All weights of a broker, and the thread that loads them.
+#[derive(Debug)]
+pub(in crate::broker) struct Weights {
+    pub(super) inner: Mutex<Inner>,
+    jobs: Sender<Job>,
+}
+
+#[derive(Debug)]
+pub(super) struct Inner {
+    pub(super) table: Table,
+    loads: Vec<Load>,
+    pub(super) drafts: Drafts,
+}
+
+/// A set that is being loaded, or is about to be.
+#[derive(Debug)]
+struct Load {
+    wanted: Wanted,
+    waiters: Vec<Waiter>,
+    done: u64,
+    told: Instant,
+}
+
+/// Somebody who gets a set once it is there.
+#[derive(Debug)]
+pub(super) struct Waiter {
+    pub(super) responder: Responder,
+    /// What the set was asked for by.
+    pub(super) name: String,
+    pub(super) replaces: Option<AttachmentId>,
+}
+
+/// What takes its time.
+#[derive(Debug)]
+pub(super) enum Job {
+    Load { state: Arc<State>, wanted: Wanted },
+    Publish(Filled),
+    Verify { state: Arc<State>, name: String, responder: Responder },
+}
+
+impl Load {
+    fn is_of(&self, wanted: &Wanted) -> bool {
+        let (one, other) = (&self.wanted, wanted);
+        one.place == other.place && one.file.path() == other.file.path() && one.plan == other.plan
+    }
+}
+
+impl Weights {
+    /// Holds up to `limit` bytes of weights. The thread ends with the value.
+    ///
+    /// # Errors
+    /// The operating system's, where it cannot start a thread.
+    pub(in crate::broker) fn start(limit: u64) -> std::io::Result<Self> {
+        let (jobs, taken) = unbounded();
+        std::thread::Builder::new().name("luna-weights".to_owned()).spawn(move || work(&taken))?;
+        let inner = Inner { table: Table::new(limit), loads: Vec::new(), drafts: Drafts::default() };
+        Ok(Self { inner: Mutex::new(inner), jobs })
+    }
+
+    /// Answers with the weights, now or when they are there.
+    pub(in crate::broker) fn attach(
+        &self,
+        state: &Arc<State>,
+        responder: Responder,
+        request: AttachRequest,
+        gpu: Option<GpuUuid>,
+    ) {
+        let place = gpu.map_or(WeightPlace::Host, WeightPlace::Gpu);
+        let session = responder.session();
+        let found = self.find(state, session, &request, place);
+        let waiter = Waiter { responder, name: request.name, replaces: request.replaces };
+        match found {
+            Err(error) => waiter.responder.fail(error),
+            Ok(Found::Set(id)) => self.hand_over(id, waiter),
+            Ok(Found::File(wanted)) => self.load(state, wanted, waiter),
+        }
+    }
+
+    fn find(&self, state: &State, session: SessionId, request: &AttachRequest, place: WeightPlace) -> Result<Found> {
+        {
+            let inner = self.inner.lock();
+            if request.replaces.is_none() {
+                inner.table.check(session, Some(&request.name))?;
+            }
+            if let Some(known) = inner.table.published(&request.name) {
+                check_published(known, &request.name, &request.rule)?;
+                if known.set.place != place {
+                    return Err(Error::new(
+                        ErrorKind::Unsupported,
+                        format!("{} was published on {}", request.name, known.set.place.name()),
+                        "attach it there",
+                    ));
+                }
+                return Ok(Found::Set(known.set.id));
+            }
+        }
+        // The header is read without the lock: others go on meanwhile.
+        let wanted = Wanted::of_file(&state.registry, request, place)?;
+        let found = self.inner.lock().table.of_file(&wanted);
+        Ok(found.map_or_else(|| Found::File(wanted), Found::Set))
+    }
+
+    fn load(&self, state: &Arc<State>, wanted: Wanted, waiter: Waiter) {
+        let mut inner = self.inner.lock();
+        // Between the look for the set and now it may have come.
+        if let Some(id) = inner.table.of_file(&wanted) {
+            drop(inner);
+            return self.hand_over(id, waiter);
+        }
+        if let Some(load) = inner.loads.iter_mut().find(|load| load.is_of(&wanted)) {
+            load.waiters.push(waiter);
+            return;
+        }
+        if let Err(error) = inner.table.reserve(wanted.plan.size_bytes, &wanted.file.path().display().to_string()) {
+            drop(inner);
+            return waiter.responder.fail(error);
+        }
+        let job = Job::Load { state: Arc::clone(state), wanted: wanted.clone() };
+        inner.loads.push(Load { wanted, waiters: vec![waiter], done: 0, told: Instant::now() });
+        drop(inner);
+        self.send(job);
+    }
+
+    pub(super) fn send(&self, job: Job) {
+        if let Err(lost) = self.jobs.send(job) {
+            // Its responders answer that it was given up.
+            tracing::error!("the thread that loads weights is gone");
+            drop(lost);
+        }
+    }
+
+    /// Attaches a set for whoever asked, and answers.
+    pub(super) fn hand_over(&self, id: WeightSetId, waiter: Waiter) {
+        let Waiter { responder, name, replaces } = waiter;
+        let session = responder.session();
+        let attached = {
+            let mut inner = self.inner.lock();
+            let attached = inner.table.attach(id, session, &name);
+            if let (Ok(_), Some(old)) = (&attached, replaces) {
+                inner.table.detach(session, old);
+            }
+            attached
+        };
+        let (attachment, set) = match attached {
+            Ok(attached) => attached,
+            Err(error) => return responder.fail(error),
+        };
+        let mut handles = Vec::new();
+        match set.memory.region.export() {
+            Ok(handle) => {
+                let handle = attach(handle, &mut handles);
+                let (content, size_bytes) = (set.content, set.memory.region.size_bytes() as u64);
+                let weights = AttachedWeights { attachment, set: id, content, size_bytes, handle };
+                let table = Payload::Table(Arc::clone(&set.table));
+                responder.answer_with(Outcome::Attached(Box::new(weights)), Some(table), handles);
+            }
+            Err(error) => {
+                self.inner.lock().table.detach(session, attachment);
+                responder.fail(error);
+            }
+        }
+    }
+
+    /// A request is taken back, if it waits for weights.
+    pub(in crate::broker) fn cancel(&self, session: SessionId, request: RequestId) {
+        let mut inner = self.inner.lock();
+        let is_meant =
+            |waiter: &mut Waiter| waiter.responder.session() == session && waiter.responder.request() == request;
+        let taken: Vec<Waiter> =
+            inner.loads.iter_mut().flat_map(|load| load.waiters.extract_if(.., is_meant)).collect();
+        drop(inner);
+        for waiter in taken {
+            let message = "the request was cancelled while the weights were loaded; loading goes on for others";
+            waiter.responder.fail(Fault::new(ErrorKind::Cancelled, message, ""));
+        }
+    }
+
+    pub(in crate::broker) fn detach(&self, session: SessionId, attachments: &[AttachmentId]) {
+        let mut inner = self.inner.lock();
+        for attachment in attachments {
+            inner.table.detach(session, *attachment);
+        }
+    }
+
+    /// Everything of the session's is given back.
+    pub(in crate::broker) fn end_session(&self, session: SessionId) {
+        let mut inner = self.inner.lock();
+        inner.table.end_session(session);
+        let Inner { table, drafts, .. } = &mut *inner;
+        drafts.end_session(session, table);
+        let is_meant = |waiter: &mut Waiter| waiter.responder.session() == session;
+        let taken: Vec<Waiter> =
+            inner.loads.iter_mut().flat_map(|load| load.waiters.extract_if(.., is_meant)).collect();
+        drop(inner);
+        drop(taken);
+    }
+
+    /// # Errors
+    /// [`ErrorKind::Stale`] where weights that the session holds were unloaded by force.
+    pub(in crate::broker) fn check(&self, session: SessionId) -> Result<()> {
+        self.inner.lock().table.check(session, None)
+    }
+
+    /// # Errors
+    /// [`ErrorKind::InUse`] for weights that somebody holds.
+    pub(in crate::broker) fn unload(&self, state: &State, name: &str, force: Force) -> Result<Unloaded> {
+        let path = state.registry.locate(name).ok();
+        self.inner.lock().table.unload(name, path.as_deref(), force)
+    }
+
+    pub(in crate::broker) fn verify(&self, state: &Arc<State>, responder: Responder, name: String) {
+        self.send(Job::Verify { state: Arc::clone(state), name, responder });
+    }
+
+    /// How far a load is; those who wait for it are told now and then, and ask again.
+    fn tell(&self, wanted: &Wanted, done: u64) {
+        let mut inner = self.inner.lock();
+        let Some(load) = inner.loads.iter_mut().find(|load| load.is_of(wanted)) else { return };
+        load.done = done;
+        if load.told.elapsed() < TELL_EVERY {
+            return;
+        }
+        load.told = Instant::now();
+        let waiters = std::mem::take(&mut load.waiters);
+        let total = load.wanted.plan.size_bytes;
+        drop(inner);
+        for waiter in waiters {
+            waiter.responder.answer(Outcome::Loading { done, total });
+        }
+    }
+
+    /// Ends a load: whoever waits for it gets the set, or what became of it.
+    fn finish(&self, wanted: &Wanted, result: Result<Result<WeightSetId, WeightSet>, Fault>) {
+        let mut inner = self.inner.lock();
+        inner.table.unreserve(wanted.plan.size_bytes);
+        let id = result.map(|loaded| {
+            let id = loaded.unwrap_or_else(|set| {
+                // Two files may hold the same.
+                let same = inner.table.of_content(set.content, set.place);
+                same.unwrap_or_else(|| inner.table.insert(set))
+            });
+            inner.table.add_file(id, &wanted.file);
+            id
+        });
+        let at = inner.loads.iter().position(|load| load.is_of(wanted));
+        let waiters = at.map(|at| inner.loads.swap_remove(at).waiters).unwrap_or_default();
+        drop(inner);
+        for waiter in waiters {
+            match &id {
+                Ok(id) => self.hand_over(*id, waiter),
+                Err(fault) => waiter.responder.fail(fault.clone()),
+            }
+        }
+    }
+
+    /// What is being loaded: name, device, bytes in place and bytes of the set.
+    pub(super) fn loads(inner: &Inner) -> impl Iterator<Item = (&Wanted, u64)> {
+        inner.loads.iter().map(|load| (&load.wanted, load.done))
+    }
+}
+
+enum Found {
+    Set(WeightSetId),
+    File(Wanted),
+}
+
+/// Works jobs off, one after the other: a load by itself uses several cores and all of the disk.
+fn work(jobs: &Receiver<Job>) {
+    for job in jobs {
+        match job {
+            Job::Load { state, wanted } => {
+                let loaded = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| obtain(&state, &wanted)));
+                let loaded = loaded.unwrap_or_else(|_| {
+                    Err(Error::new(
+                        ErrorKind::Internal,
+                        "the thread that loads weights panicked",
+                        "see the broker's log",
+                    ))
+                });
+                state.weights.finish(&wanted, loaded.map_err(Error::into_fault));
+            }
+            Job::Publish(filled) => filled.complete(),
+            Job::Verify { state, name, responder } => responder.settle(verify(&state, &name).map(Outcome::Verified)),
+        }
+    }
+}
+
+/// The set that is wanted: one that is there already and contains the same, or a new one.
+fn obtain(state: &Arc<State>, wanted: &Wanted) -> Result<Result<WeightSetId, WeightSet>> {
+    let Wanted { file, plan, place } = wanted;
+    let weights = &state.weights;
+    let stop = || state.stopping.load(Ordering::Acquire);
+    let is_alike = weights.inner.lock().table.has_likeness(plan, *place);
+    if is_alike {
+        let source =
+            digest_file(file, &|done, _| weights.tell(wanted, done), &stop).map_err(|why| ended(why, &stop))?;
+        if let Some(id) = weights.inner.lock().table.of_source(source, plan, *place) {
+            return Ok(Ok(id));
+        }
+    }
+    let started = Instant::now();
+    let table = wire_table(plan)?;
+    let size_bytes = usize::try_from(plan.size_bytes).unwrap_or(usize::MAX);
+    let draft = WeightDraft::allocate(*place, state.gpu.as_ref(), size_bytes)?;
+    let progress = |done: u64, _total: u64| weights.tell(wanted, done);
+    let Loaded { source, content } =
+        load(file, plan, &draft.region(), &progress, &stop).map_err(|why| ended(why, &stop))?;
+    let memory = draft.seal()?;
+    let seconds = started.elapsed().as_secs_f64();
+    tracing::info!(file = %file.path().display(), device = place.name(), bytes = plan.size_bytes, seconds, "weights loaded");
+    let id = weights.inner.lock().table.new_id();
+    Ok(Err(WeightSet { id, place: *place, plan: plan.clone(), table, source, content, memory }))
+}
+
+/// Loading stops by itself only with the broker.
+fn ended(why: ModelError, stop: &dyn Fn() -> bool) -> Error {
+    match why {
+        ModelError::Cancelled if stop() => Error::new(
+            ErrorKind::ShuttingDown,
+            "the broker is stopping; the weights were not loaded",
+            "attach them again",
+        ),
+        why => why.into(),
+    }
+}
+
+fn verify(state: &Arc<State>, name: &str) -> Result<Vec<VerifyReport>> {
+    let path = state.registry.locate(name);
+    let sets = state.weights.inner.lock().table.named(name, path.as_ref().ok());
+    if sets.is_empty() {
+        let found = path.map(|_| ()).map_err(Error::from);
+        let absent =
+            || Error::new(ErrorKind::ModelNotFound, format!("{name} is attached by nobody"), "attach it first");
+        return Err(found.map_or_else(|error| error, |()| absent()));
+    }
+    let report = |(name, set): (String, Arc<WeightSet>)| {
+        let found = digest_region(&set.plan, &set.memory.region, &|| state.stopping.load(Ordering::Acquire))?;
+        let bytes = set.plan.size_bytes;
+        Ok(VerifyReport { name, device: set.place.name(), bytes, expected: set.content, found })
+    };
+    sets.into_iter().map(report).collect()
+}

@@ -1,0 +1,92 @@
+use std::sync::Arc;
+
+use super::super::gpu::BrokerGpu;
+use crate::device::{DeviceError, Region};
+use crate::id::GpuUuid;
+
+/// Where a set lies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum WeightPlace {
+    Host,
+    Gpu(GpuUuid),
+}
+
+impl WeightPlace {
+    /// What every tensor starts at a multiple of, in bytes: what the tensor library's own allocations have there.
+    pub(super) fn alignment(self) -> u64 {
+        match self {
+            Self::Host => 64,
+            Self::Gpu(_) => 512,
+        }
+    }
+
+    pub(super) fn name(self) -> String {
+        match self {
+            Self::Host => "cpu".to_owned(),
+            Self::Gpu(gpu) => gpu.to_string(),
+        }
+    }
+}
+
+/// Memory of a set that is being filled.
+#[derive(Debug)]
+pub(super) enum WeightDraft {
+    #[cfg(target_os = "linux")]
+    Host(Arc<crate::device::DraftRegion>),
+    /// Whether others can write to it is the driver's business, not the memory's.
+    Gpu(Arc<dyn Region>),
+}
+
+/// Memory of a set that is complete.
+#[derive(Debug)]
+pub(super) struct SealedWeights {
+    pub(super) region: Arc<dyn Region>,
+    /// What the system calls it; of the host's memory only.
+    pub(super) inode: Option<u64>,
+}
+
+impl WeightDraft {
+    /// # Errors
+    /// [`DeviceError::OutOfMemory`], [`DeviceError::Cuda`]; [`DeviceError::WrongHandle`] where the system has no memory
+    /// that can be handed over for reading alone, and for a GPU that is not the broker's.
+    pub(super) fn allocate(
+        place: WeightPlace,
+        gpu: Option<&BrokerGpu>,
+        size_bytes: usize,
+    ) -> Result<Self, DeviceError> {
+        match place {
+            #[cfg(target_os = "linux")]
+            WeightPlace::Host => Ok(Self::Host(crate::device::DraftRegion::allocate(size_bytes)?)),
+            #[cfg(not(target_os = "linux"))]
+            WeightPlace::Host => Err(DeviceError::WrongHandle { device: "host" }),
+            WeightPlace::Gpu(uuid) => {
+                let gpu = gpu.filter(|gpu| gpu.uuid() == uuid).ok_or(DeviceError::NoGpu { gpu: uuid })?;
+                Ok(Self::Gpu(gpu.weight_memory(size_bytes)?))
+            }
+        }
+    }
+
+    pub(super) fn region(&self) -> Arc<dyn Region> {
+        match self {
+            #[cfg(target_os = "linux")]
+            Self::Host(draft) => Arc::clone(draft) as Arc<dyn Region>,
+            Self::Gpu(region) => Arc::clone(region),
+        }
+    }
+
+    /// Ends the writing. Nobody else may hold the region.
+    ///
+    /// # Errors
+    /// [`DeviceError::StillMapped`].
+    pub(super) fn seal(self) -> Result<SealedWeights, DeviceError> {
+        match self {
+            #[cfg(target_os = "linux")]
+            Self::Host(draft) => {
+                let sealed = draft.seal()?;
+                let inode = sealed.inode()?;
+                Ok(SealedWeights { region: sealed, inode: Some(inode) })
+            }
+            Self::Gpu(region) => Ok(SealedWeights { region, inode: None }),
+        }
+    }
+}

@@ -1,0 +1,13 @@
+//! Weights that exist once and that every client maps: sets, who holds them, loading, publishing.
+
+mod diverged;
+mod loading;
+mod memory;
+mod publish;
+mod report;
+mod set;
+mod table;
+mod wanted;
+
+pub(super) use loading::Weights;
+pub(super) use table::Unloaded;

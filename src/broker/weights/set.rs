@@ -1,0 +1,81 @@
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::memory::{SealedWeights, WeightPlace};
+use crate::error::Result;
+use crate::id::{AttachmentId, ContentDigest, SessionId, WeightSetId};
+use crate::model::ModelFile;
+use crate::model::weights::WeightPlan;
+use crate::protocol::{WeightEntry, WeightState, encode_table};
+
+/// One set of weights, complete and never changed.
+#[derive(Debug)]
+pub(super) struct WeightSet {
+    pub(super) id: WeightSetId,
+    pub(super) place: WeightPlace,
+    pub(super) plan: WeightPlan,
+    /// The plan as clients get it.
+    pub(super) table: Arc<[u8]>,
+    /// What the source of the tensors contains, before they were cast.
+    pub(super) source: ContentDigest,
+    pub(super) content: ContentDigest,
+    pub(super) memory: SealedWeights,
+}
+
+/// A set that is known: where it comes from, and who uses it.
+#[derive(Debug)]
+pub(super) struct Known {
+    pub(super) set: Arc<WeightSet>,
+    /// Files that hold this set, as they were when that was found.
+    pub(super) files: Vec<Arc<ModelFile>>,
+    /// Names it was published under.
+    pub(super) published: BTreeSet<String>,
+    /// Names it was asked for by.
+    pub(super) names: BTreeSet<String>,
+    pub(super) holders: BTreeMap<AttachmentId, SessionId>,
+    pub(super) last_used: Instant,
+    pub(super) state: WeightState,
+}
+
+/// The table of a plan as it crosses the wire.
+///
+/// # Errors
+/// [`crate::protocol::CodecError::TooLong`].
+pub(super) fn wire_table(plan: &WeightPlan) -> Result<Arc<[u8]>> {
+    let entry = |tensor: &crate::model::weights::PlannedTensor| WeightEntry {
+        key: tensor.key.clone(),
+        dtype: tensor.meta.dtype,
+        shape: tensor.meta.shape,
+        offset: tensor.offset,
+    };
+    let entries: Vec<WeightEntry> = plan.tensors.iter().map(entry).collect();
+    Ok(encode_table(&entries)?.into())
+}
+
+impl Known {
+    /// Whether a file at `path` that was found to hold this set is still as it was then.
+    pub(super) fn is_current(&self, path: &std::path::Path) -> bool {
+        self.files.iter().any(|file| file.path() == path && file.check_unchanged().is_ok())
+    }
+
+    /// Whether the set comes from nowhere any more: every file that held it has changed, and nobody published it.
+    pub(super) fn is_outdated(&self) -> bool {
+        self.published.is_empty() && self.files.iter().all(|file| file.check_unchanged().is_err())
+    }
+
+    /// The name to speak of it by.
+    pub(super) fn shown(&self) -> String {
+        let by_name = self.published.iter().chain(&self.names).next().cloned();
+        by_name.or_else(|| self.files.first().map(|file| file.path().display().to_string())).unwrap_or_default()
+    }
+
+    /// How often each session holds it.
+    pub(super) fn by_session(&self) -> BTreeMap<SessionId, u64> {
+        let mut counts = BTreeMap::new();
+        for session in self.holders.values() {
+            *counts.entry(*session).or_default() += 1;
+        }
+        counts
+    }
+}

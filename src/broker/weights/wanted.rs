@@ -1,0 +1,52 @@
+use std::sync::Arc;
+
+use super::super::registry::Registry;
+use super::memory::WeightPlace;
+use super::set::Known;
+use crate::error::{Error, ErrorKind, Result};
+use crate::model::ModelFile;
+use crate::model::weights::WeightPlan;
+use crate::protocol::AttachRequest;
+use crate::tensor::CastRule;
+
+/// The weights of a file as somebody wants them.
+#[derive(Debug, Clone)]
+pub(super) struct Wanted {
+    pub(super) file: Arc<ModelFile>,
+    pub(super) plan: WeightPlan,
+    pub(super) place: WeightPlace,
+}
+
+impl Wanted {
+    /// Opens the file and lays its tensors out; reads the header alone.
+    ///
+    /// # Errors
+    /// [`crate::model::ModelError`]: not found, not safetensors, an element type that cannot be had.
+    pub(super) fn of_file(registry: &Registry, request: &AttachRequest, place: WeightPlace) -> Result<Self> {
+        let path = registry.locate(&request.name)?;
+        let file = ModelFile::open(&path)?;
+        let plan = WeightPlan::of_file(&file, &request.rule, place.alignment())?;
+        Ok(Self { file: Arc::new(file), plan, place })
+    }
+}
+
+/// That a published set is as `rule` wants it: only files are cast.
+///
+/// # Errors
+/// [`ErrorKind::Unsupported`] naming the first tensor that is not.
+pub(super) fn check_published(known: &Known, name: &str, rule: &CastRule) -> Result<()> {
+    let differs = known.set.plan.tensors.iter().find(|one| rule.wanted(&one.key, one.meta.dtype) != one.meta.dtype);
+    match differs {
+        None => Ok(()),
+        Some(tensor) => Err(Error::new(
+            ErrorKind::Unsupported,
+            format!(
+                "{name} was published with {:?} as {}, and is not there as {}",
+                tensor.key,
+                tensor.meta.dtype,
+                rule.wanted(&tensor.key, tensor.meta.dtype)
+            ),
+            "attach it as it was published, or publish it in that type under another name",
+        )),
+    }
+}

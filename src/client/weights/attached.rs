@@ -1,0 +1,224 @@
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+
+use super::super::connect::Client;
+use super::super::link::Link;
+use super::super::tensor::{Storage, Tensor};
+use super::attach::{AttachOptions, Handed, hand};
+use super::map::WeightMap;
+use crate::device::{Place, Span};
+use crate::error::{Error, ErrorKind, Result};
+use crate::id::{AttachmentId, ContentDigest, GpuUuid};
+use crate::protocol::{Operation, WeightEntry};
+use crate::tensor::{CastRule, TensorMeta};
+
+/// Weights that lie in the broker's memory once for everybody, as this process sees them. Cloning shares them; the hold
+/// on them ends with the last clone and the last tensor.
+///
+/// Each tensor is a view. In host memory a write to one gives this process a page of its own: nobody else sees it, and
+/// `status` counts it. The memory stays mapped for as long as anything refers to it, whatever becomes of the broker.
+#[derive(Debug, Clone)]
+pub struct Weights {
+    attached: Arc<Attached>,
+}
+
+/// What the tensors of one attachment share.
+pub(in crate::client) struct Attached {
+    client: Client,
+    name: String,
+    rule: CastRule,
+    gpu: Option<GpuUuid>,
+    content: ContentDigest,
+    tensors: BTreeMap<String, WeightEntry>,
+    map: WeightMap,
+    hold: Mutex<Hold>,
+}
+
+impl fmt::Debug for Attached {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Attached")
+            .field("name", &self.name)
+            .field("tensors", &self.tensors.len())
+            .finish_non_exhaustive()
+    }
+}
+
+/// The right to the weights, in one session.
+struct Hold {
+    link: Arc<Link>,
+    attachment: AttachmentId,
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        self.link.detach(self.attachment);
+    }
+}
+
+impl Attached {
+    /// This process's ordinal of the GPU that the weights lie on.
+    pub(in crate::client) fn ordinal(&self) -> Option<i32> {
+        self.map.ordinal()
+    }
+}
+
+impl Weights {
+    /// Maps what was handed over.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Protocol`] for a table that does not fit the memory, else [`crate::device::DeviceError`].
+    pub(super) fn open(client: &Client, handed: Handed, name: &str, options: &AttachOptions<'_>) -> Result<Self> {
+        let Handed { link, weights, entries, handle, gpu } = handed;
+        // From here on dropping it gives the attachment back.
+        let hold = Hold { link, attachment: weights.attachment };
+        let map = WeightMap::open(&weights.handle, handle, weights.size_bytes, gpu.as_deref())?;
+        for entry in &entries {
+            check_inside(entry, weights.size_bytes)?;
+        }
+        let tensors = entries.into_iter().map(|entry| (entry.key.clone(), entry)).collect();
+        let attached = Attached {
+            client: client.clone(),
+            name: name.to_owned(),
+            rule: options.rule.clone(),
+            gpu: options.gpu,
+            content: weights.content,
+            tensors,
+            map,
+            hold: Mutex::new(hold),
+        };
+        Ok(Self { attached: Arc::new(attached) })
+    }
+
+    /// What they were asked for by.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.attached.name
+    }
+
+    /// What the tensors contain.
+    #[must_use]
+    pub fn content(&self) -> ContentDigest {
+        self.attached.content
+    }
+
+    /// Bytes of shared memory that they lie in.
+    #[must_use]
+    pub fn size_bytes(&self) -> u64 {
+        self.attached.map.region().size_bytes() as u64
+    }
+
+    /// The memory they lie in.
+    #[must_use]
+    pub fn place(&self) -> Place {
+        self.attached.map.region().place()
+    }
+
+    /// Number of tensors.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.attached.tensors.len()
+    }
+
+    /// Whether there are none, which cannot be.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.attached.tensors.is_empty()
+    }
+
+    /// Keys with element type and shape, in order.
+    pub fn metas(&self) -> impl ExactSizeIterator<Item = (&str, TensorMeta)> {
+        self.attached.tensors.iter().map(|(key, entry)| (key.as_str(), entry.meta()))
+    }
+
+    /// Keys, in order.
+    pub fn keys(&self) -> impl ExactSizeIterator<Item = &str> {
+        self.attached.tensors.keys().map(String::as_str)
+    }
+
+    /// The tensor called `key`: a view, which keeps the weights mapped and held.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidTensor`] where there is none, naming keys that are alike.
+    pub fn tensor(&self, key: &str) -> Result<Tensor> {
+        let entry = self.attached.tensors.get(key).ok_or_else(|| self.missing(key))?;
+        let meta = entry.meta();
+        let offset = usize::try_from(entry.offset).unwrap_or(usize::MAX);
+        let span = Span::new(self.attached.map.region(), offset, meta.size_bytes()?)?;
+        Ok(Tensor::new(meta, Storage::Attached { weights: Arc::clone(&self.attached), span }))
+    }
+
+    fn missing(&self, key: &str) -> Error {
+        let end = key.rsplit('.').next().unwrap_or(key);
+        let alike = self.keys().find(|known| known.ends_with(key) || key.ends_with(*known));
+        let alike = alike.or_else(|| self.keys().find(|known| known.ends_with(end)));
+        let hint = alike.map_or_else(|| "it has no key like it".to_owned(), |alike| format!("it has {alike:?}"));
+        let message = format!("{} has no tensor {key:?}", self.name());
+        Error::new(ErrorKind::InvalidTensor, message, hint)
+    }
+
+    /// Whether the broker still counts these weights as held: what to ask before computing with them.
+    ///
+    /// # Errors
+    /// [`ErrorKind::ConnectionLost`] where the broker is gone, [`ErrorKind::Stale`] where weights of this session were
+    /// unloaded by force. They stay readable in either case; [`Weights::reattach`] makes it good again.
+    pub fn check(&self) -> Result<()> {
+        let link = Arc::clone(&self.attached.hold.lock().link);
+        link.call(Operation::CheckAttached, &[], &self.attached.client.default_options()).map(|_| ())
+    }
+
+    /// Takes a hold on the same weights anew, of a broker that was restarted or that had unloaded them, and puts its memory
+    /// behind the addresses of the old: tensors and modules made of these weights go on. Pages that were written to
+    /// hold what they should again. The old memory is given up.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Stale`] where the weights of that name are not the same any more,
+    /// [`ErrorKind::Unsupported`] for memory of a GPU, or as [`Client::attach`]. The old memory is kept then.
+    pub fn reattach(&self) -> Result<()> {
+        let attached = &*self.attached;
+        let mut hold = attached.hold.lock();
+        if attached.map.ordinal().is_some() {
+            return attached.map.replace(&crate::protocol::ArenaHandle::CudaVmm, None);
+        }
+        let options = AttachOptions { rule: attached.rule.clone(), gpu: attached.gpu, ..AttachOptions::default() };
+        let link = attached.client.live()?;
+        let replaces = Arc::ptr_eq(&link, &hold.link).then_some(hold.attachment);
+        let Handed { link, weights, entries, handle, .. } =
+            hand(&attached.client, link, &attached.name, &options, replaces)?;
+        // The old one was given back by the request itself.
+        let old = replaces.is_some();
+        let new = Hold { link, attachment: weights.attachment };
+        let is_same = weights.content == attached.content
+            && entries.len() == attached.tensors.len()
+            && entries.iter().all(|entry| attached.tensors.get(&entry.key) == Some(entry));
+        if !is_same {
+            if old {
+                // Held from now on by the new attachment alone, which keeps the old memory company until it is dropped.
+                tracing::warn!(name = attached.name, "the weights are not the same any more");
+            }
+            return Err(Error::new(
+                ErrorKind::Stale,
+                format!("{} holds other weights than those that were attached, which stay readable", attached.name),
+                "attach it anew, and build what uses it anew",
+            ));
+        }
+        attached.map.replace(&weights.handle, handle)?;
+        *hold = new;
+        Ok(())
+    }
+}
+
+/// That a tensor lies within its memory.
+fn check_inside(entry: &WeightEntry, size_bytes: u64) -> Result<()> {
+    let meta = entry.meta();
+    meta.validate()?;
+    let end = entry.offset.checked_add(meta.size_bytes()? as u64);
+    let is_aligned = entry.offset.is_multiple_of(meta.dtype.size_bytes() as u64);
+    if end.is_some_and(|end| end <= size_bytes) && is_aligned {
+        return Ok(());
+    }
+    let message = format!("the broker says that {:?} lies outside the memory it handed over", entry.key);
+    Err(Error::new(ErrorKind::Protocol, message, ""))
+}

@@ -1,0 +1,90 @@
+use std::sync::Arc;
+
+use super::super::open_gpu::LinkGpu;
+use crate::device::{Region, RegionHandle};
+use crate::error::{Error, ErrorKind, Result};
+use crate::protocol::ArenaHandle;
+use crate::transport::Attachment;
+
+/// The memory of attached weights in this process.
+#[derive(Debug)]
+pub(super) enum WeightMap {
+    /// A private view: what is written to it nobody else sees.
+    #[cfg(target_os = "linux")]
+    Host(Arc<crate::device::SealedRegion>),
+    Gpu {
+        region: Arc<dyn Region>,
+        ordinal: i32,
+    },
+}
+
+impl WeightMap {
+    /// Maps what was handed over.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Protocol`] where the handle is missing, else [`crate::device::DeviceError`].
+    pub(super) fn open(
+        handle: &ArenaHandle,
+        attached: Option<Attachment>,
+        size_bytes: u64,
+        gpu: Option<&LinkGpu>,
+    ) -> Result<Self> {
+        let size_bytes = usize::try_from(size_bytes).unwrap_or(usize::MAX);
+        match (handle, attached, gpu) {
+            #[cfg(target_os = "linux")]
+            (ArenaHandle::Attached, Some(Attachment::Fd(fd)), None) => {
+                Ok(Self::Host(crate::device::SealedRegion::import(fd, size_bytes)?))
+            }
+            #[cfg(unix)]
+            (ArenaHandle::CudaVmm, Some(Attachment::Fd(fd)), Some(gpu)) => {
+                let region = gpu.device.import_weights(RegionHandle::CudaVmm(fd), size_bytes)?;
+                Ok(Self::Gpu { region, ordinal: gpu.device.ordinal() })
+            }
+            (ArenaHandle::CudaIpc(handle), _, Some(gpu)) => {
+                let handle = handle.as_slice().try_into().map_err(|_| missing())?;
+                let region = gpu.device.import_weights(RegionHandle::CudaIpc(handle), size_bytes)?;
+                Ok(Self::Gpu { region, ordinal: gpu.device.ordinal() })
+            }
+            _ => Err(missing()),
+        }
+    }
+
+    pub(super) fn region(&self) -> Arc<dyn Region> {
+        match self {
+            #[cfg(target_os = "linux")]
+            Self::Host(region) => Arc::clone(region) as Arc<dyn Region>,
+            Self::Gpu { region, .. } => Arc::clone(region),
+        }
+    }
+
+    /// This process's ordinal of the GPU that it lies on.
+    pub(super) fn ordinal(&self) -> Option<i32> {
+        match self {
+            #[cfg(target_os = "linux")]
+            Self::Host(_) => None,
+            Self::Gpu { ordinal, .. } => Some(*ordinal),
+        }
+    }
+
+    /// Puts other memory of equal content behind the same addresses.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] for memory of a GPU; as [`WeightMap::open`], and the map is as it was then.
+    pub(super) fn replace(&self, handle: &ArenaHandle, attached: Option<Attachment>) -> Result<()> {
+        match (self, handle, attached) {
+            #[cfg(target_os = "linux")]
+            (Self::Host(region), ArenaHandle::Attached, Some(Attachment::Fd(fd))) => Ok(region.replace(fd)?),
+            (Self::Gpu { .. }, ..) => Err(Error::new(
+                ErrorKind::Unsupported,
+                "memory of a GPU cannot be replaced behind the same addresses",
+                "attach the weights again, and assign the new tensors",
+            )),
+            #[cfg(target_os = "linux")]
+            _ => Err(missing()),
+        }
+    }
+}
+
+fn missing() -> Error {
+    Error::new(ErrorKind::Protocol, "the broker speaks of weights but did not hand them over", "")
+}

@@ -1,0 +1,13 @@
+//! Weights in the broker's memory, mapped by this process; tensors handed to the broker for others; permits.
+
+mod attach;
+mod attached;
+mod map;
+mod permit;
+mod publish;
+
+pub use attach::AttachOptions;
+pub(super) use attached::Attached;
+pub use attached::Weights;
+pub use permit::Permit;
+pub use publish::Published;

@@ -1,0 +1,143 @@
+use serde::{Deserialize, Serialize};
+
+use super::codec::{self, CodecError};
+use super::message::{ArenaHandle, GpuTarget};
+use crate::id::{AttachmentId, ContentDigest, DraftId, WeightSetId};
+use crate::tensor::{CastRule, DType, Dims, TensorMeta};
+
+/// The longest table of tensors: half a million tensors with long names.
+pub const MAX_TABLE_BYTES: usize = 64 << 20;
+
+/// A wish to map all tensors of a file, or of a published set.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AttachRequest {
+    /// Name or path.
+    pub name: String,
+    /// Element types wanted.
+    pub rule: CastRule,
+    /// The opening of the client's GPU in whose memory they are wanted; absent for host memory.
+    pub gpu: Option<GpuTarget>,
+    /// The attachment that this one takes the place of. It ends when the new one begins.
+    pub replaces: Option<AttachmentId>,
+}
+
+/// A set of weights, handed over. The table of its tensors is in the bytes behind the frame.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AttachedWeights {
+    /// The session's hold on it.
+    pub attachment: AttachmentId,
+    /// The set.
+    pub set: WeightSetId,
+    /// What its tensors contain.
+    pub content: ContentDigest,
+    /// Bytes of its memory.
+    pub size_bytes: u64,
+    /// How to map it. Handed over anew with each attachment: what is mapped twice takes no memory twice.
+    pub handle: ArenaHandle,
+}
+
+/// A wish to hand tensors to the broker for others. Their table is in the bytes behind the frame, offsets left at 0.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PublishRequest {
+    /// The name under which others attach them.
+    pub name: String,
+    /// What they contain: a set that is there already is not sent again.
+    pub content: ContentDigest,
+}
+
+/// Memory for the tensors of a set that is being published. The table with their places is in the bytes behind the
+/// frame.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DraftOffer {
+    /// What to call it in [`super::Operation::PublishFilled`].
+    pub draft: DraftId,
+    /// Bytes of the memory.
+    pub size_bytes: u64,
+    /// How to map it, for writing.
+    pub handle: ArenaHandle,
+}
+
+/// One tensor of a set.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WeightEntry {
+    /// Its key.
+    pub key: String,
+    /// Element type.
+    pub dtype: DType,
+    /// Extents; elements lie in row-major order without gaps.
+    pub shape: Dims,
+    /// Bytes from the start of the set's memory to the first element.
+    pub offset: u64,
+}
+
+impl WeightEntry {
+    /// Element type, shape and strides.
+    #[must_use]
+    pub fn meta(&self) -> TensorMeta {
+        TensorMeta::contiguous(self.dtype, self.shape)
+    }
+}
+
+/// What `verify` found of one set.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VerifyReport {
+    /// A name of the set.
+    pub name: String,
+    /// Where it lies.
+    pub device: String,
+    /// Bytes of its memory.
+    pub bytes: u64,
+    /// What it contained when it was loaded or published.
+    pub expected: ContentDigest,
+    /// What it contains now.
+    pub found: ContentDigest,
+}
+
+/// The bytes of a table.
+///
+/// # Errors
+/// [`CodecError::TooLong`].
+pub fn encode_table(entries: &[WeightEntry]) -> Result<Vec<u8>, CodecError> {
+    let bytes = rmp_serde::to_vec(entries)?;
+    if bytes.len() > MAX_TABLE_BYTES {
+        return Err(CodecError::TooLong { length: bytes.len() });
+    }
+    Ok(bytes)
+}
+
+/// The table in `bytes`.
+///
+/// # Errors
+/// As [`codec::decode`].
+pub fn decode_table(bytes: &[u8]) -> Result<Vec<WeightEntry>, CodecError> {
+    if bytes.len() > MAX_TABLE_BYTES {
+        return Err(CodecError::TooLong { length: bytes.len() });
+    }
+    codec::decode_all(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_table_of_many_tensors_survives_the_round_trip() {
+        let entry = |at: u64| WeightEntry {
+            key: format!("model.diffusion_model.input_blocks.{at}.weight"),
+            dtype: DType::F8E4M3Fn,
+            shape: Dims::of([at, 3]),
+            offset: at * 64,
+        };
+        let entries: Vec<_> = (0..50_000).map(entry).collect();
+        let bytes = encode_table(&entries).unwrap();
+        assert!(bytes.len() > codec::MAX_MESSAGE_BYTES, "{}", bytes.len());
+        assert_eq!(decode_table(&bytes).unwrap(), entries);
+        assert!(decode_table(&bytes[..bytes.len() - 1]).is_err());
+        assert!(decode_table(&[&bytes[..], &[0]].concat()).is_err());
+    }
+
+    #[test]
+    fn a_claimed_length_does_not_become_an_allocation() {
+        assert!(decode_table(&[0xdd, 0xff, 0xff, 0xff, 0xff]).is_err());
+    }
+}
