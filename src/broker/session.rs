@@ -20,9 +20,9 @@ use crate::id::{RequestId, SessionId};
 use crate::lane::Entry;
 use crate::model::HandOff;
 use crate::protocol::{
-    Accepted, Action, DeviceRung, Features, GpuTarget, Hello, NONCE_BYTES, Operation, Outcome, PROTOCOL_VERSION,
-    ProbeAnswer, ProbeOffer, ProbeOutcome, Reason, Release, Rung, ServerMessage, TensorSource, VaeRequest, Welcome,
-    codec, negotiate, settle,
+    Accepted, Action, DeviceRung, FailureCode, Features, GpuTarget, Hello, NONCE_BYTES, Operation, Outcome,
+    PROTOCOL_VERSION, ProbeAnswer, ProbeOffer, ProbeOutcome, Reason, Release, Rung, ServerMessage, TensorSource,
+    VaeRequest, Welcome, codec, negotiate, settle,
 };
 use crate::tensor::{DType, Dims, TensorMeta};
 use crate::transport::{Abilities, Connection, FrameReader, TransportError};
@@ -138,11 +138,11 @@ impl Session {
         match (&ended, link.open.get()) {
             (Ok(()), _) => tracing::info!(session = %link.id(), "session ended"),
             (Err(error), Some(open)) => {
-                state.counters.sessions_lost.fetch_add(1, Ordering::Relaxed);
+                state.metrics.sessions_lost.inc();
                 tracing::info!(session = %link.id(), name = open.name, %error, "session lost");
             }
             (Err(error), None) => {
-                state.counters.refused.fetch_add(1, Ordering::Relaxed);
+                state.metrics.refused.inc();
                 tracing::info!(session = %link.id(), %error, "no session");
             }
         }
@@ -243,13 +243,17 @@ impl Session {
         slot.span().read(&mut both)?;
         let found: [u8; NONCE_BYTES] = std::array::from_fn(|at| both[NONCE_BYTES + at]);
         drop(slot);
+        let tried = planned.0;
         let (rung, reason) = settle(planned, &nonce, &answer.outcome, &found);
         if rung != Rung::Inline {
             return self.open(hello, memory, rung, reason);
         }
-        if let ProbeOutcome::Failed(what) = &answer.outcome {
-            tracing::warn!(session = %self.link.id(), what, "shared memory failed the probe; bytes cross in frames");
-        }
+        let code = match &answer.outcome {
+            ProbeOutcome::Failed(_) => FailureCode::Open,
+            ProbeOutcome::Mapped { .. } => FailureCode::NonceMismatch,
+        };
+        self.state.metrics.rung_failed(tried, code.name());
+        tracing::warn!(session = %self.link.id(), code = code.name(), %reason, "bytes cross in frames");
         memory.reap();
         if let Some(forced) = hello.forced.filter(|&forced| forced != rung) {
             return Err(Error::new(
@@ -327,6 +331,7 @@ impl Session {
             },
             Operation::Models => responder.answer(Outcome::Models(self.state.registry.list())),
             Operation::Status => responder.answer(Outcome::Status(Box::new(self.state.status()))),
+            Operation::Metrics => responder.answer(Outcome::Metrics(self.state.metrics_text())),
         }
         Ok(())
     }

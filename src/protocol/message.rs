@@ -125,6 +125,8 @@ pub enum Operation {
     Models,
     /// Everything about sessions, models and lanes.
     Status,
+    /// Counts and sizes, for monitoring.
+    Metrics,
 }
 
 /// A VAE call with its input.
@@ -379,6 +381,8 @@ pub enum Outcome {
     Models(Vec<ModelReport>),
     /// Everything.
     Status(Box<Status>),
+    /// Counts and sizes, in the text format of OpenMetrics.
+    Metrics(String),
 }
 
 impl Descriptor {

@@ -10,7 +10,7 @@ use crate::service::{GpuOrder, Rung};
 /// The version this crate speaks. Raised by every change of a message, an added field too: once the version is agreed
 /// on, fields are told apart by their place alone. What is said until then carries names, so that a peer of
 /// another version can read why it is refused.
-pub const PROTOCOL_VERSION: u32 = 1;
+pub const PROTOCOL_VERSION: u32 = 2;
 
 /// Abilities of one side, as bits so that an unknown one is carried and ignored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -102,6 +102,24 @@ impl FailureCode {
             Self::Open => "open",
             Self::NonceMismatch => "nonce_mismatch",
             Self::Demoted => "demoted",
+        }
+    }
+}
+
+impl Reason {
+    /// The name in metrics, and that of the variant in a `status` for programs.
+    #[must_use]
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Self::SameProcess => "same_process",
+            Self::SealedMemoryProbed => "sealed_memory_probed",
+            Self::NamedSegmentProbed => "named_segment_probed",
+            Self::Forced => "forced",
+            Self::ProbeFailed(_) => "probe_failed",
+            Self::NoSharedMemory => "no_shared_memory",
+            Self::GpuMemoryProbed => "gpu_memory_probed",
+            Self::NoSharedGpu(_) => "no_shared_gpu",
+            Self::Failed(_) => "failed",
         }
     }
 }
@@ -337,7 +355,8 @@ mod tests {
         future.version = 99;
         let fault = negotiate(&mut future, ALL).unwrap_err();
         assert_eq!(fault.kind, ErrorKind::Refused);
-        assert!(fault.message.contains("99") && fault.message.contains('1'), "{fault}");
+        let ours = format!("speaks {PROTOCOL_VERSION}");
+        assert!(fault.message.contains("version 99") && fault.message.contains(&ours), "{fault}");
     }
 
     #[test]
@@ -360,6 +379,26 @@ mod tests {
             settle((Rung::Shm, Reason::SealedMemoryProbed), &[1; NONCE_BYTES], &answer, &[2; NONCE_BYTES]);
         let Reason::ProbeFailed(what) = reason else { panic!("the probe failed") };
         assert!(what.len() <= 200 && !what.contains('\u{7}'));
+    }
+
+    #[test]
+    fn a_reason_has_the_same_name_for_metrics_as_for_programs() {
+        let reasons = [
+            Reason::SameProcess,
+            Reason::SealedMemoryProbed,
+            Reason::NamedSegmentProbed,
+            Reason::Forced,
+            Reason::ProbeFailed("mmap: no".into()),
+            Reason::NoSharedMemory,
+            Reason::GpuMemoryProbed,
+            Reason::NoSharedGpu("no GPU".into()),
+            Reason::Failed(Vec::new()),
+        ];
+        for reason in reasons {
+            let told = serde_json::to_value(&reason).unwrap();
+            let variant = told.as_object().and_then(|variant| variant.keys().next().map(String::as_str));
+            assert_eq!(variant.or(told.as_str()), Some(reason.name()));
+        }
     }
 
     #[test]

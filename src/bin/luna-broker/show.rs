@@ -66,10 +66,9 @@ pub(crate) fn status(status: &Status) -> String {
         .lanes
         .iter()
         .map(|lane| {
-            let service = format!("{:?}", lane.service).to_lowercase();
             let queued = format!("{} of {}", lane.queued, lane.capacity);
             [
-                service,
+                lane.service.name().to_owned(),
                 lane.device.clone(),
                 queued,
                 if lane.busy { "yes" } else { "no" }.to_owned(),
