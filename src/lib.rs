@@ -11,6 +11,7 @@ pub mod error;
 pub mod id;
 pub mod lane;
 pub mod memory;
+mod metrics;
 pub mod model;
 pub mod protocol;
 pub mod service;

@@ -14,6 +14,16 @@ pub enum Service {
     Vae,
 }
 
+impl Service {
+    /// The name used in `status` and metrics.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Vae => "vae",
+        }
+    }
+}
+
 /// Direction of a VAE call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]

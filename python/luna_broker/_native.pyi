@@ -310,6 +310,10 @@ class Client:
     def status(self) -> dict[str, Any]:
         """What the broker is doing, among it `sessions`: a list, each with `name` and `leases`."""
 
+    def metrics(self) -> str:
+        """The broker's numbers for monitoring, in the text format of OpenMetrics, which Prometheus reads. Among them:
+        `luna_broker_sessions` by device, rung in use and reason, and `luna_broker_rung_failures_total`."""
+
     def models(self) -> list[dict[str, Any]]:
         """The models the broker knows, each with at least its `name`."""
 

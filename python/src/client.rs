@@ -95,6 +95,11 @@ impl Client {
         to_python(py, &status)
     }
 
+    /// The broker's numbers for monitoring.
+    fn metrics(&self, py: Python<'_>) -> PyResult<String> {
+        quick(py, || self.client.metrics())
+    }
+
     /// The models the broker knows.
     fn models<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         let models = quick(py, || self.client.models())?;

@@ -47,6 +47,18 @@ def test_sessions_are_listed_by_name(broker: Any, client: Any) -> None:
         assert {"other", client.session.name} <= set(names)
 
 
+def test_metrics_count_sessions_by_the_rung_in_use_and_why(client: Any) -> None:
+    lines = client.metrics().splitlines()
+    assert lines[-1] == "# EOF"
+    samples = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    in_use = 'luna_broker_sessions{device="cpu",rung="shm",reason="sealed_memory_probed"}'
+    assert int(samples[in_use]) >= 1
+    answered = int(samples["luna_broker_requests_total"])
+    client.ping()
+    later = dict(line.rsplit(" ", 1) for line in client.metrics().splitlines() if not line.startswith("#"))
+    assert int(later["luna_broker_requests_total"]) >= answered + 2
+
+
 def test_ping_is_a_duration_in_seconds(client: Any) -> None:
     took_s = client.ping()
     assert isinstance(took_s, float)

@@ -108,6 +108,12 @@ impl BrokerGpu {
         }
     }
 
+    /// Bytes of all tensor arenas.
+    pub(super) fn arena_bytes(&self) -> u64 {
+        let descriptors = self.descriptors.lock().as_ref().map_or(0, |pool| pool.arenas.arena_bytes());
+        self.plain.arenas.arena_bytes() + descriptors
+    }
+
     /// A stream for work that needs no lane.
     ///
     /// # Errors

@@ -12,6 +12,7 @@ mod jobs;
 mod loader;
 mod memories;
 mod memory;
+mod metrics;
 mod open_gpu;
 mod outbox;
 mod permits;

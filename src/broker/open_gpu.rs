@@ -98,6 +98,9 @@ impl GpuDoor {
             code: FailureCode::Demoted,
             detail: crate::protocol::presentable(&detail),
         });
+        if let Some(RungFailure { rung, code, .. }) = &failed {
+            state.metrics.rung_failed(*rung, code.name());
+        }
         let brokers = state.gpu.as_ref().map(BrokerGpu::uuid);
         let reaches = state.gpu.as_ref().is_some_and(|brokers| brokers.is_reached_from(gpu));
         let Abilities { descriptors, same_process } = abilities;
@@ -135,7 +138,7 @@ impl GpuDoor {
                 Err((code, what)) => (code, what),
             },
         };
-        self.fail(offered.rung, failure.0, failure.1);
+        self.fail(state, offered.rung, failure.0, failure.1);
         drop(offered);
         self.advance(state, memories)
     }
@@ -158,7 +161,8 @@ impl GpuDoor {
         Ok(Step { answer: GpuAnswer::Marked { sequence }, attachments: Vec::new() })
     }
 
-    fn fail(&mut self, rung: Rung, code: FailureCode, detail: String) {
+    fn fail(&mut self, state: &State, rung: Rung, code: FailureCode, detail: String) {
+        state.metrics.rung_failed(rung, code.name());
         let detail = crate::protocol::presentable(&detail);
         tracing::warn!(session = %self.session, %rung, code = code.name(), detail, "a rung for GPU memory failed");
         if let Some(search) = &mut self.search {
@@ -181,7 +185,7 @@ impl GpuDoor {
                     search.offered = Some(offered);
                     return Ok(step);
                 }
-                Err(error) => self.fail(rung, FailureCode::Export, error.to_string()),
+                Err(error) => self.fail(state, rung, FailureCode::Export, error.to_string()),
             }
         }
     }

@@ -243,6 +243,11 @@ impl ArenaPool {
         self.table.lock().regions.get(&arena).cloned()
     }
 
+    /// Bytes of all arenas.
+    pub(super) fn arena_bytes(&self) -> u64 {
+        self.table.lock().ledger.arena_bytes()
+    }
+
     pub(super) fn counts(&self, session: SessionId) -> PoolCounts {
         let mut table = self.table.lock();
         table.sweep();

@@ -124,9 +124,9 @@ impl Responder {
                 self.times.started_ns = self.times.finished_ns;
             }
         }
-        self.state.counters.requests.fetch_add(1, Ordering::Relaxed);
+        self.state.metrics.requests.inc();
         if matches!(outcome, Outcome::Fault(_)) {
-            self.state.counters.faults.fetch_add(1, Ordering::Relaxed);
+            self.state.metrics.faults.inc();
         }
         self.link.answered.fetch_add(1, Ordering::Relaxed);
         // Before the answer is out: the client may use the id again as soon as it has read it.

@@ -12,12 +12,13 @@ use super::loader::{Loader, Placement};
 use super::permits::Permits;
 use super::registry::Registry;
 use super::session::Session;
-use super::state::{Counters, Sessions, State};
+use super::state::{Sessions, State};
 use super::weights::Weights;
 use crate::config::BrokerConfig;
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::Epoch;
 use crate::lane::{Lane, Policy, Queue};
+use crate::metrics::Metrics;
 use crate::protocol::{ModelReport, ServerMessage, Status};
 use crate::transport::{Connection, Listener, LocalListener, MemoryConnection, MemoryListener};
 
@@ -104,7 +105,7 @@ fn make_state(config: BrokerConfig, address: String) -> Result<State> {
         weights,
         loading,
         sessions: Arc::new(Sessions::default()),
-        counters: Counters::default(),
+        metrics: Metrics::default(),
         arena_ids,
         gpu,
         stopping: AtomicBool::new(false),
@@ -179,6 +180,12 @@ impl Broker {
     #[must_use]
     pub fn status(&self) -> Status {
         self.state.status()
+    }
+
+    /// Counts and sizes as Prometheus reads them, in the text format of OpenMetrics.
+    #[must_use]
+    pub fn metrics(&self) -> String {
+        self.state.metrics_text()
     }
 
     /// Recognises a model by name or path without loading it.

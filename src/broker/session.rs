@@ -22,9 +22,9 @@ use crate::id::{GpuUuid, RequestId, SessionId};
 use crate::lane::Entry;
 use crate::model::HandOff;
 use crate::protocol::{
-    Accepted, Action, DeviceRung, Features, Force, GpuTarget, Hello, MAX_TABLE_BYTES, NONCE_BYTES, Operation, Outcome,
-    PROTOCOL_VERSION, ProbeAnswer, ProbeOffer, ProbeOutcome, PublishRequest, Reason, Release, Rung, ServerMessage,
-    TensorSource, VaeRequest, Welcome, codec, decode_table, negotiate, settle,
+    Accepted, Action, DeviceRung, FailureCode, Features, Force, GpuTarget, Hello, MAX_TABLE_BYTES, NONCE_BYTES,
+    Operation, Outcome, PROTOCOL_VERSION, ProbeAnswer, ProbeOffer, ProbeOutcome, PublishRequest, Reason, Release, Rung,
+    ServerMessage, TensorSource, VaeRequest, Welcome, codec, decode_table, negotiate, settle,
 };
 use crate::service::Service;
 use crate::tensor::{DType, Dims, TensorMeta};
@@ -146,11 +146,11 @@ impl Session {
         match (&ended, link.open.get()) {
             (Ok(()), _) => tracing::info!(session = %link.id(), "session ended"),
             (Err(error), Some(open)) => {
-                state.counters.sessions_lost.fetch_add(1, Ordering::Relaxed);
+                state.metrics.sessions_lost.inc();
                 tracing::info!(session = %link.id(), name = open.name, %error, "session lost");
             }
             (Err(error), None) => {
-                state.counters.refused.fetch_add(1, Ordering::Relaxed);
+                state.metrics.refused.inc();
                 tracing::info!(session = %link.id(), %error, "no session");
             }
         }
@@ -253,13 +253,17 @@ impl Session {
         slot.span().read(&mut both)?;
         let found: [u8; NONCE_BYTES] = std::array::from_fn(|at| both[NONCE_BYTES + at]);
         drop(slot);
+        let tried = planned.0;
         let (rung, reason) = settle(planned, &nonce, &answer.outcome, &found);
         if rung != Rung::Inline {
             return self.open(hello, memory, rung, reason);
         }
-        if let ProbeOutcome::Failed(what) = &answer.outcome {
-            tracing::warn!(session = %self.link.id(), what, "shared memory failed the probe; bytes cross in frames");
-        }
+        let code = match &answer.outcome {
+            ProbeOutcome::Failed(_) => FailureCode::Open,
+            ProbeOutcome::Mapped { .. } => FailureCode::NonceMismatch,
+        };
+        self.state.metrics.rung_failed(tried, code.name());
+        tracing::warn!(session = %self.link.id(), code = code.name(), %reason, "bytes cross in frames");
         memory.reap();
         if let Some(forced) = hello.forced.filter(|&forced| forced != rung) {
             return Err(Error::new(
@@ -340,6 +344,7 @@ impl Session {
             Operation::Verify { name } => self.state.weights.verify(&self.state, responder, name),
             Operation::Models => responder.answer(Outcome::Models(self.state.registry.list())),
             Operation::Status => responder.answer(Outcome::Status(Box::new(self.state.status()))),
+            Operation::Metrics => responder.answer(Outcome::Metrics(self.state.metrics_text())),
         }
         Ok(())
     }

@@ -14,6 +14,7 @@ use super::weights::Weights;
 use crate::config::BrokerConfig;
 use crate::id::{Epoch, SessionId};
 use crate::lane::Lane;
+use crate::metrics::Metrics;
 
 /// What every session and lane of one broker shares.
 #[derive(Debug)]
@@ -30,20 +31,11 @@ pub(super) struct State {
     pub(super) loading: Arc<AtomicU64>,
     /// Outlives the state: a session is counted until nothing of it is left.
     pub(super) sessions: Arc<Sessions>,
-    pub(super) counters: Counters,
+    pub(super) metrics: Metrics,
     pub(super) arena_ids: Arc<AtomicU32>,
     /// Absent on the CPU.
     pub(super) gpu: Option<BrokerGpu>,
     pub(super) stopping: AtomicBool,
-}
-
-/// Numbers for `status`.
-#[derive(Debug, Default)]
-pub(super) struct Counters {
-    pub(super) requests: AtomicU64,
-    pub(super) faults: AtomicU64,
-    pub(super) refused: AtomicU64,
-    pub(super) sessions_lost: AtomicU64,
 }
 
 /// The connections being served, negotiated or not.

@@ -7,7 +7,6 @@ use crate::service::Service;
 
 impl State {
     pub(super) fn status(&self) -> Status {
-        let count = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
         Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: std::process::id(),
@@ -17,10 +16,10 @@ impl State {
             models: self.registry.known_reports(),
             weights: self.weights.reports(self),
             lanes: vec![self.vae_lane_report()],
-            requests: count(&self.counters.requests),
-            faults: count(&self.counters.faults),
-            refused: count(&self.counters.refused),
-            sessions_lost: count(&self.counters.sessions_lost),
+            requests: self.metrics.requests.get(),
+            faults: self.metrics.faults.get(),
+            refused: self.metrics.refused.get(),
+            sessions_lost: self.metrics.sessions_lost.get(),
         }
     }
 

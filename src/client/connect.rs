@@ -229,6 +229,17 @@ impl Client {
         }
     }
 
+    /// The broker's counts and sizes as Prometheus reads them, in the text format of OpenMetrics.
+    ///
+    /// # Errors
+    /// [`ErrorKind::ConnectionLost`], [`ErrorKind::Timeout`].
+    pub fn metrics(&self) -> Result<String> {
+        match self.ask(Operation::Metrics, &self.default_options())? {
+            Outcome::Metrics(text) => Ok(text),
+            _ => Err(unexpected_outcome()),
+        }
+    }
+
     /// Models that were asked for, and those in the broker's model folders.
     ///
     /// # Errors

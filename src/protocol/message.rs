@@ -158,6 +158,8 @@ pub enum Operation {
     Models,
     /// Everything about sessions, models and lanes.
     Status,
+    /// Counts and sizes, for monitoring.
+    Metrics,
 }
 
 /// What happens to weights that somebody has attached when they are unloaded.
@@ -439,6 +441,8 @@ pub enum Outcome {
     Models(Vec<ModelReport>),
     /// Everything.
     Status(Box<Status>),
+    /// Counts and sizes, in the text format of OpenMetrics.
+    Metrics(String),
 }
 
 impl Descriptor {

@@ -106,6 +106,24 @@ impl FailureCode {
     }
 }
 
+impl Reason {
+    /// The name in metrics, and that of the variant in a `status` for programs.
+    #[must_use]
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Self::SameProcess => "same_process",
+            Self::SealedMemoryProbed => "sealed_memory_probed",
+            Self::NamedSegmentProbed => "named_segment_probed",
+            Self::Forced => "forced",
+            Self::ProbeFailed(_) => "probe_failed",
+            Self::NoSharedMemory => "no_shared_memory",
+            Self::GpuMemoryProbed => "gpu_memory_probed",
+            Self::NoSharedGpu(_) => "no_shared_gpu",
+            Self::Failed(_) => "failed",
+        }
+    }
+}
+
 impl fmt::Display for RungFailure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}: {}: {}", self.rung, self.code.name(), self.detail)
@@ -337,7 +355,8 @@ mod tests {
         future.version = 99;
         let fault = negotiate(&mut future, ALL).unwrap_err();
         assert_eq!(fault.kind, ErrorKind::Refused);
-        assert!(fault.message.contains("99") && fault.message.contains('1'), "{fault}");
+        let ours = format!("speaks {PROTOCOL_VERSION}");
+        assert!(fault.message.contains("version 99") && fault.message.contains(&ours), "{fault}");
     }
 
     #[test]
@@ -360,6 +379,26 @@ mod tests {
             settle((Rung::Shm, Reason::SealedMemoryProbed), &[1; NONCE_BYTES], &answer, &[2; NONCE_BYTES]);
         let Reason::ProbeFailed(what) = reason else { panic!("the probe failed") };
         assert!(what.len() <= 200 && !what.contains('\u{7}'));
+    }
+
+    #[test]
+    fn a_reason_has_the_same_name_for_metrics_as_for_programs() {
+        let reasons = [
+            Reason::SameProcess,
+            Reason::SealedMemoryProbed,
+            Reason::NamedSegmentProbed,
+            Reason::Forced,
+            Reason::ProbeFailed("mmap: no".into()),
+            Reason::NoSharedMemory,
+            Reason::GpuMemoryProbed,
+            Reason::NoSharedGpu("no GPU".into()),
+            Reason::Failed(Vec::new()),
+        ];
+        for reason in reasons {
+            let told = serde_json::to_value(&reason).unwrap();
+            let variant = told.as_object().and_then(|variant| variant.keys().next().map(String::as_str));
+            assert_eq!(variant.or(told.as_str()), Some(reason.name()));
+        }
     }
 
     #[test]

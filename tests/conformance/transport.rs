@@ -153,6 +153,29 @@ fn a_read_gives_up_after_its_time_and_can_be_repeated(ends: &Ends) {
     assert_eq!(reader.message(), b"in two parts");
 }
 
+fn a_read_waits_as_long_as_it_may_whatever_the_one_before_it_did(ends: &Ends) {
+    let short = Duration::from_millis(20);
+    let long = Duration::from_millis(150);
+    let times_out = |limit| {
+        let started = Instant::now();
+        assert_eq!(ends.other.read(&mut [0], None, Some(limit)).unwrap_err().kind(), io::ErrorKind::TimedOut);
+        started.elapsed()
+    };
+    for limit in [short, long, short, long, long] {
+        let waited = times_out(limit);
+        // Half of it: clocks of some systems are coarse.
+        assert!(waited >= limit / 2, "{waited:?} instead of {limit:?}");
+    }
+    times_out(short);
+    let (tell, told) = std::sync::mpsc::channel();
+    std::thread::scope(|scope| {
+        scope.spawn(|| tell.send(ends.other.read(&mut [0], None, None)).unwrap());
+        assert!(told.recv_timeout(long).is_err(), "a read without a limit ended before anything came");
+        ends.one.write(&[IoSlice::new(b"x")], &mut Vec::new(), Wait::Block).unwrap();
+        assert_eq!(told.recv().unwrap().unwrap(), 1);
+    });
+}
+
 fn closing_wakes_a_blocked_read(ends: &Ends) {
     std::thread::scope(|scope| {
         let reading = scope.spawn(|| reader().next(&*ends.other, None).map(|_| ()));
@@ -224,6 +247,7 @@ macro_rules! suite {
                 a_payload_beyond_the_limit_is_refused_before_it_is_read
                 a_peer_that_leaves_in_the_middle_of_a_frame_is_noticed
                 a_read_gives_up_after_its_time_and_can_be_repeated
+                a_read_waits_as_long_as_it_may_whatever_the_one_before_it_did
                 closing_wakes_a_blocked_read
                 writing_to_a_peer_that_left_is_an_error
                 a_peer_that_does_not_read_is_noticed_without_waiting

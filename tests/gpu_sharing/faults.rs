@@ -30,6 +30,29 @@ fn another_pid_namespace_takes_descriptors() {
 }
 
 #[test]
+fn a_failed_open_and_the_rung_in_use_instead_are_counted() {
+    let stage = Stage::new().set_for(Role::Client, "SUBSTITUTE_CUDA_PID_NAMESPACE", "container");
+    play(stage, on_the_gpu(), |guest| {
+        let clients = [guest.connect(), guest.connect()];
+        for client in &clients {
+            decode_checked(client, &OwnLatent::new(0, 16));
+        }
+        let in_use = format!(r#"sessions{{device="{}",rung="cuda-vmm",reason="failed"}}"#, gpu(0));
+        let arenas = format!(r#"arena_bytes{{device="{}"}}"#, gpu(0));
+        told(
+            &clients[0],
+            &[
+                (&in_use, 2.0),
+                (r#"sessions{device="cpu",rung="shm",reason="sealed_memory_probed"}"#, 2.0),
+                (r#"rung_failures_total{rung="cuda-ipc",code="open"}"#, 2.0),
+                // One for each of the two ways in which memory was offered.
+                (&arenas, 8.0 * MIB as f64),
+            ],
+        );
+    });
+}
+
+#[test]
 fn where_no_handle_opens_tensors_go_through_the_host() {
     let stage = Stage::new().set("SUBSTITUTE_CUDA_IPC", "refused").set("SUBSTITUTE_CUDA_VMM", "refused");
     settled(stage, |rung| {
@@ -91,6 +114,8 @@ fn memory_that_no_longer_opens_demotes_the_session_and_loses_no_call() {
         let rung = rung_of(&client, gpu(0));
         assert_eq!(rung.rung, Rung::CudaVmm);
         assert_eq!(failures(&rung), [(Rung::CudaIpc, "demoted")]);
+        let in_use = format!(r#"sessions{{device="{}",rung="cuda-vmm",reason="failed"}}"#, gpu(0));
+        told(&client, &[(&in_use, 1.0), (r#"rung_failures_total{rung="cuda-ipc",code="demoted"}"#, 1.0)]);
         // What was received before stays readable, and is given back to where it came from.
         kept.to_vec().unwrap();
         drop(kept);

@@ -112,6 +112,8 @@ fn a_broker_on_the_cpu_takes_tensors_of_a_gpu_through_the_host() {
         let rung = rung_of(&client, gpu(0));
         assert_eq!(rung.rung, Rung::Shm);
         assert!(matches!(rung.reason, Reason::NoSharedGpu(why) if why.contains("no GPU")));
+        // Not by a UUID that only the client vouches for.
+        told(&client, &[(r#"sessions{device="other_gpu",rung="shm",reason="no_shared_gpu"}"#, 1.0)]);
     });
 }
 

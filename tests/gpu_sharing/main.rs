@@ -27,7 +27,7 @@ use luna_broker::service::{Tiling, VaeCall, VaeOperation};
 use luna_broker::tensor::{DType, Dims, TensorMeta};
 
 use crate::roles::{Peer, Stage};
-use crate::support::{HAND_OFF, Place, eventually};
+use crate::support::{HAND_OFF, Place, eventually, sample};
 
 const MIB: u64 = 1 << 20;
 const DECODE: VaeCall = VaeCall { operation: VaeOperation::Decode, tiling: Tiling::Auto };
@@ -175,5 +175,13 @@ fn failures(rung: &DeviceRung) -> Vec<(Rung, &'static str)> {
             failures.iter().map(|failure| (failure.rung, failure.code.name())).collect()
         }
         other => panic!("nothing failed: {other}"),
+    }
+}
+
+/// The rungs of sessions and the failures before them, as monitoring is told.
+fn told(client: &Client, expected: &[(&str, f64)]) {
+    let metrics = client.metrics().unwrap();
+    for (series, count) in expected {
+        assert_eq!(sample(&metrics, series), Some(*count), "{series} in\n{metrics}");
     }
 }

@@ -7,15 +7,14 @@ use luna_broker::ErrorKind;
 use luna_broker::config::BrokerConfig;
 use luna_broker::id::RequestId;
 use luna_broker::protocol::{
-    ClientMessage, Features, NONCE_BYTES, Operation, Outcome, PROTOCOL_VERSION, ProbeAnswer, ProbeOutcome, Rung,
-    TensorSource, codec,
+    ClientMessage, Features, NONCE_BYTES, Operation, Outcome, ProbeAnswer, ProbeOutcome, Rung, TensorSource, codec,
 };
 use luna_broker::transport::{HEADER_BYTES, TransportError, Wait};
 
 use crate::Expected;
 use crate::raw::{Raw, decode, frame, hello, request};
 use crate::scene::Scene;
-use crate::support::{HAND_OFF, Latent, Place, broker_at, config, eventually};
+use crate::support::{HAND_OFF, Latent, Place, broker_at, config, eventually, sample};
 
 const PROTOCOL: ErrorKind = ErrorKind::Protocol;
 
@@ -94,8 +93,8 @@ fn a_message_out_of_place_ends_the_session_with_the_reason() {
 fn another_version_and_an_impossible_rung_are_refused_with_a_way_out() {
     let scene = Scene::new(&[]);
     let mut future = hello(Features(0));
-    future.version = PROTOCOL_VERSION + 41;
-    let expected = Expected::new(ErrorKind::Refused, &["version 42", "speaks 1"]).with_remedy();
+    future.version = 99;
+    let expected = Expected::new(ErrorKind::Refused, &["version 99", "this broker speaks"]).with_remedy();
     refused(&scene, "a version from the future", false, &frame(&ClientMessage::Hello(future), 0), &expected);
     let mut forced = hello(Features::HANDLES);
     forced.forced = Some(Rung::Local);
@@ -114,6 +113,17 @@ fn a_probe_that_lies_gets_no_shared_memory() {
         other => panic!("the session should go on over the socket, not with {other:?}"),
     }
     assert_eq!(raw.ask(Operation::Ping, &[]), Outcome::Done);
+    let (mut raw, ..) = Raw::welcomed(&scene.place.socket());
+    raw.send(&ClientMessage::Probed(ProbeAnswer { outcome: ProbeOutcome::Failed("no \"room\"\n".to_owned()) }));
+    raw.receive().unwrap();
+    let metrics = scene.bystander.metrics().unwrap();
+    for (series, count) in [
+        (r#"sessions{device="cpu",rung="inline",reason="probe_failed"}"#, 2.0),
+        (r#"rung_failures_total{rung="shm",code="nonce_mismatch"}"#, 1.0),
+        (r#"rung_failures_total{rung="shm",code="open"}"#, 1.0),
+    ] {
+        assert_eq!(sample(&metrics, series), Some(count), "{series} in\n{metrics}");
+    }
     scene.check_bystander();
 }
 

@@ -115,7 +115,7 @@ fn operation() -> impl Strategy<Value = Operation> {
         1 => gpu_search(),
         2 => (number(), any::<bool>()).prop_map(|(size_bytes, kept)| Operation::Allocate { size_bytes, kept }),
         1 => model.prop_map(|model| Operation::Describe { model }),
-        1 => prop::sample::select(vec![Operation::Ping, Operation::Models, Operation::Status]),
+        1 => prop::sample::select(vec![Operation::Ping, Operation::Models, Operation::Status, Operation::Metrics]),
     ]
 }
 

@@ -64,6 +64,12 @@ pub fn local_client(broker: &Arc<Broker>) -> Client {
     Client::over(ClientConfig::default(), move || broker.connect_local()).expect("the client connects")
 }
 
+/// The value of a series, name and labels as `metrics` writes them; absent where it is not told.
+pub fn sample(metrics: &str, series: &str) -> Option<f64> {
+    let line = metrics.lines().find_map(|line| line.strip_prefix("luna_broker_")?.strip_prefix(series));
+    line.and_then(|rest| rest.strip_prefix(' ')).map(|value| value.parse().expect("a sample is a number"))
+}
+
 /// A latent `[1, 4, h, w]` in float32 whose elements count up from `start`.
 pub struct Latent {
     pub meta: TensorMeta,

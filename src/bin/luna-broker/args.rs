@@ -14,6 +14,7 @@ Examples:
   luna-broker serve --vae vae.safetensors       hold one VAE for every worker of this machine
   luna-broker serve --models ~/ComfyUI/models/vae
   luna-broker status                            who is connected, on which rung, with which models
+  luna-broker status --metrics                  the same as numbers, for Prometheus
   luna-broker doctor                            why something is slow or refused
   luna-broker serve --bench-models & luna-broker bench
 
@@ -98,6 +99,10 @@ pub(crate) enum Command {
         /// As JSON, for programs.
         #[arg(long)]
         json: bool,
+
+        /// As metrics in the text format of Prometheus, for a file that node_exporter's textfile collector reads.
+        #[arg(long, conflicts_with = "json")]
+        metrics: bool,
     },
     /// List models: loaded ones, and those found in the broker's model folders.
     Models {

@@ -17,6 +17,10 @@ pub(crate) fn status(connection: &ConnectionArgs, json: bool) -> Result<(), Erro
     if json { print_json(&status) } else { print_text(&show::status(&status)) }
 }
 
+pub(crate) fn metrics(connection: &ConnectionArgs) -> Result<(), Error> {
+    print_text(&client(connection)?.metrics()?)
+}
+
 pub(crate) fn models(connection: &ConnectionArgs, json: bool) -> Result<(), Error> {
     let models = client(connection)?.models()?;
     if json { print_json(&models) } else { print_text(&show::models(&models)) }

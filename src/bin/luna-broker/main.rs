@@ -19,7 +19,8 @@ fn main() -> ExitCode {
     args.start_logging();
     let outcome = match args.command {
         Command::Serve(serve) => serve::run(&args.connection, serve),
-        Command::Status { json } => control::status(&args.connection, json),
+        Command::Status { metrics: true, .. } => control::metrics(&args.connection),
+        Command::Status { json, .. } => control::status(&args.connection, json),
         Command::Models { json } => control::models(&args.connection, json),
         Command::Load { model } => control::load(&args.connection, &model),
         Command::Unload { model, force } => control::unload(&args.connection, &model, force),

@@ -71,10 +71,9 @@ pub(crate) fn status(status: &Status) -> String {
         .iter()
         .map(|lane| {
             let permitted = lane.permitted.and_then(|id| status.sessions.iter().find(|session| session.id == id));
-            let service = format!("{:?}", lane.service).to_lowercase();
             let queued = format!("{} of {}", lane.queued, lane.capacity);
             [
-                service,
+                lane.service.name().to_owned(),
                 lane.device.clone(),
                 queued,
                 match permitted {

@@ -90,13 +90,49 @@ impl LocalConnection {
     }
 
     fn set_receive_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
-        let wanted = timeout.map_or(0, |timeout| u64::try_from(timeout.as_nanos()).unwrap_or(u64::MAX).max(1));
+        let wanted = nanoseconds(timeout);
         if self.receive_timeout_ns.load(Ordering::Relaxed) != wanted {
             self.stream.set_recv_timeout(timeout.map(|timeout| timeout.max(Duration::from_micros(1))))?;
             self.receive_timeout_ns.store(wanted, Ordering::Relaxed);
         }
         Ok(())
     }
+
+    /// A receive timeout that the socket has already and that is shorter than `wanted`.
+    fn shorter_timeout(&self, wanted: Option<Duration>) -> Option<Duration> {
+        let kept = self.receive_timeout_ns.load(Ordering::Relaxed);
+        let is_shorter = kept != 0 && (wanted.is_none() || kept < nanoseconds(wanted));
+        is_shorter.then(|| Duration::from_nanos(kept))
+    }
+
+    /// # Errors
+    /// `TimedOut` where nothing came within the time the socket has now.
+    fn receive(&self, target: &mut [u8], attachments: Option<&mut Vec<Attachment>>) -> io::Result<usize> {
+        let timed_out = |errno: rustix::io::Errno| match io::Error::from(errno) {
+            error if error.kind() == io::ErrorKind::WouldBlock => io::ErrorKind::TimedOut.into(),
+            error => error,
+        };
+        let Some(attachments) = attachments else {
+            // The kernel closes descriptors that come with bytes read this way.
+            let (count, _) = recv(self.fd(), target, RecvFlags::empty()).map_err(timed_out)?;
+            return Ok(count);
+        };
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let received = recvmsg(self.fd(), &mut [IoSliceMut::new(target)], &mut control, RecvFlags::CMSG_CLOEXEC);
+        let received = received.map_err(timed_out)?;
+        for message in control.drain() {
+            if let RecvAncillaryMessage::ScmRights(fds) = message {
+                attachments.extend(fds.map(Attachment::Fd));
+            }
+        }
+        Ok(received.bytes)
+    }
+}
+
+/// A timeout as [`LocalConnection`] remembers it.
+fn nanoseconds(timeout: Option<Duration>) -> u64 {
+    timeout.map_or(0, |timeout| u64::try_from(timeout.as_nanos()).unwrap_or(u64::MAX).max(1))
 }
 
 /// The process at the other end. One in a PID namespace that this process does not look into has no number here, and is
@@ -163,29 +199,22 @@ impl Connection for LocalConnection {
     fn read(
         &self,
         target: &mut [u8],
-        attachments: Option<&mut Vec<Attachment>>,
+        mut attachments: Option<&mut Vec<Attachment>>,
         timeout: Option<Duration>,
     ) -> io::Result<usize> {
-        self.set_receive_timeout(timeout)?;
-        let timed_out = |errno: rustix::io::Errno| match io::Error::from(errno) {
-            error if error.kind() == io::ErrorKind::WouldBlock => io::ErrorKind::TimedOut.into(),
-            error => error,
+        // Frames and payloads are waited for with different patience, in turn, and nearly always come before either ends:
+        // the shorter time stays set, and the longer one is only set by who has waited that long.
+        let Some(kept) = self.shorter_timeout(timeout) else {
+            self.set_receive_timeout(timeout)?;
+            return self.receive(target, attachments);
         };
-        let Some(attachments) = attachments else {
-            // The kernel closes descriptors that come with bytes read this way.
-            let (count, _) = recv(self.fd(), target, RecvFlags::empty()).map_err(timed_out)?;
-            return Ok(count);
-        };
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
-        let mut control = RecvAncillaryBuffer::new(&mut space);
-        let received = recvmsg(self.fd(), &mut [IoSliceMut::new(target)], &mut control, RecvFlags::CMSG_CLOEXEC);
-        let received = received.map_err(timed_out)?;
-        for message in control.drain() {
-            if let RecvAncillaryMessage::ScmRights(fds) = message {
-                attachments.extend(fds.map(Attachment::Fd));
+        match self.receive(target, attachments.as_deref_mut()) {
+            Err(error) if error.kind() == io::ErrorKind::TimedOut => {
+                self.set_receive_timeout(timeout.map(|timeout| timeout.saturating_sub(kept)))?;
+                self.receive(target, attachments)
             }
+            done => done,
         }
-        Ok(received.bytes)
     }
 
     fn close(&self) {

@@ -1,0 +1,52 @@
+use super::state::State;
+use crate::metrics::{LaneNow, Scrape};
+use crate::protocol::{SessionReport, Status};
+
+/// A device of a client's that the broker knows nothing of. Not its UUID: clients could fill a database with those they
+/// make up.
+const OTHER_GPU: &str = "other_gpu";
+
+/// The host's memory, as `status` calls it.
+const HOST: &str = "cpu";
+
+impl State {
+    /// What `status` tells, as numbers for monitoring.
+    pub(super) fn metrics_text(&self) -> String {
+        let Status { version, uptime_s, sessions, models, lanes, .. } = self.status();
+        let gpu = self.gpu.as_ref().map(|gpu| (gpu.uuid().to_string(), gpu.arena_bytes()));
+        let scrape = Scrape::new(&version, uptime_s);
+        for session in &sessions {
+            add_session(&scrape, session, gpu.as_ref().map(|(uuid, _)| uuid.as_str()));
+        }
+        if let Some((uuid, bytes)) = &gpu {
+            scrape.arenas(uuid, *bytes);
+        }
+        for model in models.iter().filter(|model| model.loaded) {
+            scrape.model(model.service, &model.device, model.bytes);
+        }
+        for lane in &lanes {
+            let now = LaneNow {
+                queued: lane.queued,
+                capacity: lane.capacity,
+                running: u64::from(lane.busy),
+                completed: lane.completed,
+            };
+            scrape.lane(lane.service, &lane.device, &now);
+        }
+        self.metrics.text(scrape)
+    }
+}
+
+fn add_session(scrape: &Scrape, session: &SessionReport, gpu: Option<&str>) {
+    // What a session holds counts as long as it does: also while only the end of its process is waited for.
+    scrape.holding(session.leases, session.input_slots, session.leased_bytes);
+    scrape.arenas(HOST, session.arena_bytes);
+    if session.quarantined {
+        return scrape.quarantined_session();
+    }
+    for rung in &session.rungs {
+        let is_known = rung.device == HOST || Some(rung.device.as_str()) == gpu;
+        let device = if is_known { rung.device.as_str() } else { OTHER_GPU };
+        scrape.crossing(device, rung.rung, rung.reason.name());
+    }
+}
