@@ -13,6 +13,7 @@ mod faults;
 mod ladder;
 mod leases;
 mod order;
+mod stalled;
 
 use std::sync::Arc;
 
@@ -75,11 +76,15 @@ impl Guest {
         Client::connect_with(Some(&self.socket), config).unwrap()
     }
 
+    /// What the broker itself says.
+    fn status(&self) -> serde_json::Value {
+        self.peer.say(b"status?");
+        serde_json::from_slice(&self.peer.hear()).unwrap()
+    }
+
     /// What the broker itself says of its sessions.
     fn sessions(&self) -> serde_json::Value {
-        self.peer.say(b"status?");
-        let status: serde_json::Value = serde_json::from_slice(&self.peer.hear()).unwrap();
-        status["sessions"].clone()
+        self.status()["sessions"].clone()
     }
 }
 
