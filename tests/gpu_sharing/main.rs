@@ -4,12 +4,16 @@
 
 #[path = "../support/cuda.rs"]
 mod cuda;
+#[path = "../support/raw.rs"]
+mod raw;
 #[path = "../support/roles.rs"]
 mod roles;
 #[path = "../support/mod.rs"]
 mod support;
 
+mod deaths;
 mod faults;
+mod generations;
 mod ladder;
 mod leases;
 mod order;

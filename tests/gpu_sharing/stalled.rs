@@ -13,7 +13,7 @@ use super::*;
 const QUEUED: &str = "builtin:hand-off-queued";
 
 /// A stream on which everything enqueued from now on waits until it is let go.
-struct Stalled {
+pub(crate) struct Stalled {
     stream: CudaStream,
     gate: Option<Sender<()>>,
 }
@@ -42,7 +42,7 @@ fn in_context(call: impl FnOnce() -> sys::CUresult) {
 }
 
 impl Stalled {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let stream = CudaDevice::open(gpu(0), CudaSharing::Ipc).unwrap().stream().unwrap();
         let (gate, wait) = channel();
         let wait = Box::into_raw(Box::new(wait)).cast();
@@ -54,13 +54,16 @@ impl Stalled {
         Self { stream, gate: Some(gate) }
     }
 
-    /// The latent, as work on this stream has written it.
-    fn input<'a>(&self, latent: &'a OwnLatent) -> Input<'a> {
-        let length = latent.meta.size_bytes().unwrap();
+    /// The start of a region, used by work on this stream.
+    pub(crate) fn range<'a>(&self, region: &'a Arc<dyn Region>, length: usize) -> GpuRange<'a> {
         // SAFETY: the region lives as long as the borrow and waits for the GPU before it closes; the stream lives until the
         // end of its test, behind every call.
-        let range = unsafe { GpuRange::new(latent.gpu, latent.region.address(), length, self.stream.handle()) };
-        Input::on_gpu(latent.meta, range).unwrap()
+        unsafe { GpuRange::new(gpu(0), region.address(), length, self.stream.handle()) }
+    }
+
+    /// The latent, as work on this stream has written it.
+    pub(crate) fn input<'a>(&self, latent: &'a OwnLatent) -> Input<'a> {
+        Input::on_gpu(latent.meta, self.range(&latent.region, latent.meta.size_bytes().unwrap())).unwrap()
     }
 
     fn let_go(&mut self) {
