@@ -5,18 +5,21 @@ VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 BROKER := $(CURDIR)/target/release/luna-broker
 FEATURES := torch,cli
+WITHOUT_TORCH := $(CURDIR)/target/release/luna-broker-without-torch
 
 # torch-sys asks the first `python` on the path where libtorch is.
 export PATH := $(BIN):$(PATH)
 export LIBTORCH_USE_PYTORCH := 1
 export LUNA_BROKER_BIN := $(BROKER)
+export LUNA_BROKER_WITHOUT_TORCH := $(WITHOUT_TORCH)
+export LUNA_BROKER_EXTENSION := $(CURDIR)/python/luna_broker/_native.abi3.so
 export LUNA_BROKER_GOLDEN := $(CURDIR)/target/golden
 export VIRTUAL_ENV := $(CURDIR)/$(VENV)
 export FEATURES
 
 CARGO := cargo
 
-.PHONY: demo test test-long test-rust test-python test-examples test-windows bench lint build extension golden clean
+.PHONY: demo test test-long test-rust test-python test-examples test-windows bench lint build without-torch extension golden clean
 .PHONY: gpu-artifacts gpu-check test-gpu-check
 
 demo: build extension
@@ -38,10 +41,16 @@ bench: build extension $(VENV)/.test
 build: $(VENV)/.run
 	$(CARGO) build --release --features $(FEATURES)
 
+# For the test of what such a broker needs. The binary that all other tests use is put back.
+without-torch: $(VENV)/.run
+	$(CARGO) build --release --features cli
+	cp -f $(BROKER) $(WITHOUT_TORCH)
+	$(CARGO) build --release --features $(FEATURES)
+
 extension: $(VENV)/.run
 	cd python && $(BIN)/maturin develop --profile wheel --quiet
 
-test-rust: $(VENV)/.test golden
+test-rust: without-torch extension $(VENV)/.test golden
 	@bash tests/cargo_test.sh --features $(FEATURES)
 
 test-rust-long: $(VENV)/.test

@@ -50,6 +50,9 @@ pub struct BrokerConfig {
     /// How long a client may pause in the middle of a tensor that crosses as bytes before its session ends.
     /// Default 30 s.
     pub payload_patience: Duration,
+    /// How long a VAE call may wait for the client's GPU work that writes its input before it is refused as timed out.
+    /// Default 30 s. Calls whose input is there go first meanwhile.
+    pub input_patience: Duration,
     /// Whether named segments are used where sealed memory could be. Off by default.
     pub named_segments: bool,
     /// Where models run: `cpu`, `cuda:0` or the UUID of a GPU. Default `cpu`.
@@ -84,6 +87,7 @@ impl Default for BrokerConfig {
             threads: 0,
             negotiation_timeout: Duration::from_secs(5),
             payload_patience: Duration::from_secs(30),
+            input_patience: Duration::from_secs(30),
             named_segments: false,
             device: "cpu".to_owned(),
             gpu_arena_bytes: 32 << 20,

@@ -3,9 +3,13 @@
 //! Models run on the CPU here before a GPU is asked for, so a machine that has one cannot use it in this process.
 #![cfg(all(feature = "torch", target_os = "linux"))]
 
+#[cfg(feature = "cli")]
+#[path = "support/elf.rs"]
+mod elf;
 #[path = "support/tiny.rs"]
 mod tiny;
 
+#[cfg(feature = "cli")]
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -13,9 +17,6 @@ use luna_broker::device::{Device, InProcessDevice, Span};
 use luna_broker::model::torch::{LoadOptions, Target, TorchCuda, load_vae, shim_version};
 use luna_broker::model::{CudaUnavailable, ModelError, ModelFile, VaeInput, WeightStorage, vae_facts};
 use luna_broker::service::{Tiling, VaeCall, VaeOperation};
-use object::Endianness;
-use object::elf::{DT_NEEDED, FileHeader64};
-use object::read::elf::{Dyn, FileHeader};
 
 fn mapped(library: &str) -> bool {
     std::fs::read_to_string("/proc/self/maps").expect("this process's mappings").contains(library)
@@ -90,22 +91,10 @@ fn the_shim_opens_after_the_cuda_half_without_a_driver() {
     assert!(!decode().is_empty());
 }
 
-/// Names of the libraries that the loader must find before `path` can be used.
-fn needs(path: &Path) -> Vec<String> {
-    let bytes = std::fs::read(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-    let file: &FileHeader64<Endianness> = FileHeader64::parse(&*bytes).expect("an ELF file");
-    let endian = file.endian().expect("an endianness");
-    let sections = file.sections(endian, &*bytes).expect("sections");
-    let (entries, strings) = sections.dynamic(endian, &*bytes).expect("readable").expect("a dynamic section");
-    let strings = sections.strings(endian, &*bytes, strings).expect("its strings");
-    let needed = entries.iter().filter(|entry| entry.tag(endian) == DT_NEEDED);
-    needed.map(|entry| String::from_utf8_lossy(entry.string(endian, strings).expect("a name")).into_owned()).collect()
-}
-
 #[test]
 #[cfg(feature = "cli")]
 fn the_binary_needs_no_more_of_cuda_than_the_cpu_half_of_libtorch() {
-    let needed = needs(Path::new(env!("CARGO_BIN_EXE_luna-broker")));
+    let needed = elf::needs(Path::new(env!("CARGO_BIN_EXE_luna-broker")));
     assert!(needed.iter().any(|name| name == "libtorch_cpu.so"), "{needed:?}");
     for name in &needed {
         let allowed = !["cuda", "cudart", "cupti", "nvidia", "libtorch.so"].iter().any(|part| name.contains(part));
@@ -116,7 +105,7 @@ fn the_binary_needs_no_more_of_cuda_than_the_cpu_half_of_libtorch() {
     let half = maps.lines().filter_map(|line| line.find('/').map(|at| Path::new(&line[at..])));
     let half = half.into_iter().find(|path| path.ends_with("libtorch_cpu.so")).expect("this test runs with libtorch");
     for beside in needed.iter().map(|name| half.with_file_name(name)).filter(|path| path != half && path.is_file()) {
-        let more = needs(&beside);
+        let more = elf::needs(&beside);
         assert!(!more.iter().any(|name| name.contains("cuda")), "{} needs {more:?}", beside.display());
     }
 }

@@ -56,7 +56,9 @@ def driver(binary: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     """The environment in which a process finds the substitute as its driver."""
     library = binary.parent / "deps" / LIBRARY
     if not library.exists():
-        pytest.skip(f"{library} is not there: the Rust tests build it")
+        pytest.skip(
+            f"{library} is not there: `cargo build --release -p luna-substitute-cuda` or `make test-rust` builds it"
+        )
     folder = tmp_path_factory.mktemp("driver")
     for name in ("libcuda.so", "libcuda.so.1"):
         (folder / name).symlink_to(library)
@@ -65,12 +67,22 @@ def driver(binary: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 
 @pytest.fixture
+def broker_settings() -> dict[str, str]:
+    """Settings of the substitute for the broker. Tests that need some are parametrised with them."""
+    return {}
+
+
+@pytest.fixture
 def gpu_broker(
-    binary: Path, driver: dict[str, str], scratch: Path, monkeypatch: pytest.MonkeyPatch
+    binary: Path,
+    driver: dict[str, str],
+    broker_settings: dict[str, str],
+    scratch: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[luna_broker.Client]:
     from broker_process import BrokerProcess
 
-    for name, value in driver.items():
+    for name, value in (driver | broker_settings).items():
         monkeypatch.setenv(name, value)
     options = ["--device", "cuda:0", "--bench-models"]
     with BrokerProcess(binary, scratch / "gpu.sock", options) as process:
@@ -153,6 +165,79 @@ def test_dropped_tensors_give_their_memory_back_and_leaving_with_some_is_no_cras
         kept = vae.decode(values, device="cuda:0")
         capsule = kept.__dlpack__(stream=1, max_version=(1, 0))
     """)
+
+
+# Each of the 16 copies of a decode takes so long: who does not wait reads what was there before.
+SLOW_BROKER = pytest.mark.parametrize("broker_settings", [{"SUBSTITUTE_CUDA_DELAY_MS": "20"}])
+
+STREAMS = """
+cuda = ctypes.CDLL("libcuda.so.1")
+LEGACY, PER_THREAD, NO_SYNC = 1, 2, -1
+
+def done(code):
+    assert code == 0, code
+
+def synchronize(*streams):
+    context = ctypes.c_void_p()
+    done(cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), 0))
+    done(cuda.cuCtxPushCurrent_v2(context))
+    for stream in streams:
+        done(cuda.cuStreamSynchronize(ctypes.c_void_p(stream)))
+    done(cuda.cuCtxPopCurrent_v2(ctypes.byref(context)))
+    done(cuda.cuDevicePrimaryCtxRelease_v2(0))
+
+def handed_out(image, stream):
+    capsule = image.__dlpack__(stream=stream)
+    found = DlTensor.from_address(get_pointer(capsule, b"dltensor"))
+    floats = numpy.ctypeslib.as_array(ctypes.cast(found.data, ctypes.POINTER(ctypes.c_float)), (3 * 128 * 128,))
+    return floats[:: floats.size // 16][:16], capsule
+
+# A copy from host memory would be waited for.
+latent = client.empty((1, 4, 16, 16), numpy.float32, device="cuda:0")
+fill(latent, values)
+
+def is_there(found):
+    return (found == values.reshape(-1)[:16]).all()
+
+def let_go_of_everything():
+    import time
+    until = time.monotonic() + 20
+    own = lambda: next(one for one in client.status()["sessions"] if one["name"] == client.session.name)
+    while own()["leases"] > 0:
+        assert time.monotonic() < until, own()
+        time.sleep(0.01)
+"""
+
+
+@SLOW_BROKER
+def test_the_calling_threads_own_stream_comes_behind_the_brokers_work(worker: Worker) -> None:
+    program = """
+image = vae.decode(latent)
+found, capsule = handed_out(image, PER_THREAD)
+assert not is_there(found), "the broker was not slow: the test shows nothing"
+synchronize(PER_THREAD)
+assert is_there(found)
+del image, latent, found, capsule
+gc.collect()
+let_go_of_everything()
+"""
+    worker(STREAMS + program, SUBSTITUTE_CUDA_DELAY_MS="0")
+
+
+@SLOW_BROKER
+def test_a_consumer_that_sees_to_the_order_itself_is_not_made_to_wait(worker: Worker) -> None:
+    program = """
+image = vae.decode(latent)
+found, capsule = handed_out(image, NO_SYNC)
+synchronize(LEGACY, PER_THREAD)
+assert not is_there(found), "some stream was made to wait"
+image.tobytes()
+assert is_there(found)
+del image, latent, found, capsule
+gc.collect()
+let_go_of_everything()
+"""
+    worker(STREAMS + program, SUBSTITUTE_CUDA_DELAY_MS="0")
 
 
 def test_another_pid_namespace_is_named_as_the_reason_for_the_next_rung(worker: Worker) -> None:

@@ -163,6 +163,20 @@ impl VaeExecutor {
 impl Job for VaeWork {
     type Executor = VaeExecutor;
 
+    /// A call is ready when the client's GPU work that writes its input is done. The lane's stream could wait for that
+    /// instead, but only without a bound: behind a client whose stream hangs, everybody's calls would stay on the GPU's
+    /// queue, where nobody can take them back.
+    ///
+    /// No thread waits for the GPU here all the same. The question is one look at an event, it is not even asked where
+    /// the mark is known to have passed, and between two looks the lane runs what is ready, or has nothing to do. What
+    /// is given up is that the call's first kernels could be launched while the client's last ones run.
+    fn is_ready(&self) -> bool {
+        match self {
+            Self::Call(job) => job.input.is_written(),
+            Self::Load { .. } | Self::Unload { .. } => true,
+        }
+    }
+
     fn run(self, executor: &mut VaeExecutor, stop: &StopSignal<'_>) {
         match self {
             Self::Call(job) => executor.call(job, stop),
@@ -189,12 +203,13 @@ impl Job for VaeWork {
             Self::Load { responder, .. } | Self::Unload { responder, .. } => responder,
             Self::Permit(job) => job.give_up(),
         };
-        responder.fail(refusal(why));
+        let fault = refusal(why, responder.client());
+        responder.fail(fault);
     }
 }
 
-/// The fault that answers a request which was not run.
-fn refusal(why: Refusal) -> Fault {
+/// The fault that answers a request of `client`'s which was not run.
+fn refusal(why: Refusal, client: &str) -> Fault {
     match why {
         Refusal::Full { capacity } => Fault::new(
             ErrorKind::Busy,
@@ -203,6 +218,15 @@ fn refusal(why: Refusal) -> Fault {
         ),
         Refusal::Cancelled => Fault::new(ErrorKind::Cancelled, "the request was cancelled while it waited", ""),
         Refusal::Expired => late("before its turn came; it was not run"),
+        Refusal::Unready { waited } => Fault::new(
+            ErrorKind::Timeout,
+            format!(
+                "GPU work that {client} enqueued before its mark on the input was not done after {:.1} s; the request was \
+                 not run, and the input and all tensors are intact",
+                waited.as_secs_f64()
+            ),
+            "look for what holds up the stream that writes the input, then send it again, or raise --input-patience",
+        ),
         Refusal::SessionEnded => Fault::new(ErrorKind::Cancelled, "the session ended while the request waited", ""),
         Refusal::ShuttingDown => Fault::new(
             ErrorKind::ShuttingDown,

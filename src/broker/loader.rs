@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use super::registry::{ModelEntry, Source};
 use crate::config::BrokerConfig;
+use crate::device::CopyStream;
 use crate::error::Error;
 use crate::model::{Capability, HandOff, ModelError, Vae, VaeFacts, WeightStorage};
 use crate::service::Precision;
@@ -95,18 +96,26 @@ pub(super) struct Loader {
     placement: Placement,
     /// Bytes of the model being loaded that are in place.
     loading: Arc<AtomicU64>,
+    /// Where the do-nothing VAE of the lane enqueues its copies within GPU memory.
+    queue: Option<Arc<dyn CopyStream>>,
     /// Made with the first model: until then a GPU serves tensors alone, which needs nothing of libtorch's.
     #[cfg(feature = "torch")]
     target: OnceLock<Target>,
 }
 
 impl Loader {
-    pub(super) fn new(config: &BrokerConfig, placement: Placement, loading: Arc<AtomicU64>) -> Self {
+    pub(super) fn new(
+        config: &BrokerConfig,
+        placement: Placement,
+        loading: Arc<AtomicU64>,
+        queue: Option<Arc<dyn CopyStream>>,
+    ) -> Self {
         Self {
             storage: if config.copy_weights { WeightStorage::Copied } else { WeightStorage::Mapped },
             threads: config.threads,
             placement,
             loading,
+            queue,
             #[cfg(feature = "torch")]
             target: OnceLock::new(),
         }
@@ -124,7 +133,7 @@ impl Loader {
     /// build without executors.
     pub(super) fn load(&self, model: &ModelEntry) -> Result<Box<dyn Vae>, ModelError> {
         match model.source() {
-            Source::HandOff => Ok(Box::new(HandOff::default())),
+            Source::HandOff => Ok(Box::new(self.queue.clone().map_or_else(HandOff::default, HandOff::on))),
             #[cfg(feature = "torch")]
             Source::File(file) => self.load_file(file),
             #[cfg(not(feature = "torch"))]

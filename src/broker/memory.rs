@@ -277,6 +277,12 @@ impl Held {
         &mut self.span
     }
 
+    /// Whether GPU work enqueued from now on sees what the client wrote, without waiting for it. `true` also where that
+    /// cannot be told: [`Held::await_written`] says why.
+    pub(super) fn is_written(&self) -> bool {
+        self.memory.order.get().is_none_or(|order| order.passed_peers(self.written).unwrap_or(true))
+    }
+
     /// GPU work enqueued on `stream` from now on sees what the client wrote.
     ///
     /// # Errors

@@ -75,6 +75,11 @@ impl Responder {
         self.request
     }
 
+    /// What the client calls itself.
+    pub(super) fn client(&self) -> &str {
+        self.link.open.get().map_or("the client", |open| &open.name)
+    }
+
     /// Execution begins now.
     pub(super) fn started(&mut self) {
         self.times.started_ns = self.state.clock.now_ns();

@@ -85,12 +85,13 @@ fn make_state(config: BrokerConfig, address: String) -> Result<State> {
     getrandom::fill(&mut epoch).map_err(|error| Error::new(ErrorKind::Internal, error.to_string(), ""))?;
     let loading = Arc::new(AtomicU64::new(0));
     let placement = Placement::new(&config)?;
-    let loader = Loader::new(&config, placement.clone(), Arc::clone(&loading));
-    let registry = Arc::new(Registry::new(config.model_folders.clone(), config.bench_models, placement));
+    let registry = Arc::new(Registry::new(config.model_folders.clone(), config.bench_models, placement.clone()));
     let arena_ids = Arc::new(AtomicU32::new(0));
     let gpu = BrokerGpu::open(&config, &arena_ids)?;
+    let queue = gpu.as_ref().map(BrokerGpu::queue).transpose()?;
+    let loader = Loader::new(&config, placement, Arc::clone(&loading), queue);
     let lane_registry = Arc::clone(&registry);
-    let queue = Queue::new(Policy::Fifo, config.lane_capacity);
+    let queue = Queue::new(Policy::Fifo, config.lane_capacity).patience(config.input_patience);
     let vae_lane =
         Lane::spawn("luna-vae", queue, move || VaeExecutor::new(loader, lane_registry)).map_err(no_thread)?;
     let weights = Weights::start(config.weight_bytes.unwrap_or(u64::MAX)).map_err(no_thread)?;

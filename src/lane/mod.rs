@@ -5,5 +5,5 @@
 mod queue;
 mod worker;
 
-pub use queue::{Entry, Next, Policy, Queue};
+pub use queue::{Entry, Next, Policy, Queue, Turn};
 pub use worker::{Job, Lane, LaneCounts, Refusal, StopSignal};

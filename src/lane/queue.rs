@@ -1,5 +1,5 @@
 use std::collections::{HashMap, VecDeque};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::id::{RequestId, SessionId};
 
@@ -25,22 +25,69 @@ pub struct Entry<J> {
     pub job: J,
 }
 
+/// How soon a job that was not ready is asked again at first, and at the latest: the pause doubles from one to the other.
+const FIRST_PAUSE: Duration = Duration::from_micros(50);
+const LONGEST_PAUSE: Duration = Duration::from_millis(1);
+
+/// A job whose turn has come, if it is ready.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Turn<J> {
+    /// The job.
+    pub entry: Entry<J>,
+    /// Its number in the order of arrival.
+    arrival: u64,
+    /// Since its first turn for which it was not ready.
+    unready: Option<Unready>,
+    /// When its session was served before this turn.
+    served_before: Option<u64>,
+}
+
+impl<J> Turn<J> {
+    /// Whether the job has not been asked before whether it is ready.
+    #[must_use]
+    pub fn is_first(&self) -> bool {
+        self.unready.is_none()
+    }
+}
+
+/// A job that was not ready for as long as its queue has patience.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Overdue<J> {
+    /// The job.
+    pub entry: Entry<J>,
+    /// How long it was not ready.
+    pub waited: Duration,
+}
+
+/// When a job that was not ready is asked again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Unready {
+    since: Instant,
+    pause: Duration,
+    again: Instant,
+}
+
 /// What the queue gives out.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Next<J> {
-    /// Run this.
-    Run(Entry<J>),
+    /// Run this, or [set it aside](Queue::set_aside) where it is not ready.
+    Run(Turn<J>),
     /// Its caller has stopped waiting: answer it, do not run it.
     Expired(Entry<J>),
+    /// Nothing waits but jobs that were not ready: ask again then, or with the next arrival.
+    Later(Instant),
 }
 
-/// A bounded queue of jobs.
+/// A bounded queue of jobs. One that is not ready when its turn comes keeps its place and holds nobody up.
 #[derive(Debug)]
 pub struct Queue<J> {
     policy: Policy,
     capacity: usize,
+    /// How long a job may be not ready; `None` for as long as it takes.
+    patience: Option<Duration>,
     /// In order of arrival.
-    waiting: VecDeque<Entry<J>>,
+    waiting: VecDeque<Turn<J>>,
+    arrivals: u64,
     /// When each session was last served, as a count of services; for sessions not yet forgotten.
     served: HashMap<SessionId, u64>,
     services: u64,
@@ -50,7 +97,15 @@ impl<J> Queue<J> {
     /// An empty queue that holds up to `capacity` jobs.
     #[must_use]
     pub fn new(policy: Policy, capacity: usize) -> Self {
-        Self { policy, capacity, waiting: VecDeque::new(), served: HashMap::new(), services: 0 }
+        let (waiting, served) = (VecDeque::new(), HashMap::new());
+        Self { policy, capacity, patience: None, waiting, arrivals: 0, served, services: 0 }
+    }
+
+    /// Gives up a job that is not ready for so long after its turn first came. By default none is.
+    #[must_use]
+    pub fn patience(mut self, patience: Duration) -> Self {
+        self.patience = Some(patience);
+        self
     }
 
     /// Jobs waiting.
@@ -79,141 +134,87 @@ impl<J> Queue<J> {
         if self.waiting.len() >= self.capacity {
             return Err(entry);
         }
-        self.waiting.push_back(entry);
+        self.arrivals += 1;
+        let (arrival, served_before) = (self.arrivals, None);
+        self.waiting.push_back(Turn { entry, arrival, unready: None, served_before });
         Ok(())
     }
 
     /// The next job; `None` where nothing waits.
     pub fn pop(&mut self, now: Instant) -> Option<Next<J>> {
+        let due = |turn: &Turn<J>| turn.unready.is_none_or(|unready| unready.again <= now);
         let at = match self.policy {
-            Policy::Fifo => 0,
+            Policy::Fifo => self.waiting.iter().position(due),
             Policy::FairBySession => {
-                let last_served = |entry: &Entry<J>| self.served.get(&entry.session).copied().unwrap_or(0);
+                let last_served = |turn: &Turn<J>| self.served.get(&turn.entry.session).copied().unwrap_or(0);
+                let due = self.waiting.iter().enumerate().filter(|(_, turn)| due(turn));
                 // `min_by_key` keeps the first of equals: order of arrival decides.
-                self.waiting.iter().enumerate().min_by_key(|(_, entry)| last_served(entry)).map(|(at, _)| at)?
+                due.min_by_key(|(_, turn)| last_served(turn)).map(|(at, _)| at)
             }
         };
-        let entry = self.waiting.remove(at)?;
-        if entry.deadline.is_some_and(|deadline| deadline <= now) {
-            return Some(Next::Expired(entry));
+        let Some(at) = at else {
+            let unready = self.waiting.iter().filter_map(|turn| turn.unready);
+            return unready.map(|unready| unready.again).min().map(Next::Later);
+        };
+        let mut turn = self.waiting.remove(at)?;
+        if turn.entry.deadline.is_some_and(|deadline| deadline <= now) {
+            return Some(Next::Expired(turn.entry));
         }
         if self.policy == Policy::FairBySession {
             self.services += 1;
-            self.served.insert(entry.session, self.services);
+            turn.served_before = self.served.insert(turn.entry.session, self.services);
         }
-        Some(Next::Run(entry))
+        Some(Next::Run(turn))
+    }
+
+    /// Takes a turn back into its place, as its job is not ready: jobs behind it go first until it is. Room is made for
+    /// it where the queue has filled up meanwhile.
+    ///
+    /// # Errors
+    /// The entry itself where it was not ready for as long as the queue has patience.
+    pub fn set_aside(&mut self, mut turn: Turn<J>, now: Instant) -> Result<(), Overdue<J>> {
+        // Its session was not served.
+        match (self.policy, turn.served_before.take()) {
+            (Policy::Fifo, _) => {}
+            (Policy::FairBySession, Some(before)) => _ = self.served.insert(turn.entry.session, before),
+            (Policy::FairBySession, None) => _ = self.served.remove(&turn.entry.session),
+        }
+        let (since, pause) = match turn.unready {
+            Some(Unready { since, pause, .. }) => (since, (2 * pause).min(LONGEST_PAUSE)),
+            None => (now, FIRST_PAUSE),
+        };
+        let waited = now.saturating_duration_since(since);
+        if self.patience.is_some_and(|patience| waited >= patience) {
+            return Err(Overdue { entry: turn.entry, waited });
+        }
+        turn.unready = Some(Unready { since, pause, again: now + pause });
+        let at = self.waiting.partition_point(|other| other.arrival < turn.arrival);
+        self.waiting.insert(at, turn);
+        Ok(())
     }
 
     /// Takes a waiting job back.
     pub fn cancel(&mut self, session: SessionId, request: RequestId) -> Option<Entry<J>> {
-        let at = self.waiting.iter().position(|entry| entry.session == session && entry.request == request)?;
-        self.waiting.remove(at)
+        let is_meant = |turn: &Turn<J>| turn.entry.session == session && turn.entry.request == request;
+        let at = self.waiting.iter().position(is_meant)?;
+        self.waiting.remove(at).map(|turn| turn.entry)
     }
 
     /// Takes back everything of a session that is over, and forgets it.
     pub fn end_session(&mut self, session: SessionId) -> Vec<Entry<J>> {
         self.served.remove(&session);
-        let (theirs, others): (VecDeque<_>, _) = self.waiting.drain(..).partition(|entry| entry.session == session);
+        let is_theirs = |turn: &Turn<J>| turn.entry.session == session;
+        let (theirs, others): (VecDeque<_>, _) = self.waiting.drain(..).partition(is_theirs);
         self.waiting = others;
-        theirs.into()
+        theirs.into_iter().map(|turn| turn.entry).collect()
     }
 
     /// Takes back everything.
     pub fn drain(&mut self) -> Vec<Entry<J>> {
-        self.waiting.drain(..).collect()
+        self.waiting.drain(..).map(|turn| turn.entry).collect()
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use std::time::Duration;
-
-    use proptest::prelude::*;
-
-    use super::*;
-
-    fn entry(session: u64, request: u64) -> Entry<()> {
-        Entry { session: SessionId(session), request: RequestId(request), deadline: None, job: () }
-    }
-
-    fn run(queue: &mut Queue<()>, now: Instant) -> Option<(u64, u64)> {
-        match queue.pop(now)? {
-            Next::Run(entry) => Some((entry.session.0, entry.request.0)),
-            Next::Expired(_) => None,
-        }
-    }
-
-    #[test]
-    fn a_full_queue_gives_the_job_back() {
-        let mut queue = Queue::new(Policy::Fifo, 1);
-        queue.push(entry(1, 1)).unwrap();
-        assert_eq!(queue.push(entry(2, 2)), Err(entry(2, 2)));
-        assert_eq!(queue.len(), 1);
-    }
-
-    #[test]
-    fn a_job_whose_caller_stopped_waiting_is_not_run() {
-        let now = Instant::now();
-        let mut queue = Queue::new(Policy::Fifo, 4);
-        queue.push(Entry { deadline: Some(now), ..entry(1, 1) }).unwrap();
-        queue.push(Entry { deadline: Some(now + Duration::from_secs(1)), ..entry(1, 2) }).unwrap();
-        assert!(matches!(queue.pop(now), Some(Next::Expired(expired)) if expired.request == RequestId(1)));
-        assert_eq!(run(&mut queue, now), Some((1, 2)));
-    }
-
-    #[test]
-    fn a_session_with_many_jobs_does_not_hold_up_the_others() {
-        let now = Instant::now();
-        let mut queue = Queue::new(Policy::FairBySession, 16);
-        for request in 0..4 {
-            queue.push(entry(1, request)).unwrap();
-        }
-        queue.push(entry(2, 10)).unwrap();
-        queue.push(entry(3, 20)).unwrap();
-        let order: Vec<_> = std::iter::from_fn(|| run(&mut queue, now)).collect();
-        assert_eq!(order, [(1, 0), (2, 10), (3, 20), (1, 1), (1, 2), (1, 3)]);
-    }
-
-    #[test]
-    fn the_jobs_of_an_ended_session_are_all_taken_back() {
-        let mut queue = Queue::new(Policy::Fifo, 16);
-        for at in 0..6 {
-            queue.push(entry(at % 2, at)).unwrap();
-        }
-        assert_eq!(queue.end_session(SessionId(1)).len(), 3);
-        let now = Instant::now();
-        let order: Vec<_> = std::iter::from_fn(|| run(&mut queue, now)).collect();
-        assert_eq!(order, [(0, 0), (0, 2), (0, 4)]);
-    }
-
-    proptest! {
-        /// Against the obvious model: for each job, who should go first by the definition of the policy.
-        #[test]
-        fn order_is_what_the_policy_says(
-            fair: bool,
-            steps in prop::collection::vec(prop_oneof![3 => (0u64..4).prop_map(Some), 2 => Just(None)], 0..80),
-        ) {
-            let now = Instant::now();
-            let mut queue = Queue::new(if fair { Policy::FairBySession } else { Policy::Fifo }, 1000);
-            let mut naive: Vec<(u64, u64)> = Vec::new();
-            let mut history: Vec<u64> = Vec::new();
-            for (request, step) in steps.into_iter().enumerate() {
-                if let Some(session) = step {
-                    queue.push(entry(session, request as u64)).unwrap();
-                    naive.push((session, request as u64));
-                    continue;
-                }
-                let expected = if fair {
-                    let waited = |session: u64| history.iter().rposition(|&served| served == session);
-                    let longest = naive.iter().map(|(session, _)| waited(*session)).min();
-                    naive.iter().position(|(session, _)| Some(waited(*session)) == longest)
-                } else {
-                    (!naive.is_empty()).then_some(0)
-                };
-                let expected = expected.map(|at| naive.remove(at));
-                prop_assert_eq!(run(&mut queue, now), expected);
-                history.extend(expected.map(|(session, _)| session));
-            }
-        }
-    }
-}
+#[path = "queue_tests.rs"]
+mod tests;

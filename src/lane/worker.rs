@@ -2,12 +2,15 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 
-use super::queue::{Entry, Next, Queue};
+use super::queue::{Entry, Next, Overdue, Queue, Turn};
 use crate::id::{RequestId, SessionId};
+
+/// How long a job whose turn comes for the first time is asked again at once. Others go on waiting for that long.
+const SPIN: Duration = Duration::from_micros(30);
 
 /// Why a job is not run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -21,16 +24,28 @@ pub enum Refusal {
     Cancelled,
     /// The caller's deadline passed while it waited.
     Expired,
+    /// It was not ready when its turn came, nor became so.
+    Unready {
+        /// How long the lane had patience with it.
+        waited: Duration,
+    },
     /// The session ended.
     SessionEnded,
     /// The lane stops.
     ShuttingDown,
 }
 
-/// Work for a lane. Exactly one of the two methods is called, on the lane's thread or on that of whoever refuses.
+/// Work for a lane. Exactly one of [`Job::run`] and [`Job::refuse`] is called, on the lane's thread or on that of whoever
+/// refuses.
 pub trait Job: Send + 'static {
     /// What the lane's thread owns.
     type Executor;
+
+    /// Whether it can be run at once. Asked on the lane's thread when the job's turn comes, and again up to a thousand
+    /// times a second while it is not: other jobs are run meanwhile. Must not block.
+    fn is_ready(&self) -> bool {
+        true
+    }
 
     /// Does the work and answers it. A panic in here is caught; the lane goes on with the next job.
     fn run(self, executor: &mut Self::Executor, stop: &StopSignal<'_>);
@@ -198,28 +213,32 @@ impl<J: Job> Drop for Lane<J> {
 
 impl<J: Job> Shared<J> {
     /// Waits for the next job; `None` when the lane is shut down and empty.
-    fn next(&self) -> Option<Next<J>> {
+    fn next(&self) -> Option<Coming<J>> {
         let mut state = self.state.lock();
         loop {
-            if let Some(next) = state.queue.pop(Instant::now()) {
-                if let Next::Run(entry) = &next {
-                    state.running = Some((entry.session, entry.request));
+            match state.queue.pop(Instant::now()) {
+                Some(Next::Run(turn)) => {
+                    state.running = Some((turn.entry.session, turn.entry.request));
                     self.cancelled.store(false, Ordering::Relaxed);
+                    return Some(Coming::Turn(turn));
                 }
-                return Some(next);
+                Some(Next::Expired(entry)) => return Some(Coming::Expired(entry)),
+                Some(Next::Later(again)) => _ = self.arrival.wait_until(&mut state, again),
+                None if state.open => self.arrival.wait(&mut state),
+                None => return None,
             }
-            if !state.open {
-                return None;
-            }
-            self.arrival.wait(&mut state);
         }
     }
 
-    fn work(&self, executor: &mut J::Executor, next: Next<J>) {
-        let entry = match next {
-            Next::Expired(entry) => return entry.job.refuse(Refusal::Expired),
-            Next::Run(entry) => entry,
+    fn work(&self, executor: &mut J::Executor, next: Coming<J>) {
+        let turn = match next {
+            Coming::Expired(entry) => return entry.job.refuse(Refusal::Expired),
+            Coming::Turn(turn) => turn,
         };
+        if !becomes_ready(&turn) {
+            return self.put_off(turn);
+        }
+        let entry = turn.entry;
         let stop = StopSignal { cancelled: &self.cancelled, deadline: entry.deadline };
         let outcome = catch_unwind(AssertUnwindSafe(|| entry.job.run(executor, &stop)));
         if outcome.is_err() {
@@ -230,143 +249,49 @@ impl<J: Job> Shared<J> {
         state.running = None;
         state.completed += 1;
     }
+
+    /// Takes a job that is not ready back into the queue, unless nobody waits for it any more.
+    fn put_off(&self, turn: Turn<J>) {
+        let mut state = self.state.lock();
+        state.running = None;
+        let refused = if self.cancelled.load(Ordering::Relaxed) {
+            Some((turn.entry, Refusal::Cancelled))
+        } else if !state.open {
+            Some((turn.entry, Refusal::ShuttingDown))
+        } else {
+            let overdue = state.queue.set_aside(turn, Instant::now()).err();
+            overdue.map(|Overdue { entry, waited }| (entry, Refusal::Unready { waited }))
+        };
+        drop(state);
+        if let Some((entry, why)) = refused {
+            entry.job.refuse(why);
+        }
+    }
+}
+
+/// What the lane's thread does next.
+enum Coming<J> {
+    Turn(Turn<J>),
+    Expired(Entry<J>),
+}
+
+/// Whether the job is ready. At its first turn it is given a moment: most often what it waits for is about to happen, and
+/// setting it aside costs more.
+fn becomes_ready<J: Job>(turn: &Turn<J>) -> bool {
+    let spin = if turn.is_first() { SPIN } else { Duration::ZERO };
+    let began = Instant::now();
+    loop {
+        // One that panics here does so when it is run too, and is answered there.
+        if catch_unwind(AssertUnwindSafe(|| turn.entry.job.is_ready())).unwrap_or(true) {
+            return true;
+        }
+        if began.elapsed() >= spin {
+            return false;
+        }
+        std::thread::yield_now();
+    }
 }
 
 #[cfg(test)]
-mod tests {
-    use std::time::Duration;
-
-    use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
-
-    use super::*;
-    use crate::lane::Policy;
-
-    /// Says what happened to it; waits for `go` while it runs.
-    struct Probe {
-        name: u64,
-        go: Option<Receiver<()>>,
-        tell: Sender<(u64, Result<bool, Refusal>)>,
-    }
-
-    impl Job for Probe {
-        type Executor = Vec<u64>;
-
-        fn run(self, executor: &mut Vec<u64>, stop: &StopSignal<'_>) {
-            self.tell.send((self.name, Ok(stop.is_set()))).unwrap();
-            assert_ne!(self.name, 13, "the unlucky job panics");
-            if let Some(go) = self.go {
-                go.recv().unwrap();
-                self.tell.send((self.name, Ok(stop.is_set()))).unwrap();
-            }
-            executor.push(self.name);
-        }
-
-        fn refuse(self, why: Refusal) {
-            self.tell.send((self.name, Err(why))).unwrap();
-        }
-    }
-
-    struct Setup {
-        lane: Lane<Probe>,
-        go: Sender<()>,
-        told: Receiver<(u64, Result<bool, Refusal>)>,
-        tell: Sender<(u64, Result<bool, Refusal>)>,
-    }
-
-    /// A lane whose first job is running and waits.
-    fn occupied(capacity: usize) -> Setup {
-        let lane = Lane::spawn("test", Queue::new(Policy::Fifo, capacity), Vec::new).unwrap();
-        let (go, wait) = bounded(0);
-        let (tell, told) = unbounded();
-        let setup = Setup { lane, go, told, tell };
-        setup.submit(1, 1, Some(wait), None);
-        assert_eq!(setup.told.recv().unwrap(), (1, Ok(false)));
-        setup
-    }
-
-    impl Setup {
-        fn submit(&self, session: u64, name: u64, go: Option<Receiver<()>>, deadline: Option<Instant>) {
-            let job = Probe { name, go, tell: self.tell.clone() };
-            self.lane.submit(Entry { session: SessionId(session), request: RequestId(name), deadline, job });
-        }
-    }
-
-    #[test]
-    fn a_full_lane_refuses_at_once_while_a_job_runs() {
-        let lane = occupied(1);
-        lane.submit(1, 2, None, None);
-        lane.submit(1, 3, None, None);
-        assert_eq!(lane.told.recv().unwrap(), (3, Err(Refusal::Full { capacity: 1 })));
-        lane.go.send(()).unwrap();
-        assert_eq!(lane.told.recv().unwrap(), (1, Ok(false)));
-        assert_eq!(lane.told.recv().unwrap(), (2, Ok(false)));
-    }
-
-    #[test]
-    fn a_waiting_job_is_cancelled_at_once_and_a_running_one_told() {
-        let lane = occupied(4);
-        lane.submit(1, 2, None, None);
-        lane.lane.cancel(SessionId(1), RequestId(2));
-        assert_eq!(lane.told.recv().unwrap(), (2, Err(Refusal::Cancelled)));
-        lane.lane.cancel(SessionId(2), RequestId(1));
-        lane.lane.cancel(SessionId(1), RequestId(1));
-        lane.go.send(()).unwrap();
-        assert_eq!(lane.told.recv().unwrap(), (1, Ok(true)));
-    }
-
-    #[test]
-    fn the_stop_signal_of_one_job_does_not_reach_the_next() {
-        let lane = occupied(4);
-        lane.submit(1, 2, None, None);
-        lane.lane.cancel(SessionId(1), RequestId(1));
-        lane.go.send(()).unwrap();
-        assert_eq!(lane.told.recv().unwrap(), (1, Ok(true)));
-        assert_eq!(lane.told.recv().unwrap(), (2, Ok(false)));
-    }
-
-    #[test]
-    fn jobs_of_an_ended_session_never_reach_the_executor() {
-        let lane = occupied(4);
-        lane.submit(7, 2, None, None);
-        lane.submit(8, 3, None, None);
-        lane.lane.end_session(SessionId(7));
-        assert_eq!(lane.told.recv().unwrap(), (2, Err(Refusal::SessionEnded)));
-        lane.go.send(()).unwrap();
-        assert_eq!(lane.told.recv().unwrap(), (1, Ok(false)));
-        assert_eq!(lane.told.recv().unwrap(), (3, Ok(false)));
-    }
-
-    #[test]
-    fn a_job_that_waited_past_its_deadline_is_answered_and_not_run() {
-        let lane = occupied(4);
-        lane.submit(1, 2, None, Some(Instant::now().checked_sub(Duration::from_nanos(1)).unwrap()));
-        lane.go.send(()).unwrap();
-        assert_eq!(lane.told.recv().unwrap(), (1, Ok(false)));
-        assert_eq!(lane.told.recv().unwrap(), (2, Err(Refusal::Expired)));
-    }
-
-    #[test]
-    fn a_panicking_job_does_not_take_the_lane_with_it() {
-        let lane = occupied(4);
-        lane.submit(1, 13, None, None);
-        lane.submit(1, 14, None, None);
-        lane.go.send(()).unwrap();
-        let told: Vec<_> = (0..3).map(|_| lane.told.recv().unwrap().0).collect();
-        assert_eq!(told, [1, 13, 14]);
-    }
-
-    #[test]
-    fn shutting_down_finishes_the_running_job_and_answers_the_rest() {
-        let lane = occupied(4);
-        lane.submit(1, 2, None, None);
-        std::thread::scope(|scope| {
-            scope.spawn(|| lane.lane.shut_down());
-            assert_eq!(lane.told.recv().unwrap(), (2, Err(Refusal::ShuttingDown)));
-            lane.submit(1, 3, None, None);
-            assert_eq!(lane.told.recv().unwrap(), (3, Err(Refusal::ShuttingDown)));
-            lane.go.send(()).unwrap();
-            assert_eq!(lane.told.recv().unwrap(), (1, Ok(false)));
-        });
-        assert_eq!(lane.lane.counts().completed, 1);
-    }
-}
+#[path = "worker_tests.rs"]
+mod tests;

@@ -58,10 +58,13 @@ impl HandOff {
     /// The name of the usual one.
     pub const NAME: &'static str = "builtin:hand-off";
 
+    /// The name of the one that waits for its turn in the lane, as models do that compute.
+    pub const QUEUED: &'static str = "builtin:hand-off-queued";
+
     /// Its names and the pixels per latent element that each stands for: the usual 8, and two that make images of
     /// 0.8 MB and 104 MB of the latent that gives 12.6 MB with 8, so that only the size of the image varies.
-    const RATIOS: [(&'static str, u64); 3] =
-        [(Self::NAME, 8), ("builtin:hand-off-x2", 2), ("builtin:hand-off-x23", 23)];
+    const RATIOS: [(&'static str, u64); 4] =
+        [(Self::NAME, 8), (Self::QUEUED, 8), ("builtin:hand-off-x2", 2), ("builtin:hand-off-x23", 23)];
 
     /// The facts of the do-nothing VAE of that name, if it is one.
     #[must_use]
@@ -77,7 +80,7 @@ impl HandOff {
             weight_bytes: 0,
             decode_bytes_per_pixel: 0,
             encode_bytes_per_pixel: 0,
-            runs_inline: true,
+            runs_inline: name != Self::QUEUED,
         })
     }
 }

@@ -1,6 +1,13 @@
+use std::fmt::Debug;
+use std::sync::Barrier;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use luna_broker::ErrorKind;
 use luna_broker::protocol::Rung;
 use luna_broker::service::GpuOrder;
+use tracing::field::Field;
+use tracing::span::{Attributes, Id, Record};
+use tracing::{Event, Level, Metadata, Subscriber};
 
 use super::*;
 use crate::roles::Role;
@@ -120,6 +127,65 @@ fn memory_that_no_longer_opens_demotes_the_session_and_loses_no_call() {
         kept.to_vec().unwrap();
         drop(kept);
         decode_checked(&client, &OwnLatent::new(0, LARGE_SIDE));
+        eventually("the leases' return", || guest.sessions()[0]["leases"] == 0);
+    });
+}
+
+/// Counts the log's words about demotions, in all threads of its process.
+#[derive(Debug, Default)]
+struct Demotions(Arc<AtomicUsize>);
+
+impl Subscriber for Demotions {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        *metadata.level() <= Level::WARN
+    }
+
+    fn new_span(&self, _span: &Attributes<'_>) -> Id {
+        Id::from_u64(1)
+    }
+
+    fn record(&self, _span: &Id, _values: &Record<'_>) {}
+
+    fn record_follows_from(&self, _span: &Id, _follows: &Id) {}
+
+    fn event(&self, event: &Event<'_>) {
+        event.record(&mut |field: &Field, value: &dyn Debug| {
+            if field.name() == "message" && format!("{value:?}").contains("taking the next rung") {
+                self.0.fetch_add(1, Ordering::Relaxed);
+            }
+        });
+    }
+
+    fn enter(&self, _span: &Id) {}
+
+    fn exit(&self, _span: &Id) {}
+}
+
+#[test]
+fn two_threads_that_meet_the_same_failure_demote_once_and_lose_no_call() {
+    let stage = Stage::new().set_for(Role::Client, "SUBSTITUTE_CUDA_FAIL_OPEN", "2+");
+    play(stage, on_the_gpu(), |guest| {
+        let demotions = Demotions::default();
+        let counted = Arc::clone(&demotions.0);
+        tracing::subscriber::set_global_default(demotions).unwrap();
+        let client = guest.connect();
+        decode_checked(&client, &OwnLatent::new(0, 16));
+        let latents = [OwnLatent::new(0, LARGE_SIDE), OwnLatent::new(0, LARGE_SIDE)];
+        let start = Barrier::new(latents.len());
+        std::thread::scope(|scope| {
+            for latent in &latents {
+                scope.spawn(|| {
+                    start.wait();
+                    for _ in 0..4 {
+                        decode_checked(&client, latent);
+                    }
+                });
+            }
+        });
+        let rung = rung_of(&client, gpu(0));
+        assert_eq!(rung.rung, Rung::CudaVmm);
+        assert_eq!(failures(&rung), [(Rung::CudaIpc, "demoted")]);
+        assert_eq!(counted.load(Ordering::Relaxed), 1);
         eventually("the leases' return", || guest.sessions()[0]["leases"] == 0);
     });
 }

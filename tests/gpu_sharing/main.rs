@@ -4,15 +4,20 @@
 
 #[path = "../support/cuda.rs"]
 mod cuda;
+#[path = "../support/raw.rs"]
+mod raw;
 #[path = "../support/roles.rs"]
 mod roles;
 #[path = "../support/mod.rs"]
 mod support;
 
+mod deaths;
 mod faults;
+mod generations;
 mod ladder;
 mod leases;
 mod order;
+mod stalled;
 
 use std::sync::Arc;
 
@@ -75,11 +80,15 @@ impl Guest {
         Client::connect_with(Some(&self.socket), config).unwrap()
     }
 
+    /// What the broker itself says.
+    fn status(&self) -> serde_json::Value {
+        self.peer.say(b"status?");
+        serde_json::from_slice(&self.peer.hear()).unwrap()
+    }
+
     /// What the broker itself says of its sessions.
     fn sessions(&self) -> serde_json::Value {
-        self.peer.say(b"status?");
-        let status: serde_json::Value = serde_json::from_slice(&self.peer.hear()).unwrap();
-        status["sessions"].clone()
+        self.status()["sessions"].clone()
     }
 }
 

@@ -80,14 +80,19 @@ impl ConnectionArgs {
     }
 
     pub(crate) fn timeout(&self) -> Result<Duration, Error> {
-        Duration::try_from_secs_f64(self.timeout).map_err(|error| {
-            Error::new(ErrorKind::Configuration, format!("--timeout {}: {error}", self.timeout), "give seconds above 0")
-        })
+        seconds("--timeout", self.timeout)
     }
 
     pub(crate) fn client_config(&self) -> Result<ClientConfig, Error> {
         Ok(ClientConfig { timeout: Some(self.timeout()?), ..ClientConfig::default() })
     }
+}
+
+/// The value of a flag that takes seconds.
+fn seconds(flag: &str, value: f64) -> Result<Duration, Error> {
+    Duration::try_from_secs_f64(value).map_err(|error| {
+        Error::new(ErrorKind::Configuration, format!("{flag} {value}: {error}"), "give seconds above 0")
+    })
 }
 
 #[derive(Debug, Subcommand)]
@@ -195,6 +200,10 @@ pub(crate) struct ServeArgs {
     #[arg(long, default_value_t = 64, value_name = "N")]
     lane_capacity: usize,
 
+    /// How long a VAE call may wait for the client's GPU work that writes its input, in seconds. Others go first meanwhile.
+    #[arg(long, default_value_t = 30.0, value_name = "SECONDS")]
+    input_patience: f64,
+
     /// Requests one session may have in flight; more are refused as busy.
     #[arg(long, default_value_t = 32, value_name = "N")]
     session_in_flight: usize,
@@ -261,6 +270,7 @@ impl TryFrom<&ServeArgs> for BrokerConfig {
             model_folders: folders.collect(),
             bench_models: args.bench_models,
             lane_capacity: args.lane_capacity,
+            input_patience: seconds("--input-patience", args.input_patience)?,
             session_in_flight: args.session_in_flight,
             max_sessions: args.max_sessions,
             session_bytes: args.session_bytes,

@@ -1,0 +1,189 @@
+use std::time::Duration;
+
+use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
+
+use super::*;
+use crate::lane::Policy;
+
+/// Says what happened to it; waits for `go` while it runs.
+struct Probe {
+    name: u64,
+    /// Not ready before it is set.
+    ready: Option<Arc<AtomicBool>>,
+    go: Option<Receiver<()>>,
+    tell: Sender<(u64, Result<bool, Refusal>)>,
+}
+
+impl Job for Probe {
+    type Executor = Vec<u64>;
+
+    fn is_ready(&self) -> bool {
+        self.ready.as_ref().is_none_or(|ready| ready.load(Ordering::Relaxed))
+    }
+
+    fn run(self, executor: &mut Vec<u64>, stop: &StopSignal<'_>) {
+        self.tell.send((self.name, Ok(stop.is_set()))).unwrap();
+        assert_ne!(self.name, 13, "the unlucky job panics");
+        if let Some(go) = self.go {
+            go.recv().unwrap();
+            self.tell.send((self.name, Ok(stop.is_set()))).unwrap();
+        }
+        executor.push(self.name);
+    }
+
+    fn refuse(self, why: Refusal) {
+        self.tell.send((self.name, Err(why))).unwrap();
+    }
+}
+
+struct Setup {
+    lane: Lane<Probe>,
+    go: Sender<()>,
+    told: Receiver<(u64, Result<bool, Refusal>)>,
+    tell: Sender<(u64, Result<bool, Refusal>)>,
+}
+
+/// A lane whose first job is running and waits.
+fn occupied(capacity: usize) -> Setup {
+    occupied_with(Queue::new(Policy::Fifo, capacity))
+}
+
+fn occupied_with(queue: Queue<Probe>) -> Setup {
+    let lane = Lane::spawn("test", queue, Vec::new).unwrap();
+    let (go, wait) = bounded(0);
+    let (tell, told) = unbounded();
+    let setup = Setup { lane, go, told, tell };
+    setup.submit(1, 1, Some(wait), None);
+    assert_eq!(setup.told.recv().unwrap(), (1, Ok(false)));
+    setup
+}
+
+impl Setup {
+    fn submit(&self, session: u64, name: u64, go: Option<Receiver<()>>, deadline: Option<Instant>) {
+        let job = Probe { name, ready: None, go, tell: self.tell.clone() };
+        self.lane.submit(Entry { session: SessionId(session), request: RequestId(name), deadline, job });
+    }
+
+    /// A job that is not ready before the answer is set.
+    fn submit_unready(&self, session: u64, name: u64, deadline: Option<Instant>) -> Arc<AtomicBool> {
+        let ready = Arc::new(AtomicBool::new(false));
+        let job = Probe { name, ready: Some(Arc::clone(&ready)), go: None, tell: self.tell.clone() };
+        self.lane.submit(Entry { session: SessionId(session), request: RequestId(name), deadline, job });
+        ready
+    }
+}
+
+#[test]
+fn a_full_lane_refuses_at_once_while_a_job_runs() {
+    let lane = occupied(1);
+    lane.submit(1, 2, None, None);
+    lane.submit(1, 3, None, None);
+    assert_eq!(lane.told.recv().unwrap(), (3, Err(Refusal::Full { capacity: 1 })));
+    lane.go.send(()).unwrap();
+    assert_eq!(lane.told.recv().unwrap(), (1, Ok(false)));
+    assert_eq!(lane.told.recv().unwrap(), (2, Ok(false)));
+}
+
+#[test]
+fn a_waiting_job_is_cancelled_at_once_and_a_running_one_told() {
+    let lane = occupied(4);
+    lane.submit(1, 2, None, None);
+    lane.lane.cancel(SessionId(1), RequestId(2));
+    assert_eq!(lane.told.recv().unwrap(), (2, Err(Refusal::Cancelled)));
+    lane.lane.cancel(SessionId(2), RequestId(1));
+    lane.lane.cancel(SessionId(1), RequestId(1));
+    lane.go.send(()).unwrap();
+    assert_eq!(lane.told.recv().unwrap(), (1, Ok(true)));
+}
+
+#[test]
+fn the_stop_signal_of_one_job_does_not_reach_the_next() {
+    let lane = occupied(4);
+    lane.submit(1, 2, None, None);
+    lane.lane.cancel(SessionId(1), RequestId(1));
+    lane.go.send(()).unwrap();
+    assert_eq!(lane.told.recv().unwrap(), (1, Ok(true)));
+    assert_eq!(lane.told.recv().unwrap(), (2, Ok(false)));
+}
+
+#[test]
+fn jobs_of_an_ended_session_never_reach_the_executor() {
+    let lane = occupied(4);
+    lane.submit(7, 2, None, None);
+    lane.submit(8, 3, None, None);
+    lane.lane.end_session(SessionId(7));
+    assert_eq!(lane.told.recv().unwrap(), (2, Err(Refusal::SessionEnded)));
+    lane.go.send(()).unwrap();
+    assert_eq!(lane.told.recv().unwrap(), (1, Ok(false)));
+    assert_eq!(lane.told.recv().unwrap(), (3, Ok(false)));
+}
+
+#[test]
+fn a_job_that_waited_past_its_deadline_is_answered_and_not_run() {
+    let lane = occupied(4);
+    lane.submit(1, 2, None, Some(Instant::now().checked_sub(Duration::from_nanos(1)).unwrap()));
+    lane.go.send(()).unwrap();
+    assert_eq!(lane.told.recv().unwrap(), (1, Ok(false)));
+    assert_eq!(lane.told.recv().unwrap(), (2, Err(Refusal::Expired)));
+}
+
+#[test]
+fn a_panicking_job_does_not_take_the_lane_with_it() {
+    let lane = occupied(4);
+    lane.submit(1, 13, None, None);
+    lane.submit(1, 14, None, None);
+    lane.go.send(()).unwrap();
+    let told: Vec<_> = (0..3).map(|_| lane.told.recv().unwrap().0).collect();
+    assert_eq!(told, [1, 13, 14]);
+}
+
+#[test]
+fn a_job_that_is_not_ready_waits_and_the_others_do_not() {
+    let lane = occupied(4);
+    let ready = lane.submit_unready(1, 2, None);
+    lane.submit(2, 3, None, None);
+    lane.go.send(()).unwrap();
+    assert_eq!(lane.told.recv().unwrap(), (1, Ok(false)));
+    assert_eq!(lane.told.recv().unwrap(), (3, Ok(false)));
+    ready.store(true, Ordering::Relaxed);
+    assert_eq!(lane.told.recv().unwrap(), (2, Ok(false)));
+}
+
+#[test]
+fn a_job_that_does_not_become_ready_is_refused_however_it_comes_to_that() {
+    let lane = occupied_with(Queue::new(Policy::Fifo, 8).patience(Duration::from_millis(5)));
+    lane.go.send(()).unwrap();
+    assert_eq!(lane.told.recv().unwrap(), (1, Ok(false)));
+    lane.submit_unready(1, 2, None);
+    assert!(matches!(lane.told.recv().unwrap(), (2, Err(Refusal::Unready { .. }))));
+    let lane = occupied(8);
+    lane.go.send(()).unwrap();
+    assert_eq!(lane.told.recv().unwrap(), (1, Ok(false)));
+    lane.submit_unready(1, 2, Some(Instant::now() + Duration::from_millis(5)));
+    assert_eq!(lane.told.recv().unwrap(), (2, Err(Refusal::Expired)));
+    lane.submit_unready(1, 3, None);
+    lane.lane.cancel(SessionId(1), RequestId(3));
+    // In the queue or at its turn at that moment.
+    assert_eq!(lane.told.recv().unwrap(), (3, Err(Refusal::Cancelled)));
+    lane.submit_unready(7, 4, None);
+    lane.lane.end_session(SessionId(7));
+    assert!(matches!(lane.told.recv().unwrap(), (4, Err(Refusal::SessionEnded | Refusal::Cancelled))));
+    lane.submit_unready(1, 5, None);
+    lane.lane.shut_down();
+    assert_eq!(lane.told.recv().unwrap(), (5, Err(Refusal::ShuttingDown)));
+}
+
+#[test]
+fn shutting_down_finishes_the_running_job_and_answers_the_rest() {
+    let lane = occupied(4);
+    lane.submit(1, 2, None, None);
+    std::thread::scope(|scope| {
+        scope.spawn(|| lane.lane.shut_down());
+        assert_eq!(lane.told.recv().unwrap(), (2, Err(Refusal::ShuttingDown)));
+        lane.submit(1, 3, None, None);
+        assert_eq!(lane.told.recv().unwrap(), (3, Err(Refusal::ShuttingDown)));
+        lane.go.send(()).unwrap();
+        assert_eq!(lane.told.recv().unwrap(), (1, Ok(false)));
+    });
+    assert_eq!(lane.lane.counts().completed, 1);
+}
