@@ -20,6 +20,7 @@ mod registry;
 mod responder;
 mod server;
 mod session;
+mod staging;
 mod state;
 mod status;
 

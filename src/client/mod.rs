@@ -17,7 +17,9 @@ mod session;
 mod tensor;
 mod vae;
 
-pub use connect::{CallOptions, Client, ResultPlace, address_from_environment, gpu_named, synchronize_default_stream};
+pub use connect::{
+    CallOptions, Client, ResultPlace, Unshared, address_from_environment, gpu_named, synchronize_default_stream,
+};
 pub use input::Input;
 pub use session::SessionInfo;
 pub use tensor::Tensor;

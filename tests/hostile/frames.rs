@@ -95,7 +95,7 @@ fn another_version_and_an_impossible_rung_are_refused_with_a_way_out() {
     let scene = Scene::new(&[]);
     let mut future = hello(Features(0));
     future.version = PROTOCOL_VERSION + 41;
-    let expected = Expected::new(ErrorKind::Refused, &["version 42", "speaks 1"]).with_remedy();
+    let expected = Expected::new(ErrorKind::Refused, &["version 43", "speaks 2"]).with_remedy();
     refused(&scene, "a version from the future", false, &frame(&ClientMessage::Hello(future), 0), &expected);
     let mut forced = hello(Features::HANDLES);
     forced.forced = Some(Rung::Local);
