@@ -33,7 +33,8 @@ pub struct BrokerConfig {
     ///
     /// Address space only: a page costs memory once it is used.
     pub arena_bytes: u64,
-    /// Bytes of tensors one session may hold. Default 4 GiB. A request beyond it is refused as out of memory.
+    /// Bytes of tensors one session may hold. Default 4 GiB. A request beyond it is refused as out of memory. As many
+    /// again may be on their way to and from GPUs through the host's memory.
     pub session_bytes: u64,
     /// Working memory one VAE call may use before it is cut into tiles, in bytes. Default 4 GiB.
     pub vae_budget_bytes: u64,

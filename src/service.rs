@@ -118,6 +118,25 @@ impl Precision {
     }
 }
 
+/// How host memory is held through which tensors of a GPU cross.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Pages {
+    /// Page-locked: the GPU copies to and from it by itself.
+    Locked,
+    /// Ordinary memory, and why: the driver copies once more, by way of its own.
+    Pageable(String),
+}
+
+impl fmt::Display for Pages {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Locked => f.write_str("page-locked"),
+            Self::Pageable(why) => write!(f, "not page-locked: {why}"),
+        }
+    }
+}
+
 /// One way for tensors to cross; better ones first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]

@@ -218,6 +218,10 @@ fn a_broker_on_another_gpu_is_told_with_and_without_a_way_between_them() {
     both.finding("broker").is_ok(&format!("models on {alpha}"));
     both.finding(&format!("this process -> {alpha}")).is_ok("cuda-ipc");
     both.finding(&format!("this process -> {beta}")).is("note", "shm", &format!("work on the broker's GPU {alpha}"));
+    both.finding(&format!("this process -> {beta}")).is("note", "; page-locked", "work on the broker's GPU");
+    let slow = clinic.examine(&[two, ("SUBSTITUTE_CUDA_HOST_REGISTER", "refused")]);
+    let finding = slow.finding(&format!("this process -> {beta}"));
+    finding.is("note", "; not page-locked: cuMemHostRegister_v2 answers 801", "work on the broker's GPU");
     drop(broker);
     let reaching = ("SUBSTITUTE_CUDA_P2P", "1");
     let _broker = clinic.broker("cuda:0", &[two, reaching]);

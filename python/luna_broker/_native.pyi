@@ -104,6 +104,11 @@ class Rung:
         """How work on a GPU is kept in order: by events, or by waiting for the GPU on either side. `None` where no GPU
         memory is shared."""
 
+    @property
+    def pages(self) -> str | None:
+        """How this process holds the memory that a GPU's tensors pass through on `"shm"`: `"page-locked"`, or why it is
+        not. `None` before the first of them, and on other rungs."""
+
 @final
 class Session:
     """What the broker and this client agreed on. A reconnect replaces it."""

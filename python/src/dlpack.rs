@@ -11,6 +11,7 @@ use luna_broker::client::{Input, Tensor, gpu_named};
 use luna_broker::device::{GpuRange, StreamRef};
 use luna_broker::tensor::{DType, Dims, MAX_RANK, TensorMeta};
 use luna_broker::{Error, ErrorKind};
+use pyo3::exceptions::PyBufferError;
 use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::types::{PyCapsule, PyCapsuleMethods};
@@ -261,13 +262,19 @@ impl Header for Legacy {
 }
 
 /// A managed tensor on the memory of `tensor`; its deleter frees it.
-fn manage<H: Header>(tensor: &Tensor, header: impl FnOnce(DlTensor) -> H) -> *mut Managed<H> {
+///
+/// # Errors
+/// `BufferError` for a tensor that is staged: it is copied to its GPU and not handed out.
+fn manage<H: Header>(tensor: &Tensor, header: impl FnOnce(DlTensor) -> H) -> PyResult<*mut Managed<H>> {
+    let Some(address) = tensor.address() else {
+        return Err(PyBufferError::new_err("a tensor on its way to a GPU is not handed out before it is there"));
+    };
     let meta = tensor.meta();
     let signed = |dims: &Dims| std::array::from_fn(|at| dims.as_slice().get(at).map_or(0, |extent| *extent as i64));
     let (shape, strides) = (signed(&meta.shape), signed(&meta.strides));
     let (_, code, bits) = DTYPES.iter().find(|(dtype, ..)| *dtype == meta.dtype).copied().unwrap_or((DType::U8, 1, 8));
     let described = DlTensor {
-        data: tensor.address() as *mut c_void,
+        data: address as *mut c_void,
         device: tensor.gpu_ordinal().map_or(DlDevice { kind: CPU, id: 0 }, |id| DlDevice { kind: CUDA, id }),
         rank: meta.shape.rank() as i32,
         dtype: DlDataType { code, bits, lanes: 1 },
@@ -284,16 +291,16 @@ fn manage<H: Header>(tensor: &Tensor, header: impl FnOnce(DlTensor) -> H) -> *mu
         let described = (*managed).header.tensor();
         (described.shape, described.strides) = (shape, strides);
     }
-    managed
+    Ok(managed)
 }
 
 /// A capsule that hands `tensor` to another library without a copy: versioned where the consumer knows that.
 pub(crate) fn export<'py>(py: Python<'py>, tensor: &Tensor, versioned: bool) -> PyResult<Bound<'py, PyAny>> {
     let (pointer, name, destructor): (*mut c_void, &CStr, ffi::PyCapsule_Destructor) = if versioned {
-        (manage(tensor, Versioned::of).cast(), VERSIONED, drop_versioned)
+        (manage(tensor, Versioned::of)?.cast(), VERSIONED, drop_versioned)
     } else {
         let legacy = |tensor| Legacy { tensor, owner: ptr::null_mut(), deleter: Some(delete_legacy) };
-        (manage(tensor, legacy).cast(), LEGACY, drop_legacy)
+        (manage(tensor, legacy)?.cast(), LEGACY, drop_legacy)
     };
     // SAFETY: the pointer is not null, the name is static, the destructor has the right signature, and the thread is
     // attached to the interpreter.

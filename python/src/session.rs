@@ -10,6 +10,7 @@ pub(crate) struct Rung {
     rung: String,
     reason: String,
     order: Option<&'static str>,
+    pages: Option<String>,
 }
 
 #[pymethods]
@@ -37,6 +38,7 @@ impl From<SessionInfo> for Session {
                 GpuOrder::Events => "events",
                 GpuOrder::Host => "host",
             }),
+            pages: rung.pages.map(|pages| pages.to_string()),
         });
         Self { name: info.name, broker_version: info.broker_version, rungs: rungs.collect() }
     }

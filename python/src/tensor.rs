@@ -79,7 +79,8 @@ impl Torch {
         }
     }
 
-    /// A tensor of torch's own: memory of another GPU is read once and not computed with.
+    /// A tensor of torch's own: memory of another GPU is read once and not computed with, and what comes through the
+    /// host's page-locked memory is not handed out from there.
     fn copied<'py>(
         &self,
         py: Python<'py>,
@@ -95,9 +96,11 @@ impl Torch {
         let own = torch.call_method("empty", (shape,), Some(&options))?;
         let borrowed = self.borrow(&own)?;
         let range = borrowed.range(ordinal, stream).map_err(|error| raise(py, error))?;
-        tensor.copy_to_gpu(&range).map_err(|error| raise(py, error))?;
+        // Of what came through the host the copy is done on return, and the tensor free to go.
+        quick(py, || tensor.copy_to_gpu(&range))?;
         Ok(own)
     }
+
     fn borrow<'py>(&self, object: &Bound<'py, PyAny>) -> PyResult<Borrowed<'py>> {
         if let Some(exchange) = self.exchange {
             return exchange.borrow(object);
@@ -190,8 +193,8 @@ fn contiguous_copy<'py>(object: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny
     object.py().import("numpy")?.call_method("array", (object,), Some(&options))
 }
 
-/// Hands a tensor of the broker's to `library` without a copy; `wanted` is the GPU it should be on. A tensor that came
-/// in host memory because the GPU's rung shares none of its own is moved there by torch.
+/// Hands a tensor of the broker's to `library` without a copy; `wanted` is the GPU it should be on. A tensor that comes
+/// through the host's memory, because the GPU's rung shares none of its own, is copied there.
 pub(crate) fn hand_out<'py>(
     py: Python<'py>,
     tensor: Tensor,
@@ -200,6 +203,9 @@ pub(crate) fn hand_out<'py>(
 ) -> PyResult<Bound<'py, PyAny>> {
     match (library, torch(py)) {
         (Library::Torch, Some(torch)) => {
+            if let Some(ordinal) = wanted.filter(|_| tensor.is_staged()) {
+                return torch.copied(py, &tensor, ordinal, torch.current_stream(py, ordinal)?);
+            }
             let here = torch.hand_out(py, &tensor)?;
             match wanted.filter(|_| tensor.gpu_ordinal().is_none()) {
                 Some(ordinal) => here.call_method1("to", (format!("cuda:{ordinal}"),)),

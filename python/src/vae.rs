@@ -1,6 +1,6 @@
 use std::time::Duration;
 
-use luna_broker::client::{self, CallOptions, ResultPlace, VaeOutput, gpu_named, synchronize_default_stream};
+use luna_broker::client::{self, CallOptions, ResultPlace, Unshared, VaeOutput, gpu_named, synchronize_default_stream};
 use luna_broker::service::{TileShape, Tiling, VaeCall, VaeMode, VaeOperation};
 use parking_lot::Mutex;
 use pyo3::prelude::*;
@@ -75,8 +75,11 @@ impl Vae {
                 ResultPlace::Gpu(gpu)
             }
         };
-        let output =
-            released(py, self.timeout, |options| self.vae.call(call, input, &CallOptions { result, ..*options }))?;
+        // Only torch gives memory of its own for a result to be copied to.
+        let unshared = if library == Library::Torch { Unshared::Staging } else { Unshared::Host };
+        let output = released(py, self.timeout, |options| {
+            self.vae.call(call, input, &CallOptions { result, unshared, ..*options })
+        })?;
         if let (Library::Numpy, Some(ordinal)) = (library, borrowed.ordinal()) {
             // Libraries other than torch may reuse the input's memory, in an order of their own, once the call is over.
             quick(py, || synchronize_default_stream(&format!("cuda:{ordinal}")))?;

@@ -7,7 +7,7 @@ use parking_lot::Mutex;
 use super::pool::{ArenaPool, Limits};
 use crate::config::BrokerConfig;
 use crate::device::cuda::{Driver, Fence};
-use crate::device::{CopyStream, CudaDevice, CudaSharing, Device, DeviceError, HostDevice, Order, Region};
+use crate::device::{CopyStream, CudaDevice, CudaSharing, Device, DeviceError, HostDevice, Order, PageLock, Region};
 use crate::id::GpuUuid;
 use crate::protocol::Rung;
 
@@ -131,6 +131,11 @@ impl BrokerGpu {
         let fence = Fence::create(&self.plain.device, Arc::clone(&page))?;
         let events = fence.handle()?.to_bytes();
         Ok(Marks { order: Arc::new(fence), page, events })
+    }
+
+    /// Locks pages of host memory for copies of this GPU.
+    pub(super) fn page_lock(&self) -> PageLock {
+        self.plain.device.page_lock()
     }
 
     /// What is enqueued on `queue` from now on runs late enough for a probe to notice.

@@ -173,7 +173,7 @@ impl Job for VaeWork {
     fn is_ready(&self) -> bool {
         match self {
             Self::Call(job) => job.input.is_written(),
-            Self::Load { .. } | Self::Unload { .. } => true,
+            Self::Load { .. } | Self::Unload { .. } | Self::Permit(_) => true,
         }
     }
 

@@ -4,11 +4,11 @@ use parking_lot::Mutex;
 use rustc_hash::FxHashSet;
 
 use super::pool::{ArenaPool, Gate, Place as PinnedSlot};
-use crate::device::{DeviceError, Order, Place, RegionHandle, Span, StreamRef};
+use crate::device::{Device, DeviceError, Order, Place, RegionHandle, Span, StreamRef};
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::{ArenaId, Epoch, GpuUuid, LeaseRef, SessionId};
 use crate::memory::Pin;
-use crate::protocol::{ArenaHandle, ArenaOffer, Descriptor, Release};
+use crate::protocol::{ArenaHandle, ArenaOffer, ArenaPlace, Descriptor, Release};
 use crate::tensor::TensorMeta;
 use crate::transport::Attachment;
 
@@ -40,8 +40,7 @@ pub(super) struct SessionMemory {
     pool: Arc<ArenaPool>,
     handing: Handing,
     sharing: Sharing,
-    /// The client's GPU that uses it; absent for host memory.
-    gpu: Option<GpuUuid>,
+    place: ArenaPlace,
     /// Between the GPU work of broker and client; absent for host memory and where each side waits on the host.
     order: OnceLock<Arc<dyn Order>>,
     told: Mutex<Told>,
@@ -70,7 +69,17 @@ impl SessionMemory {
     /// Host memory of the session's own.
     pub(super) fn new(session: SessionId, epoch: Epoch, pool: Arc<ArenaPool>, handing: Handing) -> Arc<Self> {
         let (order, told) = (OnceLock::new(), Mutex::default());
-        Arc::new(Self { session, epoch, pool, handing, sharing: Sharing::Private, gpu: None, order, told })
+        let (sharing, place) = (Sharing::Private, ArenaPlace::Host);
+        Arc::new(Self { session, epoch, pool, handing, sharing, place, order, told })
+    }
+
+    /// Memory of the same session on another device, for tensors of the client's `gpu` to pass through. Bounded
+    /// as this one is, in arenas of at least `arena` bytes.
+    pub(super) fn staging(&self, device: Arc<dyn Device>, arena: u64, gpu: GpuUuid) -> Arc<Self> {
+        let &Self { session, epoch, handing, sharing, .. } = self;
+        let (order, told) = (OnceLock::new(), Mutex::default());
+        let (pool, place) = (Arc::new(self.pool.beside(device, arena)), ArenaPlace::Staging(gpu));
+        Arc::new(Self { session, epoch, pool, handing, sharing, place, order, told })
     }
 
     /// A part of the arenas that all sessions have on the broker's GPU, for a GPU of the client's.
@@ -82,7 +91,8 @@ impl SessionMemory {
         gpu: GpuUuid,
     ) -> Arc<Self> {
         let (order, told) = (OnceLock::new(), Mutex::default());
-        Arc::new(Self { session, epoch, pool, handing, sharing: Sharing::Common, gpu: Some(gpu), order, told })
+        let (sharing, place) = (Sharing::Common, ArenaPlace::Gpu(gpu));
+        Arc::new(Self { session, epoch, pool, handing, sharing, place, order, told })
     }
 
     /// From here on GPU work is ordered by marks.
@@ -181,6 +191,11 @@ impl SessionMemory {
         self.told.lock().granted.contains(&lease)
     }
 
+    /// Whether an arena is of this memory.
+    pub(super) fn has(&self, arena: ArenaId) -> bool {
+        self.pool.region(arena).is_some()
+    }
+
     /// The offer of an arena that the client has not been told of, with what travels beside the message.
     pub(super) fn announce(&self, arena: ArenaId, attachments: &mut Vec<Attachment>) -> Option<ArenaOffer> {
         if self.handing == Handing::Never || !self.told.lock().arenas.insert(arena) {
@@ -190,11 +205,11 @@ impl SessionMemory {
         let size_bytes = region.size_bytes() as u64;
         if self.handing == Handing::Itself {
             attachments.push(Attachment::Local(Arc::new(region)));
-            return Some(ArenaOffer { arena, size_bytes, handle: ArenaHandle::Attached, gpu: self.gpu });
+            return Some(ArenaOffer { arena, size_bytes, handle: ArenaHandle::Attached, place: self.place });
         }
         let handle = region.export().map(|handle| attach(handle, attachments));
         let handle = handle.inspect_err(|error| tracing::error!(%arena, %error, "an arena cannot be handed over"));
-        Some(ArenaOffer { arena, size_bytes, handle: handle.ok()?, gpu: self.gpu })
+        Some(ArenaOffer { arena, size_bytes, handle: handle.ok()?, place: self.place })
     }
 
     /// The client has the arena mapped.

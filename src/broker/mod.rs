@@ -22,6 +22,7 @@ mod registry;
 mod responder;
 mod server;
 mod session;
+mod staging;
 mod state;
 mod status;
 mod weights;

@@ -3,7 +3,7 @@ use std::sync::atomic::AtomicU32;
 
 use super::pool::ArenaPool;
 use crate::config::BrokerConfig;
-use crate::device::{CopyStream, DeviceError, Order, Region};
+use crate::device::{CopyStream, DeviceError, Order, PageLock, Region};
 use crate::id::GpuUuid;
 use crate::protocol::Rung;
 
@@ -50,6 +50,10 @@ impl BrokerGpu {
     }
 
     pub(super) fn marks(&self) -> Result<Marks, DeviceError> {
+        match *self {}
+    }
+
+    pub(super) fn page_lock(&self) -> PageLock {
         match *self {}
     }
 

@@ -199,7 +199,7 @@ impl GpuDoor {
         if let Some(forced) = forced.filter(|forced| *forced != rung) {
             return Err(cannot_force(forced, &reason.to_string()));
         }
-        let mut settled = DeviceRung { device: situation.gpu.to_string(), rung, reason, open_us: None, order: None };
+        let mut settled = DeviceRung::new(situation.gpu.to_string(), rung, reason);
         let shared = proven.map(|(Offered { memory, slot, queue, marks, .. }, order, open_us)| {
             (settled.open_us, settled.order) = (Some(open_us), Some(order));
             drop(slot);

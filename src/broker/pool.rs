@@ -126,6 +126,11 @@ impl ArenaPool {
         Self { device, limits, arena_ids, table: Mutex::default() }
     }
 
+    /// A pool on another device, bounded as this one, with arenas of at least `arena` bytes.
+    pub(super) fn beside(&self, device: Arc<dyn Device>, arena: u64) -> Self {
+        Self::new(device, Limits { arena, ..self.limits }, Arc::clone(&self.arena_ids))
+    }
+
     /// A slot of at least `length` bytes, leased to the session and pinned.
     ///
     /// # Errors

@@ -7,7 +7,7 @@ use super::admission::{admit, refuse_or_ignore};
 use super::gpu::BrokerGpu;
 use super::incoming::Incoming;
 use super::jobs::{Unfinished, VaeCallJob, VaeWork};
-use super::memories::Memories;
+use super::memories::{Memories, SlotSource};
 use super::memory::{Handing, Held, SessionMemory};
 use super::open_gpu::{GpuDoor, Step};
 use super::outbox::Outbox;
@@ -24,7 +24,7 @@ use crate::model::HandOff;
 use crate::protocol::{
     Accepted, Action, DeviceRung, FailureCode, Features, Force, GpuTarget, Hello, MAX_TABLE_BYTES, NONCE_BYTES,
     Operation, Outcome, PROTOCOL_VERSION, ProbeAnswer, ProbeOffer, ProbeOutcome, PublishRequest, Reason, Release, Rung,
-    ServerMessage, TensorSource, VaeRequest, Welcome, codec, decode_table, negotiate, settle,
+    ServerMessage, SlotPlace, TensorSource, VaeRequest, Welcome, codec, decode_table, negotiate, settle,
 };
 use crate::service::Service;
 use crate::tensor::{DType, Dims, TensorMeta};
@@ -37,6 +37,8 @@ pub(super) struct Session {
     connection: Incoming,
     reader: FrameReader,
     has_room: bool,
+    /// What both sides can do; nothing before negotiation.
+    features: Features,
     probing: Option<Probing>,
     /// Absent until the session is open.
     gpu_door: Option<GpuDoor>,
@@ -69,6 +71,7 @@ impl Session {
             connection,
             reader,
             has_room,
+            features: Features::default(),
             probing: None,
             gpu_door: None,
             process: None,
@@ -178,7 +181,8 @@ impl Session {
     fn negotiate(&mut self, mut hello: Hello) -> Result<()> {
         let ours = self.features();
         let (features, rung, reason) = negotiate(&mut hello, ours)?;
-        let memory = self.make_memory(rung, features);
+        self.features = features;
+        let memory = self.make_memory(rung);
         let probe = if rung == Rung::Inline { None } else { Some(memory.lease(2 * NONCE_BYTES as u64)?) };
         let session = self.link.id();
         let welcome = |probe| Welcome {
@@ -218,15 +222,18 @@ impl Session {
         features
     }
 
-    fn make_memory(&self, rung: Rung, features: Features) -> Arc<SessionMemory> {
-        let (device, handing): (Arc<dyn Device>, _) = match rung {
-            Rung::Local => (Arc::new(InProcessDevice), Handing::Itself),
-            Rung::Shm if features.contains(Features::HANDLES) => {
-                (Arc::new(HostDevice::new(HostSharing::Memfd)), Handing::Handles)
-            }
-            Rung::Shm => (Arc::new(HostDevice::new(HostSharing::Named)), Handing::Handles),
+    /// How host memory crosses to the client on this rung; absent where it does not cross processes.
+    fn sharing(&self, rung: Rung) -> Option<HostSharing> {
+        let sealed = self.features.contains(Features::HANDLES);
+        (rung == Rung::Shm).then_some(if sealed { HostSharing::Memfd } else { HostSharing::Named })
+    }
+
+    fn make_memory(&self, rung: Rung) -> Arc<SessionMemory> {
+        let (device, handing): (Arc<dyn Device>, _) = match self.sharing(rung) {
+            Some(sharing) => (Arc::new(HostDevice::new(sharing)), Handing::Handles),
+            None if rung == Rung::Local => (Arc::new(InProcessDevice), Handing::Itself),
             // Rungs of GPUs are never the host's.
-            Rung::Inline | Rung::CudaIpc | Rung::CudaVmm | Rung::Peer => (Arc::new(InProcessDevice), Handing::Never),
+            None => (Arc::new(InProcessDevice), Handing::Never),
         };
         let config = &self.state.config;
         let limits = Limits {
@@ -272,16 +279,17 @@ impl Session {
                 "unset LUNA_BROKER_TRANSPORT or force another rung",
             ));
         }
-        let memory = self.make_memory(rung, Features::default());
+        let memory = self.make_memory(rung);
         self.open(hello, memory, rung, reason)
     }
 
     fn open(&mut self, hello: Hello, memory: Arc<SessionMemory>, rung: Rung, reason: Reason) -> Result<()> {
         tracing::info!(session = %self.link.id(), name = hello.name, %rung, %reason, "session opened");
         self.gpu_door = Some(GpuDoor::new(self.link.id(), rung));
+        let memories = Memories::new(memory, self.sharing(rung));
         let rung = DeviceRung::host(rung, reason);
         let rungs = vec![rung.clone()];
-        let open = OpenSession { name: hello.name, rung, memories: Memories::new(memory) };
+        let open = OpenSession { name: hello.name, rung, memories };
         if self.link.open.set(open).is_err() {
             return Err(Error::new(ErrorKind::Internal, "a session was opened twice", ""));
         }
@@ -305,13 +313,9 @@ impl Session {
         match operation {
             Operation::Ping => responder.answer(Outcome::Done),
             Operation::Vae(request) => self.vae(responder, deadline, request)?,
-            Operation::Allocate { size_bytes, kept } => {
-                let memory = self.memories().map(|memories| Arc::clone(&memories.host));
-                responder.settle(memory.and_then(|memory| allocate(&memory, size_bytes, kept)));
-            }
-            Operation::AllocateGpu { target, size_bytes, kept } => {
-                let memory = self.memories().and_then(|memories| gpu_memory(memories, target));
-                responder.settle(memory.and_then(|(memory, _)| allocate(&memory, size_bytes, kept)));
+            Operation::Allocate { place, size_bytes, kept } => {
+                let source = self.memories().and_then(|memories| memories.source(&self.state, place));
+                responder.settle(source.and_then(|source| allocate(&source.memory, size_bytes, kept)));
             }
             Operation::OpenGpu(wish) => {
                 self.step_gpu(responder, |door, state, memories, abilities| door.open(state, memories, abilities, wish))
@@ -378,7 +382,7 @@ impl Session {
         let open = self.link.open.get();
         let rung = open.map_or(Rung::Inline, |open| open.rung.rung);
         if let Some(target) = target {
-            gpu_memory(self.memories()?, target)?;
+            self.memories()?.shared_gpu(target)?;
             return Ok(self.state.gpu.as_ref().map(BrokerGpu::uuid));
         }
         let hands_over = self.connection.abilities().descriptors || self.connection.abilities().same_process;
@@ -493,17 +497,11 @@ impl Session {
             TensorSource::Leased(descriptor) => self.memories()?.resolve(&descriptor)?,
             TensorSource::Inline(meta) => (self.receive(&meta)?, None),
         };
-        let memory = match result {
-            None => Arc::clone(&self.memories()?.host),
-            Some(target) => {
-                let (memory, its_queue) = gpu_memory(self.memories()?, target)?;
-                queue = Some(its_queue);
-                memory
-            }
-        };
+        let SlotSource { memory, queue: its_queue } = self.memories()?.source(&self.state, result)?;
+        queue = its_queue.or(queue);
         let output = memory.lease(plan.output.size_bytes()? as u64)?;
         let crosses_inline = self.link.open.get().is_some_and(|open| open.rung.rung == Rung::Inline);
-        let inline = crosses_inline && result.is_none();
+        let inline = crosses_inline && result == SlotPlace::Host;
         Ok((Prepared { model, plan, input, meta, output, inline }, queue))
     }
 
@@ -533,15 +531,6 @@ impl<E: Into<Error>> From<E> for Unprepared {
     fn from(error: E) -> Self {
         Self::Refused(error.into())
     }
-}
-
-/// The memory that a session shares for a GPU of its client's, and the queue for work on it.
-///
-/// # Errors
-/// [`ErrorKind::Unsupported`] where none is shared.
-fn gpu_memory(memories: &Memories, target: GpuTarget) -> Result<(Arc<SessionMemory>, Arc<dyn CopyStream>)> {
-    let opened = memories.shared_gpu(target)?;
-    Ok((Arc::clone(&opened.memory), Arc::clone(&opened.queue)))
 }
 
 fn allocate(memory: &Arc<SessionMemory>, size_bytes: u64, kept: bool) -> Result<Outcome> {

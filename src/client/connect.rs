@@ -6,8 +6,9 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 
 use super::gpu;
-use super::input::{allocate, allocate_on_gpu, unexpected_outcome};
+use super::input::{allocate, unexpected_outcome};
 use super::link::Link;
+use super::memory::Home;
 use super::session::SessionInfo;
 use super::tensor::{Storage, Tensor};
 use super::vae::Vae;
@@ -28,10 +29,22 @@ pub struct CallOptions<'a> {
     pub interrupted: Option<&'a dyn Fn() -> bool>,
     /// Where the result goes.
     pub result: ResultPlace,
+    /// What it comes in where it is for a GPU that shares no memory.
+    pub unshared: Unshared,
 }
 
-/// Where the result of a call goes. On a GPU without shared memory it comes in host memory all the same: the rung
-/// says so.
+/// What a result for a GPU that shares no memory comes in. The rung says whether it does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Unshared {
+    /// Host memory, as any other result there.
+    #[default]
+    Host,
+    /// Memory to pass through, page-locked where the driver allows it: for who has [`Tensor::copy_to_gpu`] copy the
+    /// result at once, and reads it in no other way. Host memory where the session shares none.
+    Staging,
+}
+
+/// Where the result of a call goes. On a GPU without shared memory it comes as [`CallOptions::unshared`] says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum ResultPlace {
     /// Where the input came from.
@@ -132,6 +145,23 @@ impl Client {
         self.with_link(|link| Ok(link.open_gpu(gpu, &options)?.rung.clone()))
     }
 
+    /// As [`Client::open_gpu`]; where tensors of the GPU pass through the host's memory, that memory is made now too, and
+    /// the rung says whether its pages are locked.
+    ///
+    /// # Errors
+    /// As [`Client::open_gpu`]; [`ErrorKind::OutOfMemory`].
+    pub fn prepare_gpu(&self, name: &str) -> Result<DeviceRung> {
+        let gpu = gpu_named(name)?;
+        let options = self.default_options();
+        self.with_link(|link| {
+            let gpu = link.open_gpu(gpu, &options)?;
+            if !gpu.is_shared() && link.has_staging() {
+                drop(allocate(link, Home::Staging(&gpu), 1, false, &options)?);
+            }
+            Ok(link.told(&gpu))
+        })
+    }
+
     /// As [`Client::empty`], in memory of a GPU of this process.
     ///
     /// # Errors
@@ -150,7 +180,7 @@ impl Client {
                     "build the tensor in your own memory and pass it",
                 ));
             }
-            let lease = allocate_on_gpu(link, &gpu, length, false, &options)?;
+            let lease = allocate(link, Home::Gpu(&gpu), length, false, &options)?;
             Ok(Tensor::new(meta, Storage::Leased(lease)))
         })
     }
@@ -213,7 +243,7 @@ impl Client {
                     "build the tensor in your own memory and pass it",
                 ));
             }
-            let lease = allocate(link, length, false, &options)?;
+            let lease = allocate(link, Home::Host, length, false, &options)?;
             Ok(Tensor::new(meta, Storage::Leased(lease)))
         })
     }

@@ -3,7 +3,8 @@ use std::time::Duration;
 
 use crate::device::cuda::{Driver, Fence, FenceHandle};
 use crate::device::{
-    CopyStream, CudaDevice, CudaSharing, Device, DeviceError, GpuRange, Order, Region, RegionHandle, Span, StreamRef,
+    CopyStream, CudaDevice, CudaSharing, Device, DeviceError, GpuRange, Order, PageLock, Region, RegionHandle, Span,
+    StreamRef,
 };
 use crate::id::GpuUuid;
 
@@ -64,6 +65,14 @@ impl GpuDevice {
 
     pub(super) fn read(&self, from: &GpuRange<'_>, to: &mut [u8]) -> Result<(), DeviceError> {
         self.0.read_range(from, to)
+    }
+
+    pub(super) fn write(&self, from: &[u8], to: &GpuRange<'_>) -> Result<(), DeviceError> {
+        self.0.write_range(from, to)
+    }
+
+    pub(super) fn page_lock(&self) -> PageLock {
+        self.0.page_lock()
     }
 
     pub(super) fn ordinal(&self) -> i32 {

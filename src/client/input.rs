@@ -4,6 +4,7 @@ use std::sync::Arc;
 use super::connect::CallOptions;
 use super::leases::{GpuLease, Lease};
 use super::link::Link;
+use super::memory::Home;
 use super::open_gpu::LinkGpu;
 use super::tensor::{Storage, Tensor};
 use crate::device::GpuRange;
@@ -154,7 +155,7 @@ impl<'a> Input<'a> {
             return Ok(Staged::in_place(self.descriptor(link, lease, offset, 0), None));
         }
         let length = self.meta.densified().size_bytes()?;
-        let mut slot = host_slot(link, length, options)?;
+        let mut slot = input_slot(link, Home::Host, length, options)?;
         let target = slot.span_mut();
         let meta = copy_dense(bytes, &self.meta, target.bytes_mut(target.length())?)?;
         let descriptor = Descriptor { meta, ..self.descriptor(link, slot.reference(), slot.offset(), 0) };
@@ -193,10 +194,7 @@ impl<'a> Input<'a> {
             let sequence = on_gpu.gpu.publish(range.stream())?;
             return Ok(Staged::in_place(self.descriptor(link, lease, offset, sequence), Some(on_gpu)));
         }
-        let slot = match link.memory.idle_input(length, Some(gpu)) {
-            Some(slot) => slot,
-            None => allocate_on_gpu(link, gpu, slot_bytes(length), true, options)?,
-        };
+        let slot = input_slot(link, Home::Gpu(gpu), length, options)?;
         if let Some(on_gpu) = slot.gpu() {
             gpu.wait(on_gpu.ready(), range.stream())?;
         }
@@ -210,7 +208,7 @@ impl<'a> Input<'a> {
         Ok(Staged::in_slot(descriptor, slot, length))
     }
 
-    /// No GPU memory is shared: the tensor crosses as one of the host's.
+    /// No GPU memory is shared: the tensor crosses through the host's.
     fn stage_through_host(
         &self,
         range: &GpuRange<'_>,
@@ -231,7 +229,8 @@ impl<'a> Input<'a> {
                 copied_bytes: length as u64,
             });
         }
-        let mut slot = host_slot(link, length, options)?;
+        let home = if link.has_staging() { Home::Staging(gpu) } else { Home::Host };
+        let mut slot = input_slot(link, home, length, options)?;
         gpu.device.read(range, slot.span_mut().bytes_mut(length)?)?;
         let descriptor = self.descriptor(link, slot.reference(), slot.offset(), 0);
         Ok(Staged::in_slot(descriptor, slot, length))
@@ -252,40 +251,30 @@ fn slot_bytes(length: usize) -> usize {
     rounded.checked_next_power_of_two().unwrap_or(rounded)
 }
 
-fn host_slot(link: &Link, length: usize, options: &CallOptions<'_>) -> Result<Lease> {
-    match link.memory.idle_input(length, None) {
+/// A slot of at least `length` bytes that is kept from call to call.
+fn input_slot(link: &Link, home: Home<'_>, length: usize, options: &CallOptions<'_>) -> Result<Lease> {
+    match link.memory.idle_input(length, home) {
         Some(slot) => Ok(slot),
-        None => allocate(link, slot_bytes(length), true, options),
+        None => allocate(link, home, slot_bytes(length), true, options),
     }
 }
 
 /// A slot of at least `length` bytes for an input; `kept` for one that is used from call to call.
 ///
 /// # Errors
-/// [`ErrorKind::OutOfMemory`] where the session has no room, or as [`Link::call`].
-pub(super) fn allocate(link: &Link, length: usize, kept: bool, options: &CallOptions<'_>) -> Result<Lease> {
-    let answer = link.call(Operation::Allocate { size_bytes: length as u64, kept }, &[], options)?;
-    match answer.reply.outcome {
-        Outcome::Allocated { descriptor } => link.memory.take_up(&descriptor, link.session.epoch, None),
-        _ => Err(unexpected_outcome()),
-    }
-}
-
-/// The same in GPU memory.
-///
-/// # Errors
-/// As [`allocate`]; [`ErrorKind::Io`] where the memory could not be opened.
-pub(super) fn allocate_on_gpu(
+/// [`ErrorKind::OutOfMemory`] where the session has no room, [`ErrorKind::Protocol`] where the memory could not be
+/// opened, or as [`Link::call`].
+pub(super) fn allocate(
     link: &Link,
-    gpu: &Arc<LinkGpu>,
+    home: Home<'_>,
     length: usize,
     kept: bool,
     options: &CallOptions<'_>,
 ) -> Result<Lease> {
-    let operation = Operation::AllocateGpu { target: gpu.target, size_bytes: length as u64, kept };
+    let operation = Operation::Allocate { place: home.place(), size_bytes: length as u64, kept };
     let answer = link.call(operation, &[], options)?;
     match answer.reply.outcome {
-        Outcome::Allocated { descriptor } => link.memory.take_up(&descriptor, link.session.epoch, Some(gpu)),
+        Outcome::Allocated { descriptor } => link.memory.take_up(&descriptor, link.session.epoch, home),
         _ => Err(unexpected_outcome()),
     }
 }

@@ -115,10 +115,30 @@ impl GpuLease {
     }
 }
 
+/// The memory that a leased slot is in.
+#[derive(Debug, Clone)]
+pub(super) enum SlotMemory {
+    /// The host's.
+    Host,
+    /// The host's, for tensors of GPUs to pass through. Its slots are not lent out as tensors.
+    Staging,
+    /// A GPU's.
+    Gpu(Arc<GpuLease>),
+}
+
+impl SlotMemory {
+    fn gpu(&self) -> Option<&Arc<GpuLease>> {
+        match self {
+            Self::Host | Self::Staging => None,
+            Self::Gpu(lease) => Some(lease),
+        }
+    }
+}
+
 #[derive(Debug, Clone)]
 struct Held {
     length: usize,
-    gpu: Option<Arc<GpuLease>>,
+    memory: SlotMemory,
     lease: LeaseRef,
     /// Bytes from the start of the arena.
     offset: u64,
@@ -132,11 +152,10 @@ impl Leases {
     }
 
     /// Takes up a lease on `span`, which starts `offset` bytes into its arena.
-    pub(super) fn hold(self: &Arc<Self>, lease: LeaseRef, offset: u64, span: Span, gpu: Option<GpuLease>) -> Lease {
-        let gpu = gpu.map(Arc::new);
-        let held = Held { length: span.length(), gpu: gpu.clone(), lease, offset };
+    pub(super) fn hold(self: &Arc<Self>, lease: LeaseRef, offset: u64, span: Span, memory: SlotMemory) -> Lease {
+        let held = Held { length: span.length(), memory: memory.clone(), lease, offset };
         self.notes.lock().live.insert(span.address(), held);
-        Lease { lease, offset, span, gpu, leases: Arc::clone(self) }
+        Lease { lease, offset, span, memory, leases: Arc::clone(self) }
     }
 
     /// Gives back a lease that nobody took up.
@@ -173,7 +192,7 @@ impl Leases {
         let (&start, held) = notes.live.range(..=address).next_back()?;
         let from_start = address - start;
         let inside = from_start.checked_add(length).is_some_and(|end| end <= held.length);
-        inside.then(|| (held.lease, held.offset + from_start as u64, held.gpu.clone()))
+        inside.then(|| (held.lease, held.offset + from_start as u64, held.memory.gpu().cloned()))
     }
 
     /// The session is over: nothing is noted any more.
@@ -196,8 +215,7 @@ pub(super) struct Lease {
     lease: LeaseRef,
     offset: u64,
     span: Span,
-    /// Absent in host memory.
-    gpu: Option<Arc<GpuLease>>,
+    memory: SlotMemory,
     leases: Arc<Leases>,
 }
 
@@ -217,7 +235,11 @@ impl Lease {
 
     /// What only a lease in GPU memory has.
     pub(super) fn gpu(&self) -> Option<&Arc<GpuLease>> {
-        self.gpu.as_ref()
+        self.memory.gpu()
+    }
+
+    pub(super) fn memory(&self) -> &SlotMemory {
+        &self.memory
     }
 
     /// Whether the lease is of this table's session.
@@ -237,7 +259,7 @@ impl Drop for Lease {
         if notes.over {
             return;
         }
-        notes.released.push(Dropped { lease: self.lease, used: self.gpu.take().map(GpuUse) });
+        notes.released.push(Dropped { lease: self.lease, used: self.gpu().cloned().map(GpuUse) });
         drop(notes);
         self.leases.ring();
     }

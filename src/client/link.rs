@@ -16,7 +16,7 @@ use crate::config::ClientConfig;
 use crate::error::{Error, ErrorKind, Fault, Result};
 use crate::id::{AttachmentId, GpuUuid, PermitId, RequestId};
 use crate::protocol::{
-    ClientMessage, DeviceRung, GpuAnswer, Operation, Outcome, ProtocolError, Release, Reply, Request, Rung,
+    ArenaPlace, ClientMessage, DeviceRung, GpuAnswer, Operation, Outcome, ProtocolError, Release, Reply, Request, Rung,
     RungFailure, ServerMessage, codec,
 };
 use crate::service::GpuOrder;
@@ -258,15 +258,20 @@ impl Link {
         for offer in &reply.arenas {
             let attached = usize::from(travels_beside(&offer.handle));
             let attachment = reader.take_attachments(attached).pop();
-            let Some(gpu) = offer.gpu else {
-                self.memory.import(offer, attachment, None)?;
-                opened.push(offer.arena);
-                continue;
+            let gpu = match offer.place {
+                ArenaPlace::Host => None,
+                ArenaPlace::Staging(gpu) => Some(self.gpu(gpu)?),
+                // Not the end of the session: whoever needs the arena finds it missing, and takes another rung.
+                ArenaPlace::Gpu(gpu) => {
+                    let gpu = self.gpu(gpu);
+                    if let Err(error) = gpu.and_then(|gpu| self.memory.import(offer, attachment, Some(&gpu.device))) {
+                        tracing::warn!(arena = %offer.arena, %error, "memory of the GPU could not be opened");
+                    }
+                    continue;
+                }
             };
-            // Not the end of the session: whoever needs the arena finds it missing, and takes another rung.
-            if let Err(error) = self.gpu(gpu).and_then(|gpu| self.memory.import(offer, attachment, Some(&gpu.device))) {
-                tracing::warn!(arena = %offer.arena, %error, "memory of the GPU could not be opened");
-            }
+            self.memory.import(offer, attachment, gpu.as_ref().map(|gpu| &gpu.device))?;
+            opened.push(offer.arena);
         }
         Ok(opened)
     }
@@ -322,7 +327,17 @@ impl Link {
     pub(super) fn gpu_rungs(&self) -> Vec<DeviceRung> {
         let gpus = self.gpus.read();
         let newest = |at: usize, gpu: &Arc<LinkGpu>| gpus.iter().skip(at + 1).all(|later| later.gpu != gpu.gpu);
-        gpus.iter().enumerate().filter(|(at, gpu)| newest(*at, gpu)).map(|(_, gpu)| gpu.rung.clone()).collect()
+        gpus.iter().enumerate().filter(|(at, gpu)| newest(*at, gpu)).map(|(_, gpu)| self.told(gpu)).collect()
+    }
+
+    /// A GPU's rung, with what is known by now of the host memory that its tensors pass through.
+    pub(super) fn told(&self, gpu: &LinkGpu) -> DeviceRung {
+        DeviceRung { pages: self.memory.pages().filter(|_| !gpu.is_shared()), ..gpu.rung.clone() }
+    }
+
+    /// Whether tensors of GPUs that share no memory pass through memory of their own.
+    pub(super) fn has_staging(&self) -> bool {
+        self.session.host_rung() == Rung::Shm
     }
 
     /// Gives back what came with an answer that nobody waits for.

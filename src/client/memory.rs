@@ -4,17 +4,81 @@ use parking_lot::{Mutex, RwLock};
 use rustc_hash::FxHashMap;
 
 use super::gpu::GpuDevice;
-use super::leases::{GpuLease, Lease, Leases};
+use super::leases::{GpuLease, Lease, Leases, SlotMemory};
 use super::open_gpu::LinkGpu;
 use super::tensor::BytePool;
-use crate::device::{Device, HostDevice, InProcessDevice, Region, RegionHandle, Span};
+use crate::device::{Device, HostDevice, InProcessDevice, Region, RegionHandle, Span, StagingDevice};
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::{ArenaId, Epoch, GpuUuid};
-use crate::protocol::{ArenaHandle, ArenaOffer, Descriptor};
+use crate::protocol::{ArenaHandle, ArenaOffer, ArenaPlace, Descriptor, SlotPlace};
+use crate::service::Pages;
 use crate::transport::Attachment;
 
-/// Arenas by the client's GPU that they are open in: one of the broker's GPU may be open in several.
-type Arenas = FxHashMap<(ArenaId, Option<GpuUuid>), Arc<dyn Region>>;
+/// Arenas by what they are for; one of the broker's GPU may be open in several of the client's.
+type Arenas = FxHashMap<(ArenaId, ArenaKind), Arc<dyn Region>>;
+
+/// What an arena is for: one is never taken for another, whatever a reply says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum ArenaKind {
+    Host,
+    Staging,
+    Gpu(GpuUuid),
+}
+
+impl From<ArenaPlace> for ArenaKind {
+    fn from(place: ArenaPlace) -> Self {
+        match place {
+            ArenaPlace::Host => Self::Host,
+            ArenaPlace::Staging(_) => Self::Staging,
+            ArenaPlace::Gpu(gpu) => Self::Gpu(gpu),
+        }
+    }
+}
+
+/// Which of the session's memories a slot is wanted in, or comes from.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Home<'a> {
+    Host,
+    /// For tensors of this GPU to pass through.
+    Staging(&'a LinkGpu),
+    Gpu(&'a Arc<LinkGpu>),
+}
+
+impl Home<'_> {
+    /// The name in requests.
+    pub(super) fn place(&self) -> SlotPlace {
+        match self {
+            Self::Host => SlotPlace::Host,
+            Self::Staging(gpu) => SlotPlace::Staging(gpu.target),
+            Self::Gpu(gpu) => SlotPlace::Gpu(gpu.target),
+        }
+    }
+
+    fn kind(&self) -> ArenaKind {
+        match self {
+            Self::Host => ArenaKind::Host,
+            Self::Staging(_) => ArenaKind::Staging,
+            Self::Gpu(gpu) => ArenaKind::Gpu(gpu.gpu),
+        }
+    }
+
+    fn slot(&self, sequence: u64) -> SlotMemory {
+        match self {
+            Self::Host => SlotMemory::Host,
+            Self::Staging(_) => SlotMemory::Staging,
+            Self::Gpu(gpu) => SlotMemory::Gpu(Arc::new(GpuLease::new(Arc::clone(gpu), sequence))),
+        }
+    }
+
+    /// Whether a slot in `memory` will do.
+    fn takes(&self, memory: &SlotMemory) -> bool {
+        match (self, memory) {
+            (Self::Host, SlotMemory::Host) | (Self::Staging(_), SlotMemory::Staging) => true,
+            (Self::Gpu(gpu), SlotMemory::Gpu(lease)) => Arc::ptr_eq(&lease.gpu, gpu),
+            _ => false,
+        }
+    }
+}
 
 /// A session's memory as the client sees it: arenas mapped once, leases, and input slots kept for the next call.
 #[derive(Debug)]
@@ -23,6 +87,8 @@ pub(super) struct ImportedMemory {
     pub(super) leases: Arc<Leases>,
     idle_inputs: Mutex<Vec<Lease>>,
     idle_limit: u64,
+    /// Of the arenas that tensors of GPUs pass through; one whose pages could not be locked speaks for all.
+    pages: Mutex<Option<Pages>>,
     pub(super) pool: Arc<BytePool>,
 }
 
@@ -33,6 +99,7 @@ impl ImportedMemory {
             leases,
             idle_inputs: Mutex::default(),
             idle_limit,
+            pages: Mutex::default(),
             pool: Arc::new(BytePool::new(idle_limit)),
         }
     }
@@ -48,6 +115,10 @@ impl ImportedMemory {
         gpu: Option<&GpuDevice>,
     ) -> Result<Arc<dyn Region>> {
         let size_bytes = usize::try_from(offer.size_bytes).unwrap_or(usize::MAX);
+        let plain = HostDevice::default();
+        let staging = gpu.filter(|_| ArenaKind::from(offer.place) == ArenaKind::Staging);
+        let staging = staging.map(|gpu| StagingDevice::locked_by(gpu.page_lock(), HostDevice::default()));
+        let host: &dyn Device = staging.as_ref().map_or(&plain, |staging| staging);
         let region = match (&offer.handle, attachment) {
             (ArenaHandle::CudaIpc(handle), _) => {
                 let handle = handle.as_slice().try_into().map_err(|_| missing(offer.arena))?;
@@ -57,34 +128,41 @@ impl ImportedMemory {
             (ArenaHandle::CudaVmm, Some(Attachment::Fd(fd))) => {
                 gpu.ok_or_else(|| missing(offer.arena))?.import(RegionHandle::CudaVmm(fd), size_bytes)?
             }
-            (ArenaHandle::Named(name), _) => {
-                HostDevice::default().import(RegionHandle::Name(name.clone()), size_bytes)?
-            }
+            (ArenaHandle::Named(name), _) => host.import(RegionHandle::Name(name.clone()), size_bytes)?,
             #[cfg(unix)]
-            (ArenaHandle::Attached, Some(Attachment::Fd(fd))) => {
-                HostDevice::default().import(RegionHandle::Fd(fd), size_bytes)?
-            }
+            (ArenaHandle::Attached, Some(Attachment::Fd(fd))) => host.import(RegionHandle::Fd(fd), size_bytes)?,
             (ArenaHandle::Attached, Some(Attachment::Local(region))) => {
                 let region = region.downcast::<Arc<dyn Region>>().map_err(|_| missing(offer.arena))?;
                 InProcessDevice.import(RegionHandle::Local(Arc::clone(&region)), size_bytes)?
             }
             (ArenaHandle::Attached | ArenaHandle::CudaVmm, _) => return Err(missing(offer.arena)),
         };
-        self.arenas.write().insert((offer.arena, offer.gpu), Arc::clone(&region));
+        self.arenas.write().insert((offer.arena, offer.place.into()), Arc::clone(&region));
+        if let Some(pages) = staging.and_then(|staging| staging.pages()) {
+            let mut all = self.pages.lock();
+            if !matches!(*all, Some(Pages::Pageable(_))) {
+                *all = Some(pages);
+            }
+        }
         Ok(region)
+    }
+
+    /// How this side holds the memory that tensors of GPUs pass through; absent before the first of them.
+    pub(super) fn pages(&self) -> Option<Pages> {
+        self.pages.lock().clone()
     }
 
     /// An arena that is open.
     ///
     /// # Errors
     /// [`ErrorKind::Protocol`] where it was not handed over, or did not open.
-    pub(super) fn arena(&self, arena: ArenaId, gpu: Option<GpuUuid>) -> Result<Arc<dyn Region>> {
-        self.arenas.read().get(&(arena, gpu)).cloned().ok_or_else(|| missing(arena))
+    pub(super) fn arena(&self, arena: ArenaId, kind: ArenaKind) -> Result<Arc<dyn Region>> {
+        self.arenas.read().get(&(arena, kind)).cloned().ok_or_else(|| missing(arena))
     }
 
     /// Whether a descriptor's arena is open for this GPU: one that did not open wears the rung out.
     pub(super) fn is_open(&self, descriptor: &Descriptor, gpu: GpuUuid) -> bool {
-        self.arenas.read().contains_key(&(descriptor.lease.arena, Some(gpu)))
+        self.arenas.read().contains_key(&(descriptor.lease.arena, ArenaKind::Gpu(gpu)))
     }
 
     /// Takes up the slot that a reply names. Everything the broker wrote there is visible afterwards.
@@ -92,16 +170,16 @@ impl ImportedMemory {
     /// # Errors
     /// [`ErrorKind::Stale`] for another epoch, [`crate::device::DeviceError`] for a range outside the arena; the lease is given back.
     /// In GPU memory it is visible behind the mark that the lease carries.
-    pub(super) fn take_up(&self, descriptor: &Descriptor, epoch: Epoch, gpu: Option<&Arc<LinkGpu>>) -> Result<Lease> {
-        let taken = self.reach(descriptor, epoch, gpu.map(|gpu| gpu.gpu));
+    pub(super) fn take_up(&self, descriptor: &Descriptor, epoch: Epoch, home: Home<'_>) -> Result<Lease> {
+        let taken = self.reach(descriptor, epoch, home.kind());
         if taken.is_err() {
             self.leases.give_back(descriptor.lease);
         }
-        let on_gpu = gpu.map(|gpu| GpuLease::new(Arc::clone(gpu), descriptor.sequence));
-        taken.map(|span| self.leases.hold(descriptor.lease, descriptor.offset, span, on_gpu))
+        let memory = home.slot(descriptor.sequence);
+        taken.map(|span| self.leases.hold(descriptor.lease, descriptor.offset, span, memory))
     }
 
-    fn reach(&self, descriptor: &Descriptor, epoch: Epoch, gpu: Option<GpuUuid>) -> Result<Span> {
+    fn reach(&self, descriptor: &Descriptor, epoch: Epoch, kind: ArenaKind) -> Result<Span> {
         if descriptor.epoch != epoch {
             return Err(Error::new(
                 ErrorKind::Stale,
@@ -110,22 +188,19 @@ impl ImportedMemory {
             ));
         }
         descriptor.meta.validate()?;
-        let region = self.arena(descriptor.lease.arena, gpu)?;
-        if gpu.is_none() {
+        let region = self.arena(descriptor.lease.arena, kind)?;
+        if matches!(kind, ArenaKind::Host | ArenaKind::Staging) {
             region.wait(descriptor.sequence)?;
         }
         let offset = usize::try_from(descriptor.offset).unwrap_or(usize::MAX);
         Ok(Span::new(region, offset, descriptor.meta.span_bytes()?)?)
     }
 
-    /// An idle input slot of at least `length` bytes, the smallest there is; in host memory, or shared for `gpu`.
-    pub(super) fn idle_input(&self, length: usize, gpu: Option<&Arc<LinkGpu>>) -> Option<Lease> {
+    /// An idle input slot of at least `length` bytes, the smallest there is of this memory's.
+    pub(super) fn idle_input(&self, length: usize, home: Home<'_>) -> Option<Lease> {
         let mut idle = self.idle_inputs.lock();
-        let there = |lease: &Lease| match (lease.gpu(), gpu) {
-            (Some(one), Some(gpu)) => Arc::ptr_eq(&one.gpu, gpu),
-            (one, gpu) => one.is_none() && gpu.is_none(),
-        };
-        let fitting = idle.iter().enumerate().filter(|(_, lease)| lease.span().length() >= length && there(lease));
+        let fits = |lease: &Lease| lease.span().length() >= length && home.takes(lease.memory());
+        let fitting = idle.iter().enumerate().filter(|(_, lease)| fits(lease));
         let (at, _) = fitting.min_by_key(|(_, lease)| lease.span().length())?;
         Some(idle.swap_remove(at))
     }

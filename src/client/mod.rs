@@ -18,7 +18,9 @@ mod tensor;
 mod vae;
 mod weights;
 
-pub use connect::{CallOptions, Client, ResultPlace, address_from_environment, gpu_named, synchronize_default_stream};
+pub use connect::{
+    CallOptions, Client, ResultPlace, Unshared, address_from_environment, gpu_named, synchronize_default_stream,
+};
 pub use input::Input;
 pub use session::SessionInfo;
 pub use tensor::Tensor;

@@ -6,6 +6,7 @@ use super::connect::CallOptions;
 use super::gpu::GpuDevice;
 use super::input::unexpected_outcome;
 use super::link::Link;
+use super::memory::ArenaKind;
 use crate::device::{CopyStream, Device, DeviceError, HostDevice, Order, Region, RegionHandle, Span, StreamRef};
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::GpuUuid;
@@ -137,7 +138,7 @@ impl Probe<'_> {
                 let attachment = if travels_beside(&arena.handle) { handles.next() } else { None };
                 self.link.memory.import(arena, attachment, Some(self.device))?
             }
-            None => self.link.memory.arena(self.offer.lease.arena, Some(self.offer.gpu))?,
+            None => self.link.memory.arena(self.offer.lease.arena, ArenaKind::Gpu(self.offer.gpu))?,
         };
         let open_us = u32::try_from(started.elapsed().as_micros()).unwrap_or(u32::MAX);
         let mut read = [0; NONCE_BYTES];

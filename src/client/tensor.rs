@@ -3,6 +3,7 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 
 use super::leases::{GpuLease, Lease};
+use super::open_gpu::LinkGpu;
 use super::weights::Attached;
 use crate::device::{DeviceError, Element, GpuRange, Place, Span, StreamRef};
 use crate::error::{Error, ErrorKind, Result};
@@ -21,6 +22,9 @@ pub struct Tensor {
 pub(super) enum Storage {
     /// In a slot of a shared arena.
     Leased(Lease),
+    /// On its way to a GPU, in a slot whose pages may be locked. Nobody gets to see its address: what copies out of
+    /// such memory asynchronously may outlive the lease.
+    Staged(Lease, Arc<LinkGpu>),
     /// In memory of this process, where bytes crossed in frames.
     Received(PooledBytes),
     /// In weights that nobody changes.
@@ -69,8 +73,14 @@ impl Tensor {
     fn on_gpu(&self) -> Option<&GpuLease> {
         match &*self.storage {
             Storage::Leased(lease) => lease.gpu().map(|gpu| &**gpu),
-            Storage::Received(_) | Storage::Attached { .. } => None,
+            Storage::Staged(..) | Storage::Received(_) | Storage::Attached { .. } => None,
         }
+    }
+
+    /// Whether the tensor is on its way to a GPU, where [`Tensor::copy_to_gpu`] brings it: it has no address.
+    #[must_use]
+    pub fn is_staged(&self) -> bool {
+        matches!(&*self.storage, Storage::Staged(..))
     }
 
     /// Work enqueued on `stream` from now on may use a tensor in GPU memory: it comes behind the broker's, and the
@@ -94,12 +104,18 @@ impl Tensor {
         }
     }
 
-    /// Copies a tensor in GPU memory to memory of the caller's, on the range's stream. What the rung `peer` needs
-    /// before the tensor is computed with.
+    /// Copies a tensor in GPU memory, or on its way there, to memory of the caller's, on the range's stream. What the
+    /// rung `peer` needs before the tensor is computed with, and [`Unshared::Staging`] before it is anything. The copy of
+    /// a staged tensor is done on return: it may be dropped at once.
+    ///
+    /// [`Unshared::Staging`]: super::Unshared::Staging
     ///
     /// # Errors
     /// [`DeviceError::WrongHandle`] for a tensor in host memory, [`DeviceError::OutOfBounds`], [`DeviceError::Cuda`].
     pub fn copy_to_gpu(&self, range: &GpuRange<'_>) -> Result<()> {
+        if let Storage::Staged(lease, gpu) = &*self.storage {
+            return Ok(gpu.device.write(lease.span().bytes(self.meta.span_bytes()?)?, range)?);
+        }
         let (Some(on_gpu), Storage::Leased(lease)) = (self.on_gpu(), &*self.storage) else {
             return Err(DeviceError::WrongHandle { device: "CUDA" }.into());
         };
@@ -120,6 +136,9 @@ impl Tensor {
                 span.read(&mut bytes)?;
                 return Ok(bytes);
             }
+            if let Storage::Staged(lease, _) = &*self.storage {
+                return Ok(lease.span().bytes(length)?.to_vec());
+            }
             return Ok(self.bytes()?.to_vec());
         };
         on_gpu.gpu.synchronize(on_gpu.ready())?;
@@ -128,24 +147,27 @@ impl Tensor {
         Ok(bytes)
     }
 
-    /// Address of the first element, on the GPU where it lies there; valid while any clone of the tensor lives.
+    /// Address of the first element, on the GPU where it lies there; valid while any clone of the tensor lives. `None`
+    /// for one that is staged.
     #[must_use]
-    pub fn address(&self) -> usize {
+    pub fn address(&self) -> Option<usize> {
         match &*self.storage {
-            Storage::Leased(lease) => lease.span().address(),
-            Storage::Received(bytes) => bytes.bytes.as_ptr() as usize,
-            Storage::Attached { span, .. } => span.address(),
+            Storage::Leased(lease) => Some(lease.span().address()),
+            Storage::Staged(..) => None,
+            Storage::Received(bytes) => Some(bytes.bytes.as_ptr() as usize),
+            Storage::Attached { span, .. } => Some(span.address()),
         }
     }
 
     /// The bytes from the first to the last element.
     ///
     /// # Errors
-    /// [`DeviceError::NotHost`] for a tensor in GPU memory.
+    /// [`DeviceError::NotHost`] for a tensor in GPU memory, [`ErrorKind::Unsupported`] for one on its way there.
     pub fn bytes(&self) -> Result<&[u8]> {
         let length = self.meta.span_bytes()?;
         Ok(match &*self.storage {
             Storage::Leased(lease) => lease.span().bytes(length)?,
+            Storage::Staged(..) => return Err(staged()),
             Storage::Received(bytes) => bytes.bytes.get(..length).unwrap_or_default(),
             Storage::Attached { span, .. } => span.bytes(length)?,
         })
@@ -154,7 +176,7 @@ impl Tensor {
     /// The elements of a contiguous float32 tensor, in order.
     ///
     /// # Errors
-    /// [`DeviceError::NotHost`] for a tensor in GPU memory; another element type or layout is an error too.
+    /// As [`Tensor::bytes`]; another element type or layout is an error too.
     pub fn floats(&self) -> Result<std::borrow::Cow<'_, [f32]>> {
         use crate::tensor::{DType, TensorError};
         let TensorMeta { dtype, shape, strides } = self.meta;
@@ -166,6 +188,7 @@ impl Tensor {
         Ok(match &*self.storage {
             Storage::Leased(lease) => lease.span().elements::<f32>(count)?.into(),
             Storage::Attached { span, .. } => span.elements::<f32>(count)?.into(),
+            Storage::Staged(..) => return Err(staged()),
             Storage::Received(_) => {
                 let (elements, _) = self.bytes()?.as_chunks::<4>();
                 elements.iter().map(|bytes| f32::from_ne_bytes(*bytes)).collect::<Vec<_>>().into()
@@ -184,6 +207,7 @@ impl Tensor {
         let span = match &*self.storage {
             Storage::Leased(lease) => lease.span(),
             Storage::Attached { span, .. } => span,
+            Storage::Staged(..) => return Err(staged()),
             Storage::Received(_) => {
                 return Err(Error::new(
                     ErrorKind::Unsupported,
@@ -213,7 +237,7 @@ impl Tensor {
                 }
                 Ok(lease.span().write(bytes)?)
             }
-            Some(Storage::Received(_) | Storage::Attached { .. }) => Err(Error::new(
+            Some(Storage::Staged(..) | Storage::Received(_) | Storage::Attached { .. }) => Err(Error::new(
                 ErrorKind::InvalidTensor,
                 "the tensor is not in memory shared with the broker; nothing was written",
                 "write to a tensor from Client::empty, or pass bytes of your own as the input",
@@ -225,6 +249,14 @@ impl Tensor {
             )),
         }
     }
+}
+
+fn staged() -> Error {
+    Error::new(
+        ErrorKind::Unsupported,
+        "the tensor is on its way to a GPU and not read where it passes through",
+        "copy it to the GPU's memory, or ask for the result in host memory",
+    )
 }
 
 /// Memory for bytes behind frames, kept from call to call.

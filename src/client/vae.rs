@@ -1,9 +1,10 @@
 use std::sync::Arc;
 
-use super::connect::{CallOptions, Client, ResultPlace};
+use super::connect::{CallOptions, Client, ResultPlace, Unshared};
 use super::input::{Input, unexpected_outcome};
 use super::leases::GpuLease;
 use super::link::Link;
+use super::memory::Home;
 use super::open_gpu::LinkGpu;
 use super::router::Answer;
 use super::tensor::{Storage, Tensor};
@@ -31,7 +32,7 @@ pub struct VaeOutput {
     pub times: Times,
     /// Bytes the client copied to hand the input over; 0 for an input built in place.
     pub copied_in_bytes: u64,
-    /// Bytes copied to bring the result back; 0 where it is read in place.
+    /// Bytes copied to bring the result back, or still to be copied where it is staged; 0 where it is read in place.
     pub copied_out_bytes: u64,
 }
 
@@ -113,14 +114,21 @@ impl Vae {
             ResultPlace::Host => None,
             ResultPlace::Gpu(gpu) => opened(Some(gpu))?,
         };
-        // Without shared GPU memory the result comes in the host's.
-        let result_gpu = result_gpu.filter(|gpu| gpu.is_shared());
+        // Without shared GPU memory the result comes in the host's, or through it.
+        let (result_gpu, unshared) = match result_gpu {
+            Some(gpu) if gpu.is_shared() => (Some(gpu), None),
+            unshared => (None, unshared.filter(|_| options.unshared == Unshared::Staging && link.has_staging())),
+        };
+        let home = match (&result_gpu, &unshared) {
+            (Some(gpu), _) => Home::Gpu(gpu),
+            (None, Some(gpu)) => Home::Staging(gpu),
+            (None, None) => Home::Host,
+        };
         let staged = match (input.stage(link, input_gpu.as_ref(), options), &input_gpu) {
             (Err(error), Some(gpu)) if wears_out(&error, gpu) => return Ok(Called::WornOut(Arc::clone(gpu), error)),
             (staged, _) => staged?,
         };
-        let result = result_gpu.as_ref().map(|gpu| gpu.target);
-        let request = VaeRequest { model: self.model.clone(), call, input: staged.source, result };
+        let request = VaeRequest { model: self.model.clone(), call, input: staged.source, result: home.place() };
         let answer = link.call(Operation::Vae(request), &staged.payload, options);
         // The broker read the input before it answered, or behind the mark of the result; a request that was given up
         // may still be reading it.
@@ -153,14 +161,17 @@ impl Vae {
         let Answer { reply, payload, .. } = answer?;
         let (tensor, mode, copied_out_bytes) = match (reply.outcome, payload) {
             (Outcome::Tensor { descriptor, mode }, _) => {
-                let lease =
-                    match (link.memory.take_up(&descriptor, link.session.epoch, result_gpu.as_ref()), result_gpu) {
-                        (Err(error), Some(gpu)) if !link.memory.is_open(&descriptor, gpu.gpu) => {
-                            return Ok(Called::WornOut(gpu, error));
-                        }
-                        (lease, _) => lease?,
-                    };
-                (Tensor::new(descriptor.meta, Storage::Leased(lease)), mode, 0)
+                let lease = match (link.memory.take_up(&descriptor, link.session.epoch, home), &result_gpu) {
+                    (Err(error), Some(gpu)) if !link.memory.is_open(&descriptor, gpu.gpu) => {
+                        return Ok(Called::WornOut(Arc::clone(gpu), error));
+                    }
+                    (lease, _) => lease?,
+                };
+                let (storage, copied) = match unshared {
+                    Some(gpu) => (Storage::Staged(lease, gpu), descriptor.meta.span_bytes()? as u64),
+                    None => (Storage::Leased(lease), 0),
+                };
+                (Tensor::new(descriptor.meta, storage), mode, copied)
             }
             (Outcome::InlineTensor { meta, mode }, Some(bytes)) => {
                 meta.validate()?;

@@ -14,6 +14,7 @@ mod in_process;
 mod order;
 mod range;
 mod span;
+mod staging;
 
 #[cfg(all(feature = "cuda", unix))]
 pub use cuda::{CudaDevice, CudaSharing};
@@ -25,6 +26,7 @@ pub use in_process::InProcessDevice;
 pub use order::{CopyStream, Order};
 pub use range::GpuRange;
 pub use span::{Element, Span};
+pub use staging::{PageLock, StagingDevice};
 
 use crate::id::GpuUuid;
 

@@ -108,7 +108,7 @@ impl Examination {
     fn gpu_rung(&self, client: &Client, gpu: &GpuFacts, circumstances: &Circumstances) -> Finding {
         let (client, name) = (client.clone(), gpu.uuid.to_string());
         let asked = name.clone();
-        let opened = within(self.patience, &format!("the probe of {name}"), move || client.open_gpu(&asked));
+        let opened = within(self.patience, &format!("the probe of {name}"), move || client.prepare_gpu(&asked));
         match opened.and_then(|opened| opened) {
             Ok(rung) => rung::gpu(&rung, gpu, circumstances),
             Err(error) => Finding::failed(rung::check(&name), &error),

@@ -39,7 +39,7 @@ pub(super) fn host(rung: &DeviceRung) -> Finding {
 /// Tensors of a GPU of this process.
 pub(super) fn gpu(rung: &DeviceRung, gpu: &GpuFacts, circumstances: &Circumstances) -> Finding {
     let opened = rung.open_us.map_or_else(String::new, |us| format!(" ({:.1} ms)", f64::from(us) / 1000.0));
-    let found = format!("{}: {}{opened}", rung.rung, rung.reason);
+    let found = format!("{}: {}{opened}", rung.rung, rung.why());
     let check = check(&rung.device);
     match rung.rung {
         Rung::Peer => {
@@ -99,7 +99,7 @@ mod tests {
     fn rung(rung: Rung, reason: Reason) -> DeviceRung {
         let order = rung.is_gpu().then_some(GpuOrder::Events);
         let open_us = rung.is_gpu().then_some(312);
-        DeviceRung { device: facts(0).uuid.to_string(), rung, reason, open_us, order }
+        DeviceRung { open_us, order, ..DeviceRung::new(facts(0).uuid.to_string(), rung, reason) }
     }
 
     fn failed() -> Reason {

@@ -139,7 +139,7 @@ mod tests {
                     sequence: 9,
                     meta: TensorMeta { dtype: DType::F16, shape, strides: shape },
                 }),
-                result: Some(GpuTarget { gpu: GpuUuid([7; 16]), opening: 3 }),
+                result: SlotPlace::Gpu(GpuTarget { gpu: GpuUuid([7; 16]), opening: 3 }),
             }),
         })
     }

@@ -88,19 +88,11 @@ pub enum Operation {
     Ping,
     /// A slot of at least this many bytes for an input.
     Allocate {
+        /// The memory it is wanted in.
+        place: SlotPlace,
         /// Bytes needed.
         size_bytes: u64,
         /// Whether the client keeps the slot from call to call; for `status` only.
-        #[serde(default)]
-        kept: bool,
-    },
-    /// A slot in GPU memory that the session shares, for an input.
-    AllocateGpu {
-        /// The opening of the client's GPU.
-        target: GpuTarget,
-        /// Bytes needed.
-        size_bytes: u64,
-        /// As in [`Operation::Allocate`].
         kept: bool,
     },
     /// Find the best rung for a GPU of the client's.
@@ -180,9 +172,20 @@ pub struct VaeRequest {
     pub call: VaeCall,
     /// The input tensor.
     pub input: TensorSource,
-    /// The opening of the client's GPU whose shared memory the result goes to; absent for host memory.
-    #[serde(default)]
-    pub result: Option<GpuTarget>,
+    /// The memory that the result goes to.
+    pub result: SlotPlace,
+}
+
+/// Which of a session's memories a slot is wanted in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum SlotPlace {
+    /// Host memory.
+    Host,
+    /// The GPU memory that an opening shares.
+    Gpu(GpuTarget),
+    /// Host memory that tensors of an opening's GPU pass through and nobody's tensor stays in. The opening shares no GPU
+    /// memory, and the session's host rung is `shm`.
+    Staging(GpuTarget),
 }
 
 /// Where a request's tensor is.
@@ -218,8 +221,20 @@ pub struct ArenaOffer {
     pub size_bytes: u64,
     /// How to map it.
     pub handle: ArenaHandle,
-    /// The client's GPU that opens it; absent for host memory.
-    pub gpu: Option<GpuUuid>,
+    /// What it is made of, and for.
+    pub place: ArenaPlace,
+}
+
+/// What an arena is made of, and for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum ArenaPlace {
+    /// Host memory.
+    Host,
+    /// GPU memory, opened by this GPU of the client's.
+    Gpu(GpuUuid),
+    /// Host memory of [`SlotPlace::Staging`], first needed for this GPU of the client's. Either side locks its pages
+    /// where it can.
+    Staging(GpuUuid),
 }
 
 /// How an arena is handed over.

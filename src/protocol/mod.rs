@@ -16,9 +16,9 @@ pub use crate::service::Rung;
 pub use codec::CodecError;
 pub use ladder::{GpuNonces, GpuSituation, gpu_reason, judge_gpu};
 pub use message::{
-    ArenaHandle, ArenaOffer, ClientMessage, Descriptor, FenceOffer, Force, GpuAnswer, GpuFindings, GpuOffer,
-    GpuProbeOutcome, GpuProbed, GpuTarget, MarkedFindings, OpenGpu, Operation, Outcome, Release, Reply, Request,
-    ServerMessage, TensorSource, Times, VaeRequest,
+    ArenaHandle, ArenaOffer, ArenaPlace, ClientMessage, Descriptor, FenceOffer, Force, GpuAnswer, GpuFindings,
+    GpuOffer, GpuProbeOutcome, GpuProbed, GpuTarget, MarkedFindings, OpenGpu, Operation, Outcome, Release, Reply,
+    Request, ServerMessage, SlotPlace, TensorSource, Times, VaeRequest,
 };
 pub(crate) use negotiate::presentable;
 pub use negotiate::{

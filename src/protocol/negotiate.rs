@@ -5,12 +5,12 @@ use serde::{Deserialize, Serialize};
 use super::message::ArenaOffer;
 use crate::error::{ErrorKind, Fault};
 use crate::id::{Epoch, GpuUuid, SessionId};
-use crate::service::{GpuOrder, Rung};
+use crate::service::{GpuOrder, Pages, Rung};
 
 /// The version this crate speaks. Raised by every change of a message, an added field too: once the version is agreed
 /// on, fields are told apart by their place alone. What is said until then carries names, so that a peer of
 /// another version can read why it is refused.
-pub const PROTOCOL_VERSION: u32 = 2;
+pub const PROTOCOL_VERSION: u32 = 3;
 
 /// Abilities of one side, as bits so that an unknown one is carried and ignored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -164,13 +164,32 @@ pub struct DeviceRung {
     /// How GPU work is kept in order; absent where no GPU memory is shared.
     #[serde(default)]
     pub order: Option<GpuOrder>,
+    /// How the side that says so holds the host memory through which tensors of a GPU cross; absent before the first
+    /// of them, and where GPU memory is shared.
+    #[serde(default)]
+    pub pages: Option<Pages>,
 }
 
 impl DeviceRung {
     /// The rung for host memory.
     #[must_use]
     pub fn host(rung: Rung, reason: Reason) -> Self {
-        Self { device: "cpu".to_owned(), rung, reason, open_us: None, order: None }
+        Self::new("cpu".to_owned(), rung, reason)
+    }
+
+    /// A rung on which no GPU memory is shared.
+    #[must_use]
+    pub const fn new(device: String, rung: Rung, reason: Reason) -> Self {
+        Self { device, rung, reason, open_us: None, order: None, pages: None }
+    }
+
+    /// The reason, and how the host memory is held that tensors pass through, as a sentence.
+    #[must_use]
+    pub fn why(&self) -> String {
+        match &self.pages {
+            Some(pages) => format!("{}; {pages}", self.reason),
+            None => self.reason.to_string(),
+        }
     }
 }
 

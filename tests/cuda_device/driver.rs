@@ -6,7 +6,8 @@ use luna_broker::device::{Device, DeviceError};
 use luna_broker::id::GpuUuid;
 use luna_broker::{Error, ErrorKind};
 
-use super::{assert_live, driver_function, read, region};
+use super::{assert_live, read, region};
+use crate::cuda::driver_function;
 use crate::roles::{Role, Stage};
 
 fn uuids() -> Vec<GpuUuid> {

@@ -11,7 +11,6 @@ mod fences;
 mod regions;
 mod work;
 
-use std::ffi::{CString, c_char, c_int, c_void};
 use std::sync::Arc;
 
 use luna_broker::device::cuda::{CudaDevice, CudaSharing, Driver};
@@ -49,23 +48,6 @@ fn refused<T: std::fmt::Debug>(result: Result<T, DeviceError>) -> (&'static str,
     }
 }
 
-unsafe extern "C" {
-    fn dlopen(name: *const c_char, flags: c_int) -> *mut c_void;
-    fn dlsym(library: *mut c_void, name: *const c_char) -> *mut c_void;
-}
-
-/// A function of the driver, for what the library under test has no business to tell.
-fn driver_function(name: &str) -> *mut c_void {
-    let name = CString::new(name).unwrap();
-    // SAFETY: the name ends in a NUL; the driver is loaded already, so that its constructors do not run again.
-    let library = unsafe { dlopen(c"libcuda.so".as_ptr(), 2) };
-    assert!(!library.is_null());
-    // SAFETY: an open library and a name that ends in a NUL.
-    let function = unsafe { dlsym(library, name.as_ptr()) };
-    assert!(!function.is_null(), "{name:?}");
-    function
-}
-
 /// What the substitute driver holds for this process.
 #[derive(Debug, PartialEq, Eq)]
 struct Live {
@@ -85,11 +67,7 @@ fn live() -> Option<Live> {
     if cuda::is_real() {
         return None;
     }
-    let function = driver_function("substituteCudaLive");
-    // SAFETY: the substitute's function has this signature.
-    let function: extern "C" fn(*mut u64, usize) -> usize = unsafe { std::mem::transmute(function) };
-    let mut counts = [0; 11];
-    assert_eq!(function(counts.as_mut_ptr(), counts.len()), counts.len());
+    let counts = cuda::counters("substituteCudaLive");
     let [allocations, _, registered, imports, mappings, vmm_handles, reserved, events, opened_events, _, contexts] =
         counts;
     Some(Live { allocations, registered, imports, mappings, vmm_handles, reserved, events, opened_events, contexts })

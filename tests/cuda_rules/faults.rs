@@ -65,6 +65,15 @@ fn refused_ipc_makes_handles_that_do_not_open() {
 }
 
 #[test]
+fn refused_registration_leaves_host_memory_as_it_is() {
+    let stage = Stage::substitute();
+    let peer = stage.peer_with(&[("SUBSTITUTE_CUDA_HOST_REGISTER", "refused")]);
+    let pointer = peer.get(Ask::HostBuffer { bytes: BLOCK });
+    assert_eq!(peer.ask(Ask::Register { pointer, bytes: BLOCK }).code, 801);
+    assert_eq!(peer.ask(Ask::Unregister { pointer }).code, 713);
+}
+
+#[test]
 fn event_opens_fail_when_told() {
     let stage = Stage::substitute();
     let owner = stage.peer();

@@ -5,7 +5,7 @@ use luna_broker::device::RegionHandle;
 use luna_broker::id::LeaseRef;
 use luna_broker::protocol::{
     ArenaHandle, Descriptor, GpuAnswer, GpuFindings, GpuProbeOutcome, GpuProbed, GpuTarget, NONCE_BYTES, OpenGpu,
-    Operation, Outcome, TensorSource,
+    Operation, Outcome, SlotPlace, TensorSource,
 };
 
 use super::*;
@@ -45,7 +45,7 @@ impl RawOnGpu {
     /// A slot that holds the latent.
     fn hold(&mut self, latent: &OwnLatent) -> Descriptor {
         let size_bytes = latent.meta.size_bytes().unwrap() as u64;
-        let operation = Operation::AllocateGpu { target: self.target, size_bytes, kept: false };
+        let operation = Operation::Allocate { place: SlotPlace::Gpu(self.target), size_bytes, kept: false };
         let Outcome::Allocated { descriptor } = self.raw.ask(operation, &[]) else { panic!("no slot was granted") };
         self.arena.copy_in(descriptor.offset as usize, &bytes_of(&latent.values)).unwrap();
         Descriptor { meta: latent.meta, ..descriptor }

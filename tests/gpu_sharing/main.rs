@@ -17,6 +17,7 @@ mod generations;
 mod ladder;
 mod leases;
 mod order;
+mod staging;
 mod stalled;
 
 use std::sync::Arc;
@@ -31,10 +32,14 @@ use luna_broker::protocol::{DeviceRung, Rung};
 use luna_broker::service::{Tiling, VaeCall, VaeOperation};
 use luna_broker::tensor::{DType, Dims, TensorMeta};
 
+use crate::cuda::Transit;
 use crate::roles::{Peer, Stage};
 use crate::support::{HAND_OFF, Place, eventually, sample};
 
 const MIB: u64 = 1 << 20;
+/// What the client asks the broker's process beside its status.
+const TRANSIT: &[u8] = b"transit?";
+const REGISTERED: &[u8] = b"registered?";
 const DECODE: VaeCall = VaeCall { operation: VaeOperation::Decode, tiling: Tiling::Auto };
 
 /// Settings of a broker on the first GPU it sees, with arenas that one picture fills.
@@ -50,8 +55,16 @@ fn play(stage: Stage, config: BrokerConfig, client: impl FnOnce(&Guest)) {
             let broker = support::broker_at(&place, config);
             peer.say(place.socket().as_bytes());
             // The client asks for numbers that only the broker has, and leaves.
-            while peer.listen().is_some() {
-                peer.say(&serde_json::to_vec(&broker.status()).unwrap());
+            while let Some(asked) = peer.listen() {
+                match &*asked {
+                    TRANSIT => {
+                        let Transit { locked, pageable } = Transit::so_far();
+                        peer.say_number(locked);
+                        peer.say_number(pageable);
+                    }
+                    REGISTERED => peer.say_number(cuda::registered()),
+                    _ => peer.say(&serde_json::to_vec(&broker.status()).unwrap()),
+                }
             }
             eventually("the sessions' end", || broker.status().sessions.is_empty());
             broker.shut_down();
@@ -90,6 +103,18 @@ impl Guest {
     fn sessions(&self) -> serde_json::Value {
         self.status()["sessions"].clone()
     }
+
+    /// What the broker's copies took through host memory.
+    fn brokers_transit(&self) -> Transit {
+        self.peer.say(TRANSIT);
+        Transit { locked: self.peer.hear_number(), pageable: self.peer.hear_number() }
+    }
+
+    /// Regions whose pages the broker has locked.
+    fn brokers_registered(&self) -> u64 {
+        self.peer.say(REGISTERED);
+        self.peer.hear_number()
+    }
 }
 
 /// The GPU at this place in the order in which this process sees them.
@@ -125,6 +150,10 @@ impl OwnLatent {
         let device = CudaDevice::open(self.gpu, CudaSharing::Ipc).unwrap();
         device.synchronize_stream(StreamRef::DEFAULT).unwrap();
         self.region.copy_in(0, &bytes_of(&self.values)).unwrap();
+    }
+
+    fn size_bytes(&self) -> u64 {
+        self.meta.size_bytes().unwrap() as u64
     }
 
     fn input(&self) -> Input<'_> {

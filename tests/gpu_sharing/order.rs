@@ -5,9 +5,9 @@ use crate::roles::Role;
 
 /// What a picture holds at this moment, for whoever does not wait.
 fn read_at_once(image: &Tensor) -> Vec<u8> {
-    let length = image.meta().size_bytes().unwrap();
+    let (address, length) = (image.address().unwrap(), image.meta().size_bytes().unwrap());
     // SAFETY: the substitute's device addresses are addresses of this process; the tensor is alive.
-    unsafe { std::slice::from_raw_parts(std::ptr::with_exposed_provenance(image.address()), length) }.to_vec()
+    unsafe { std::slice::from_raw_parts(std::ptr::with_exposed_provenance(address), length) }.to_vec()
 }
 
 #[test]

@@ -1,7 +1,9 @@
 //! Descriptors that point where they must not, and tensors that are not what they should be.
 
-use luna_broker::id::{ArenaId, Epoch, Generation, LeaseRef, SlotId};
-use luna_broker::protocol::{ClientMessage, Descriptor, Operation, Outcome, TensorSource, VaeRequest};
+use luna_broker::id::{ArenaId, Epoch, Generation, GpuUuid, LeaseRef, SlotId};
+use luna_broker::protocol::{
+    ClientMessage, Descriptor, GpuTarget, OpenGpu, Operation, Outcome, SlotPlace, TensorSource, VaeRequest,
+};
 use luna_broker::service::{TileShape, Tiling, VaeCall, VaeOperation};
 use luna_broker::tensor::{DType, Dims, TensorMeta};
 use luna_broker::{ErrorKind, Fault};
@@ -174,7 +176,7 @@ fn a_tensor_that_is_not_what_the_operation_takes_is_refused_by_name() {
     }
     let short = raw.fault(decode(HAND_OFF, TensorSource::Inline(latent())), &[0; 100]);
     Expected::new(ErrorKind::Protocol, &["1024", "100"]).check("fewer bytes than described", &short);
-    let huge = raw.fault(Operation::Allocate { size_bytes: u64::MAX, kept: false }, &[]);
+    let huge = raw.fault(Operation::Allocate { place: SlotPlace::Host, size_bytes: u64::MAX, kept: false }, &[]);
     Expected::new(ErrorKind::OutOfMemory, &["18446744073709551615"]).with_remedy().check("all memory", &huge);
     eventually("the return of everything the refused calls took", || {
         let status = scene.bystander.status().unwrap();
@@ -188,8 +190,12 @@ fn an_operation_that_the_model_does_not_have_is_refused() {
     let mut raw = Raw::inline(&scene.place.socket());
     let mut call = |operation, tiling, shape: [u64; 4]| {
         let input = TensorSource::Inline(described(&shape));
-        let request =
-            VaeRequest { model: HAND_OFF.to_owned(), call: VaeCall { operation, tiling }, input, result: None };
+        let request = VaeRequest {
+            model: HAND_OFF.to_owned(),
+            call: VaeCall { operation, tiling },
+            input,
+            result: SlotPlace::Host,
+        };
         let bytes = vec![0; 4 * shape.iter().product::<u64>() as usize];
         raw.fault(Operation::Vae(request), &bytes)
     };
@@ -205,6 +211,34 @@ fn an_operation_that_the_model_does_not_have_is_refused() {
         let fault = call(VaeOperation::Decode, Tiling::Tiles(tiles), SHAPE);
         Expected::new(ErrorKind::InvalidTensor, &["tiles of", "overlap"]).check(case, &fault);
     }
+    scene.check_bystander();
+}
+
+#[test]
+fn memory_to_pass_through_is_had_for_an_opened_gpu_and_within_the_sessions_bytes() {
+    let scene = Scene::new(&["--session-bytes", "64M"]);
+    let (mut raw, _) = Raw::shared(&scene.place.socket());
+    let gpu = GpuUuid([7; 16]);
+    let wanted = |size_bytes, opening| {
+        let place = SlotPlace::Staging(GpuTarget { gpu, opening });
+        Operation::Allocate { place, size_bytes, kept: false }
+    };
+    let unopened = || Expected::new(ErrorKind::Unsupported, &["do not pass through"]).with_remedy();
+    unopened().check("a GPU that is not open", &raw.fault(wanted(BYTES, 0), &[]));
+    let open = || Operation::OpenGpu(OpenGpu { gpu, forced: None, failed: None });
+    assert!(matches!(raw.ask(open(), &[]), Outcome::Gpu(_)));
+    unopened().check("an opening that there is not", &raw.fault(wanted(BYTES, 1), &[]));
+    let Outcome::Allocated { descriptor } = raw.ask(wanted(BYTES, 0), &[]) else { panic!("a slot was due") };
+    let full = || Expected::new(ErrorKind::OutOfMemory, &["67108864"]).with_remedy();
+    full().check("all that the session may have", &raw.fault(wanted(64 << 20, 0), &[]));
+    full().check("all memory", &raw.fault(wanted(u64::MAX, 0), &[]));
+    raw.release(descriptor.lease);
+    let stale = raw.fault(leased(Descriptor { meta: latent(), ..descriptor }), &[]);
+    Expected::new(ErrorKind::Stale, &["stale"]).check("a slot given back", &stale);
+    scene.check_bystander();
+    let mut inline = Raw::inline(&scene.place.socket());
+    inline.ask(open(), &[]);
+    unopened().check("a session without shared memory", &inline.fault(wanted(BYTES, 0), &[]));
     scene.check_bystander();
 }
 

@@ -3,7 +3,8 @@
 use luna_broker::id::{ArenaId, Epoch, Generation, GpuUuid, LeaseRef, RequestId, SlotId};
 use luna_broker::protocol::{
     ClientMessage, Descriptor, FailureCode, GpuFindings, GpuProbeOutcome, GpuProbed, GpuTarget, MarkedFindings,
-    NONCE_BYTES, OpenGpu, Operation, Release, Request, Rung, RungFailure, ServerMessage, TensorSource, VaeRequest,
+    NONCE_BYTES, OpenGpu, Operation, Release, Request, Rung, RungFailure, ServerMessage, SlotPlace, TensorSource,
+    VaeRequest,
 };
 use luna_broker::service::{TileShape, Tiling, VaeCall, VaeOperation};
 use luna_broker::tensor::{DType, Dims, TensorMeta};
@@ -98,6 +99,14 @@ fn gpu_search() -> impl Strategy<Value = Operation> {
     prop_oneof![wish, probed, gpu().prop_map(|gpu| Operation::GpuReady { gpu })]
 }
 
+fn place() -> impl Strategy<Value = SlotPlace> {
+    prop_oneof![
+        8 => Just(SlotPlace::Host),
+        1 => target().prop_map(SlotPlace::Gpu),
+        1 => target().prop_map(SlotPlace::Staging),
+    ]
+}
+
 fn operation() -> impl Strategy<Value = Operation> {
     let tiles = (number(), number(), number()).prop_map(|(width, height, overlap)| {
         Tiling::Tiles(TileShape { width: width as u32, height: height as u32, overlap: overlap as u32 })
@@ -108,12 +117,11 @@ fn operation() -> impl Strategy<Value = Operation> {
     });
     let model = prop_oneof![4 => Just(HAND_OFF.to_owned()), 1 => ".{0,40}"];
     prop_oneof![
-        6 => (model.clone(), call, source(), prop::option::weighted(0.1, target()))
+        6 => (model.clone(), call, source(), place())
             .prop_map(|(model, call, input, result)| Operation::Vae(VaeRequest { model, call, input, result })),
-        1 => (target(), number(), any::<bool>())
-            .prop_map(|(target, size_bytes, kept)| Operation::AllocateGpu { target, size_bytes, kept }),
         1 => gpu_search(),
-        2 => (number(), any::<bool>()).prop_map(|(size_bytes, kept)| Operation::Allocate { size_bytes, kept }),
+        3 => (place(), number(), any::<bool>())
+            .prop_map(|(place, size_bytes, kept)| Operation::Allocate { place, size_bytes, kept }),
         1 => model.prop_map(|model| Operation::Describe { model }),
         1 => prop::sample::select(vec![Operation::Ping, Operation::Models, Operation::Status, Operation::Metrics]),
     ]

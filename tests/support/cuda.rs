@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::env;
-use std::ffi::OsString;
+use std::ffi::{CString, OsString, c_char, c_int, c_void};
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::PathBuf;
@@ -77,4 +77,54 @@ fn library() -> PathBuf {
             "{LIBRARY} is in none of {places:?}: build the tests with cargo on Linux, which builds it as a dependency"
         )
     })
+}
+
+unsafe extern "C" {
+    fn dlopen(name: *const c_char, flags: c_int) -> *mut c_void;
+    fn dlsym(library: *mut c_void, name: *const c_char) -> *mut c_void;
+}
+
+/// A function of this process's driver, for what the library under test has no business to tell.
+pub fn driver_function(name: &str) -> *mut c_void {
+    let name = CString::new(name).unwrap();
+    // SAFETY: the name ends in a NUL; the driver is loaded already, so that its constructors do not run again.
+    let library = unsafe { dlopen(c"libcuda.so".as_ptr(), 2) };
+    assert!(!library.is_null());
+    // SAFETY: an open library and a name that ends in a NUL.
+    let function = unsafe { dlsym(library, name.as_ptr()) };
+    assert!(!function.is_null(), "{name:?}");
+    function
+}
+
+/// All counters that a function of the substitute's gives of this process.
+pub fn counters<const N: usize>(name: &str) -> [u64; N] {
+    // SAFETY: the substitute's functions that give counters have this signature.
+    let function: extern "C" fn(*mut u64, usize) -> usize = unsafe { std::mem::transmute(driver_function(name)) };
+    let mut counts = [0; N];
+    assert_eq!(function(counts.as_mut_ptr(), N), N);
+    counts
+}
+
+/// Host memory whose pages are locked for the substitute driver in this process: regions.
+pub fn registered() -> u64 {
+    let [_, _, registered, ..] = counters::<11>("substituteCudaLive");
+    registered
+}
+
+/// Bytes that copies of this process took between host memory and a GPU's, on the substitute driver.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Transit {
+    pub locked: u64,
+    pub pageable: u64,
+}
+
+impl Transit {
+    pub fn so_far() -> Self {
+        let [locked, pageable] = counters("substituteCudaTransit");
+        Self { locked, pageable }
+    }
+
+    pub fn since(self, before: Self) -> Self {
+        Self { locked: self.locked - before.locked, pageable: self.pageable - before.pageable }
+    }
 }

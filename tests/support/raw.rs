@@ -11,8 +11,8 @@ use luna_broker::device::{Device, HostDevice, Region, RegionHandle, Span};
 use luna_broker::id::{Epoch, LeaseRef, RequestId};
 use luna_broker::protocol::{
     ArenaHandle, ArenaOffer, ClientMessage, Descriptor, Features, Hello, NONCE_BYTES, Operation, Outcome,
-    PROTOCOL_VERSION, ProbeAnswer, ProbeOutcome, Release, Reply, Request, ServerMessage, TensorSource, VaeRequest,
-    Welcome, codec,
+    PROTOCOL_VERSION, ProbeAnswer, ProbeOutcome, Release, Reply, Request, ServerMessage, SlotPlace, TensorSource,
+    VaeRequest, Welcome, codec,
 };
 use luna_broker::service::{Tiling, VaeCall, VaeOperation};
 use luna_broker::tensor::TensorMeta;
@@ -55,7 +55,7 @@ pub fn request(id: u64, operation: Operation) -> ClientMessage {
 
 /// A decode of the tensor in `input`.
 pub fn decode(model: &str, input: TensorSource) -> Operation {
-    Operation::Vae(VaeRequest { model: model.to_owned(), call: DECODE, input, result: None })
+    Operation::Vae(VaeRequest { model: model.to_owned(), call: DECODE, input, result: SlotPlace::Host })
 }
 
 impl Raw {
@@ -171,7 +171,7 @@ impl Raw {
 
     /// A slot for an input.
     pub fn allocate(&mut self, size_bytes: u64) -> Descriptor {
-        match self.ask(Operation::Allocate { size_bytes, kept: false }, &[]) {
+        match self.ask(Operation::Allocate { place: SlotPlace::Host, size_bytes, kept: false }, &[]) {
             Outcome::Allocated { descriptor } => descriptor,
             other => panic!("a slot was due, not {other:?}"),
         }

@@ -110,7 +110,7 @@ impl Exchange {
     /// # Errors
     /// What the library raises.
     pub(crate) fn hand_out<'py>(&self, py: Python<'py>, tensor: &Tensor) -> PyResult<Bound<'py, PyAny>> {
-        let managed = manage(tensor, Versioned::of);
+        let managed = manage(tensor, Versioned::of)?;
         let mut object = ptr::null_mut();
         // SAFETY: a valid managed tensor, whose ownership passes to the library whatever it returns; the thread is
         // attached to the interpreter.

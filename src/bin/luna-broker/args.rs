@@ -175,7 +175,7 @@ pub(crate) struct ServeArgs {
     #[arg(long, default_value = "4G", value_parser = bytes, value_name = "BYTES")]
     vae_budget: u64,
 
-    /// Bytes of tensors one session may hold; accepts K, M, G.
+    /// Bytes of tensors one session may hold, and as many on their way to and from GPUs; accepts K, M, G.
     #[arg(long, default_value = "4G", value_parser = bytes, value_name = "BYTES")]
     session_bytes: u64,
 

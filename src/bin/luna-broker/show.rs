@@ -1,6 +1,6 @@
 use std::fmt::Write;
 
-use luna_broker::protocol::{ModelReport, Status, VerifyReport, WeightReport};
+use luna_broker::protocol::{DeviceRung, ModelReport, Status, VerifyReport, WeightReport};
 
 /// A number of bytes as people read it.
 pub(crate) fn bytes(count: u64) -> String {
@@ -52,7 +52,7 @@ pub(crate) fn status(status: &Status) -> String {
         .map(|session| {
             let rungs: Vec<String> =
                 session.rungs.iter().map(|rung| format!("{} {}", rung.device, rung.rung)).collect();
-            let reasons: Vec<String> = session.rungs.iter().map(|rung| rung.reason.to_string()).collect();
+            let reasons: Vec<String> = session.rungs.iter().map(DeviceRung::why).collect();
             let leases = format!("{} ({})", session.leases, bytes(session.leased_bytes));
             let pid = session.pid.map_or_else(|| "?".to_owned(), |pid| pid.to_string());
             [session.name.clone(), pid, rungs.join(", "), reasons.join(", "), leases, session.requests.to_string()]

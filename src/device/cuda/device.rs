@@ -4,14 +4,13 @@ use std::time::Duration;
 
 use cudarc::driver::sys::CUmemAccess_flags as Access;
 
-use super::api::note_failure;
 use super::context::Context;
 use super::driver::Gpu;
 use super::ipc::{Allocated, Opened};
 use super::region::CudaRegion;
 use super::stream::{self, CopyWay, CudaStream};
 use super::vmm::Mapped;
-use crate::device::{Device, DeviceError, Place, Region, RegionHandle, StreamRef};
+use crate::device::{Device, DeviceError, PageLock, Place, Region, RegionHandle, StreamRef};
 use crate::id::GpuUuid;
 
 /// How allocations of a GPU are shared.
@@ -26,9 +25,6 @@ pub enum CudaSharing {
 /// Regions are multiples of this: the driver cuts smaller allocations from a common block, and a handle to one of them
 /// hands over the whole block.
 const BLOCK_BYTES: usize = 2 << 20;
-
-/// The registered memory is page-locked for every context of the process.
-const PORTABLE: u32 = 1;
 
 /// One GPU's memory in this process. The GPU's primary context is retained while this or anything made of it lives.
 #[derive(Debug)]
@@ -139,18 +135,11 @@ impl CudaDevice {
         stream::delay(&self.context, stream, time)
     }
 
-    /// Locks the pages of a host region, so that copies run at full speed and beside other work.
-    ///
-    /// # Errors
-    /// [`DeviceError::NotHost`]; [`DeviceError::Cuda`], also for a region whose pages this process has locked already.
-    pub fn pin(self: &Arc<Self>, region: Arc<dyn Region>) -> Result<Pinned, DeviceError> {
-        if region.place() != Place::Host {
-            return Err(DeviceError::NotHost);
-        }
-        let address = std::ptr::with_exposed_provenance_mut(region.address());
-        // SAFETY: host memory, mapped while the region lives, which `Pinned` sees to.
-        unsafe { self.context.current()?.cuMemHostRegister_v2(address, region.size_bytes(), PORTABLE) }?;
-        Ok(Pinned { region, context: Arc::clone(&self.context) })
+    /// Locks pages for this GPU's copies, and those of the process's others.
+    #[must_use]
+    pub fn page_lock(self: &Arc<Self>) -> PageLock {
+        let device = Arc::clone(self);
+        Box::new(move |region| Ok(Arc::new(device.pin(region)?)))
     }
 
     /// Maps memory that another process exported as a descriptor, for reading only.
@@ -198,29 +187,5 @@ impl Device for CudaDevice {
             }
             _ => Err(DeviceError::WrongHandle { device: "CUDA" }),
         }
-    }
-}
-
-/// A host region with its pages locked; dropping it waits for the GPU and unlocks them.
-#[derive(Debug)]
-pub struct Pinned {
-    region: Arc<dyn Region>,
-    context: Arc<Context>,
-}
-
-impl Pinned {
-    /// The region.
-    #[must_use]
-    pub fn region(&self) -> &Arc<dyn Region> {
-        &self.region
-    }
-}
-
-impl Drop for Pinned {
-    fn drop(&mut self) {
-        note_failure(self.context.synchronize());
-        let address = std::ptr::with_exposed_provenance_mut(self.region.address());
-        // SAFETY: registered in `pin`, undone here alone; no copy is in flight.
-        note_failure(self.context.current().and_then(|cuda| unsafe { cuda.cuMemHostUnregister(address) }));
     }
 }

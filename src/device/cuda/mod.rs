@@ -14,13 +14,15 @@ mod driver;
 mod event;
 mod fence;
 mod ipc;
+mod pinned;
 mod range;
 mod region;
 mod stream;
 mod vmm;
 
 pub use super::StreamRef;
-pub use device::{CudaDevice, CudaSharing, Pinned};
+pub use device::{CudaDevice, CudaSharing};
 pub use driver::{Driver, Gpu};
 pub use fence::{Fence, FenceHandle};
+pub use pinned::Pinned;
 pub use stream::{CopyWay, CudaStream};

@@ -47,6 +47,22 @@ impl CudaDevice {
         let done = self.synchronize_stream(from.stream());
         enqueued.and(done)
     }
+
+    /// Copies host memory to the start of `to`, behind what is enqueued on the range's stream, and returns when it is
+    /// there: nothing reads `from` afterwards, page-locked or not.
+    ///
+    /// # Errors
+    /// [`DeviceError::OutOfBounds`] where `to` is shorter, [`DeviceError::Cuda`].
+    pub fn write_range(&self, from: &[u8], to: &GpuRange<'_>) -> Result<(), DeviceError> {
+        check_range(0, from.len(), to.length())?;
+        self.check_gpu(to)?;
+        let source = from.as_ptr().expose_provenance();
+        // SAFETY: as in `read_range`, the other way round.
+        let enqueued = unsafe { self.copy(to.address(), source, from.len(), CopyWay::HostToDevice, to.stream()) };
+        // In any case: nothing may read `from` once this has returned.
+        let done = self.synchronize_stream(to.stream());
+        enqueued.and(done)
+    }
 }
 
 fn gpu_memory(span: &Span) -> Result<(), DeviceError> {

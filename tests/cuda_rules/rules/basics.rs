@@ -14,6 +14,9 @@ rules![
     free_twice,
     copy_to_freed_memory,
     register_twice,
+    register_of_nothing,
+    register_over_registered,
+    unregister_twice,
     unregister_of_unregistered,
     free_of_ordered_memory,
 ];
@@ -73,6 +76,27 @@ fn register_twice(stage: &Stage) -> String {
     let pointer = peer.get(Ask::HostBuffer { bytes: BLOCK });
     peer.ok(Ask::Register { pointer, bytes: BLOCK });
     said(&peer.ask(Ask::Register { pointer, bytes: BLOCK }))
+}
+
+fn register_of_nothing(stage: &Stage) -> String {
+    let peer = stage.peer();
+    let pointer = peer.get(Ask::HostBuffer { bytes: BLOCK });
+    said(&peer.ask(Ask::Register { pointer, bytes: 0 }))
+}
+
+fn register_over_registered(stage: &Stage) -> String {
+    let peer = stage.peer();
+    let pointer = peer.get(Ask::HostBuffer { bytes: 2 * BLOCK });
+    peer.ok(Ask::Register { pointer, bytes: BLOCK });
+    said(&peer.ask(Ask::Register { pointer, bytes: 2 * BLOCK }))
+}
+
+fn unregister_twice(stage: &Stage) -> String {
+    let peer = stage.peer();
+    let pointer = peer.get(Ask::HostBuffer { bytes: BLOCK });
+    peer.ok(Ask::Register { pointer, bytes: BLOCK });
+    peer.ok(Ask::Unregister { pointer });
+    said(&peer.ask(Ask::Unregister { pointer }))
 }
 
 fn unregister_of_unregistered(stage: &Stage) -> String {

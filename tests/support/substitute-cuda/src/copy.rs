@@ -8,6 +8,7 @@ use crate::code::{INVALID_CONTEXT, Result};
 use crate::context;
 use crate::memory::{self, Place};
 use crate::stream::{self, LEGACY, Stream};
+use crate::transit;
 
 fn run(on: &Arc<Stream>, work: impl FnOnce() -> Result + Send + 'static, wait: bool) -> Result {
     let ticket = on.submit(work);
@@ -23,6 +24,7 @@ fn now(to: Place, from: Place, bytes: usize) -> c_int {
         let stream = stream::resolve(LEGACY)?;
         to.check(bytes)?;
         from.check(bytes)?;
+        transit::note(&to, &from, bytes);
         run(&stream, move || memory::copy(&to, &from, bytes), true)
     })
 }
@@ -34,6 +36,7 @@ fn later(to: Place, from: Place, bytes: usize, on: Opaque) -> c_int {
         let stream = stream::resolve(on)?;
         to.check(bytes)?;
         from.check(bytes)?;
+        transit::note(&to, &from, bytes);
         let wait = matches!(to, Place::Caller(_));
         let from = from.snapshot(bytes);
         run(&stream, move || memory::copy(&to, &from, bytes), wait)

@@ -3,7 +3,10 @@
 use std::ffi::{c_int, c_uint};
 
 use crate::abi::{DevicePointer, Out, call};
-use crate::code::{Code, HOST_MEMORY_ALREADY_REGISTERED, HOST_MEMORY_NOT_REGISTERED, INVALID_VALUE, Result};
+use crate::code::{
+    Code, HOST_MEMORY_ALREADY_REGISTERED, HOST_MEMORY_NOT_REGISTERED, INVALID_VALUE, NOT_SUPPORTED, Result,
+};
+use crate::faults::faults;
 use crate::mapping::{Access, Mapping};
 use crate::region::{self, Kind, Region};
 use crate::{context, device, stream};
@@ -60,6 +63,9 @@ extern "C" fn cuMemHostRegister_v2(pointer: usize, bytes: usize, flags: c_uint) 
         let device = context::current()?;
         if pointer == 0 || bytes == 0 || pointer.checked_add(bytes).is_none() || flags & !REGISTER_FLAGS != 0 {
             return Err(INVALID_VALUE);
+        }
+        if faults().host_register_refused {
+            return Err(NOT_SUPPORTED);
         }
         region::write(|table| {
             if table.overlaps(pointer, bytes) {

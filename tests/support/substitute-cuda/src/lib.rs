@@ -26,11 +26,13 @@
 //! | `SUBSTITUTE_CUDA_CORRUPT_IMPORT` | legacy imports succeed, but show private zeroes instead of the exporter's memory | `1` |
 //! | `SUBSTITUTE_CUDA_VMM` | `refused`: `cuMemExportToShareableHandle` is not supported (801) | `refused` |
 //! | `SUBSTITUTE_CUDA_FAIL_IMPORT` | the n-th (`n+`: each from the n-th) `cuMemImportFromShareableHandle` fails (801) | `1` |
+//! | `SUBSTITUTE_CUDA_HOST_REGISTER` | `refused`: `cuMemHostRegister` is not supported (801) | `refused` |
 //! | `SUBSTITUTE_CUDA_DELAY_MS` | every job of a stream waits so long before it starts | `200` |
 //! | `SUBSTITUTE_CUDA_LOSE_EVENTS` | records of interprocess events count as done at once, before the work before them | `1` |
 //! | `SUBSTITUTE_CUDA_LEAKS` | at exit, what is still alive is written to `<prefix>.<pid>`, a line `name value` for each kind | `/tmp/run-1/leaks` |
 //!
-//! `substituteCudaLive` and `substituteCudaReport` (not part of CUDA) give the same counts at any time.
+//! `substituteCudaLive` and `substituteCudaReport` (not part of CUDA) give the same counts at any time, and
+//! `substituteCudaTransit` the bytes that copies took between host memory and a GPU's, page-locked or not.
 //!
 //! # Differences that a test must know
 //! - Fresh memory reads as zeroes unless it is set to be dirty; the real driver promises nothing.
@@ -65,6 +67,7 @@ mod run;
 mod slab;
 mod stream;
 mod thread_of_work;
+mod transit;
 mod vmm;
 mod vmm_range;
 mod vmm_share;

@@ -34,6 +34,17 @@ impl Place {
         }
     }
 
+    /// Whether it is page-locked, of host memory; `None` for a GPU's.
+    pub(crate) fn host(&self) -> Option<bool> {
+        match self {
+            Self::Known(address) => {
+                let table = region::read();
+                table.find(*address as usize).filter(|region| region.kind.is_host()).map(|_| true)
+            }
+            Self::Caller(_) | Self::Snapshot(_) => Some(false),
+        }
+    }
+
     pub(crate) fn snapshot(self, bytes: usize) -> Self {
         let Self::Caller(address) = self else { return self };
         let mut taken = vec![0; bytes];
