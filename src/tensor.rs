@@ -8,9 +8,13 @@ use crate::error::{Error, ErrorKind};
 
 mod cast;
 mod copy;
+mod digest;
+pub(crate) mod parallel;
 
 pub use cast::CastRule;
 pub use copy::copy_dense;
+pub use digest::digest_tensors;
+pub(crate) use digest::{Digested, digest_of};
 
 /// More dimensions than any tensor of the supported models has; bounds every loop over a peer's shape.
 pub const MAX_RANK: usize = 8;

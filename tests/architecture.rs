@@ -79,6 +79,15 @@ fn modules_import_only_what_lies_below_them() {
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
+/// Whether a text has this word, and not only one that ends with it.
+fn names(text: &str, word: &str) -> bool {
+    let is_whole = |(at, _): (usize, &str)| {
+        let before = text.get(..at).and_then(|before| before.chars().next_back());
+        before.is_none_or(|before| !before.is_alphanumeric() && before != '_')
+    };
+    text.match_indices(word).any(is_whole)
+}
+
 #[test]
 fn libraries_stay_in_the_modules_that_are_made_for_them() {
     let homes: [(&str, &[&str]); 7] = [
@@ -93,8 +102,7 @@ fn libraries_stay_in_the_modules_that_are_made_for_them() {
     let mut all = Vec::new();
     files_below(&source(), &mut all);
     for (library, folders) in homes {
-        let users: Vec<_> =
-            all.iter().filter(|path| std::fs::read_to_string(path).unwrap().contains(library)).collect();
+        let users: Vec<_> = all.iter().filter(|path| names(&std::fs::read_to_string(path).unwrap(), library)).collect();
         assert!(!users.is_empty(), "{library} is used nowhere: drop it from this list");
         for user in users {
             let relative = user.strip_prefix(source()).unwrap().to_string_lossy().replace('\\', "/");

@@ -44,6 +44,11 @@ pub fn encode<M: Serialize>(message: &M, bytes: &mut Vec<u8>) -> Result<(), Code
     append(bytes, |bytes| message.serialize(&mut rmp_serde::Serializer::new(bytes)))
 }
 
+/// As [`encode`], of any length.
+pub(super) fn append_all<M: Serialize>(message: &M, bytes: &mut Vec<u8>) -> Result<(), CodecError> {
+    Ok(message.serialize(&mut rmp_serde::Serializer::new(bytes))?)
+}
+
 /// As [`encode`], with field names: for what is said before a version is agreed on. A peer of another version
 /// understands the fields it knows. [`decode`] takes both.
 ///

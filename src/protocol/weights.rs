@@ -98,7 +98,8 @@ pub struct VerifyReport {
 /// # Errors
 /// [`CodecError::TooLong`].
 pub fn encode_table(entries: &[WeightEntry]) -> Result<Vec<u8>, CodecError> {
-    let bytes = rmp_serde::to_vec(entries)?;
+    let mut bytes = Vec::new();
+    codec::append_all(&entries, &mut bytes)?;
     if bytes.len() > MAX_TABLE_BYTES {
         return Err(CodecError::TooLong { length: bytes.len() });
     }

@@ -8,9 +8,8 @@ use super::attach::{AttachOptions, take};
 use super::attached::Weights;
 use crate::device::Span;
 use crate::error::{Error, ErrorKind, Result};
-use crate::model::weights::digest_tensors;
 use crate::protocol::{ArenaHandle, Operation, Outcome, PublishRequest, WeightEntry, decode_table, encode_table};
-use crate::tensor::TensorMeta;
+use crate::tensor::{TensorMeta, digest_tensors};
 use crate::transport::Attachment;
 
 /// One tensor to publish: contiguous, in host memory.

@@ -3,15 +3,14 @@ use std::sync::Arc;
 use blake3::Hasher;
 
 use super::cast::is_possible;
-use super::digest::{Digested, digest_of};
 use super::plan::{WeightPlan, file_tensors};
-use super::pool;
 use super::transfer::{CHUNK_BYTES, Hashes, Scratch, Target, Transfer, Watch, room};
 use crate::device::{Region, Span};
 use crate::id::ContentDigest;
 use crate::model::file::quote;
 use crate::model::{ModelError, ModelFile, StoredTensor};
 use crate::tensor::{DType, Dims};
+use crate::tensor::{Digested, digest_of, parallel};
 
 /// What a region was filled with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -94,7 +93,7 @@ pub fn digest_region(
     check_layout(plan)?;
     let spans = plan.tensors.iter().map(|planned| span(region, planned)).collect::<Result<Vec<_>, _>>()?;
     let sizes: Vec<u64> = spans.iter().map(|span| span.length() as u64).collect();
-    let hashes = pool::each(&sizes, Vec::new, |at, scratch| {
+    let hashes = parallel::each(&sizes, Vec::new, |at, scratch| {
         let mut hasher = Hasher::new();
         let Some(span) = spans.get(at) else { return Ok(hasher.finalize()) };
         for start in (0..span.length()).step_by(CHUNK_BYTES) {
@@ -141,7 +140,7 @@ fn read(
     file.check_unchanged()?;
     let sizes: Vec<u64> = described.iter().map(|source| source.stored.bytes.len() as u64).collect();
     let watch = Watch::start(sizes.iter().sum(), progress, stop);
-    let hashes = pool::each(&sizes, Scratch::default, |at, scratch| {
+    let hashes = parallel::each(&sizes, Scratch::default, |at, scratch| {
         let source = described.get(at).ok_or(ModelError::EmptySet)?;
         let transfer = Transfer { file, tensor: source.stored, dtype: source.dtype, watch: &watch };
         transfer.run(target(at), scratch)

@@ -5,10 +5,8 @@
 //! the same file and rule, so that the memory of a restarted broker goes where the old one's was.
 
 mod cast;
-mod digest;
 mod load;
 mod plan;
-mod pool;
 mod sparse;
 mod transfer;
 
@@ -16,6 +14,5 @@ mod transfer;
 mod tests;
 
 pub use cast::{CastError, cast};
-pub use digest::digest_tensors;
 pub use load::{Loaded, digest_file, digest_region, load};
 pub use plan::{PlannedTensor, WeightPlan};

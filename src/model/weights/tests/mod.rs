@@ -58,5 +58,5 @@ fn meta(dtype: DType, shape: &[u64]) -> TensorMeta {
 
 fn digest(entries: &[Entry]) -> ContentDigest {
     let tensors = entries.iter().map(|entry| (&*entry.key, entry.dtype, &*entry.shape, &*entry.bytes));
-    super::digest_tensors(tensors)
+    crate::tensor::digest_tensors(tensors)
 }

@@ -13,7 +13,7 @@ const WORTH_A_THREAD: u64 = 1 << 20;
 ///
 /// # Errors
 /// What `work` returned first.
-pub(super) fn each<S, T: Send, E: Send>(
+pub(crate) fn each<S, T: Send, E: Send>(
     sizes: &[u64],
     scratch: impl Fn() -> S + Sync,
     work: impl Fn(usize, &mut S) -> Result<T, E> + Sync,

@@ -1,27 +1,26 @@
 use blake3::{Hash, Hasher};
 
-use super::pool;
+use super::{DType, parallel};
 use crate::id::ContentDigest;
-use crate::tensor::DType;
 
 /// What keeps these digests apart from all others. It changes whenever the encoding below does.
 const DOMAIN: &str = "luna-broker 2026 content of a set of tensors, version 1";
 
 /// One tensor of a set, for [`digest_of`].
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Digested<'a> {
-    pub(super) key: &'a str,
-    pub(super) dtype: DType,
-    pub(super) shape: &'a [u64],
+pub(crate) struct Digested<'a> {
+    pub(crate) key: &'a str,
+    pub(crate) dtype: DType,
+    pub(crate) shape: &'a [u64],
     /// Of the contiguous elements, little-endian.
-    pub(super) bytes: Hash,
+    pub(crate) bytes: Hash,
 }
 
 /// The digest of a set whose tensors are given in the order of their keys.
 ///
 /// Hashing a list of hashes lets the tensors be read in any order and by several threads. Texts and shapes are preceded
 /// by their lengths: no two sets have the same encoding.
-pub(super) fn digest_of<'a>(sorted: impl ExactSizeIterator<Item = Digested<'a>>) -> ContentDigest {
+pub(crate) fn digest_of<'a>(sorted: impl ExactSizeIterator<Item = Digested<'a>>) -> ContentDigest {
     let mut hasher = Hasher::new_derive_key(DOMAIN);
     let number = |hasher: &mut Hasher, number: u64| {
         hasher.update(&number.to_le_bytes());
@@ -46,7 +45,7 @@ pub fn digest_tensors<'a>(tensors: impl IntoIterator<Item = (&'a str, DType, &'a
     let mut tensors: Vec<_> = tensors.into_iter().collect();
     tensors.sort_by_key(|&(key, ..)| key);
     let sizes: Vec<u64> = tensors.iter().map(|(.., bytes)| bytes.len() as u64).collect();
-    let hashes = pool::each(
+    let hashes = parallel::each(
         &sizes,
         || (),
         |at, ()| {
