@@ -1,6 +1,6 @@
 //! Tensors of a GPU that shares no memory with the broker's: they pass through page-locked memory of their own.
 
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use luna_broker::ErrorKind;
 use luna_broker::client::{ResultPlace, Unshared, VaeOutput};
@@ -290,15 +290,16 @@ fn what_a_killed_client_had_locked_at_the_broker_is_unlocked() {
     if let Ok(socket) = std::env::var(VICTIM) {
         let client = Client::connect(Some(&socket)).unwrap();
         let _held = call(&client, &OwnLatent::new(0, 16), &STAGED).tensor;
-        loop {
-            std::thread::park();
-        }
+        // Ends with the test where that fails before it kills.
+        std::io::stdin().read_line(&mut String::new()).unwrap();
+        return;
     }
     play(apart("1"), on_the_gpu(), |guest| {
         let name = "staging::what_a_killed_client_had_locked_at_the_broker_is_unlocked";
         let mut victim = Command::new(std::env::current_exe().unwrap())
             .args([name, "--exact", "--nocapture"])
             .env(VICTIM, &guest.socket)
+            .stdin(Stdio::piped())
             .spawn()
             .unwrap();
         eventually("the victim's picture", || {
