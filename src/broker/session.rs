@@ -4,31 +4,28 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::admission::{admit, refuse_or_ignore};
-use super::gpu::BrokerGpu;
 use super::incoming::Incoming;
-use super::jobs::{Unfinished, VaeCallJob, VaeWork};
-use super::memories::{Memories, SlotSource};
-use super::memory::{Handing, Held, SessionMemory};
+use super::jobs::VaeWork;
+use super::memories::Memories;
+use super::memory::SessionMemory;
 use super::open_gpu::{GpuDoor, Step};
 use super::outbox::Outbox;
-use super::pool::{ArenaPool, Limits};
 use super::quarantine::Process;
-use super::responder::{OpenSession, Responder, SessionLink};
+use super::responder::{Responder, SessionLink};
 use super::state::State;
-use super::weights::Unloaded;
-use crate::device::{CopyStream, Device, HostDevice, HostSharing, InProcessDevice};
 use crate::error::{Error, ErrorKind, Fault, Result};
-use crate::id::{GpuUuid, RequestId, SessionId};
+use crate::id::{RequestId, SessionId};
 use crate::lane::Entry;
-use crate::model::HandOff;
-use crate::protocol::{
-    Accepted, Action, DeviceRung, FailureCode, Features, Force, GpuTarget, Hello, MAX_TABLE_BYTES, NONCE_BYTES,
-    Operation, Outcome, PROTOCOL_VERSION, ProbeAnswer, ProbeOffer, ProbeOutcome, PublishRequest, Reason, Release, Rung,
-    ServerMessage, SlotPlace, TensorSource, VaeRequest, Welcome, codec, decode_table, negotiate, settle,
-};
+use crate::protocol::{Action, Features, Operation, Outcome, Release, codec};
 use crate::service::Service;
 use crate::tensor::{DType, Dims, TensorMeta};
-use crate::transport::{Abilities, Connection, FrameReader, TransportError};
+use crate::transport::{Abilities, Connection, FrameReader};
+
+mod opening;
+mod vae;
+mod weights;
+
+use opening::Probing;
 
 /// One connection on the broker's side, on the thread that reads it.
 pub(super) struct Session {
@@ -44,15 +41,6 @@ pub(super) struct Session {
     gpu_door: Option<GpuDoor>,
     /// Watched from the first GPU on.
     process: Option<Process>,
-}
-
-/// A session between its welcome and the answer to its probe.
-struct Probing {
-    hello: Hello,
-    planned: (Rung, Reason),
-    memory: Arc<SessionMemory>,
-    slot: Held,
-    nonce: [u8; NONCE_BYTES],
 }
 
 impl Session {
@@ -178,124 +166,12 @@ impl Session {
         }
     }
 
-    fn negotiate(&mut self, mut hello: Hello) -> Result<()> {
-        let ours = self.features();
-        let (features, rung, reason) = negotiate(&mut hello, ours)?;
-        self.features = features;
-        let memory = self.make_memory(rung);
-        let probe = if rung == Rung::Inline { None } else { Some(memory.lease(2 * NONCE_BYTES as u64)?) };
-        let session = self.link.id();
-        let welcome = |probe| Welcome {
-            version: PROTOCOL_VERSION,
-            broker: env!("CARGO_PKG_VERSION").to_owned(),
-            epoch: self.state.epoch,
-            session,
-            features,
-            probe,
-        };
-        self.link.machine.lock().welcomed(probe.is_some());
-        let Some(mut slot) = probe else {
-            self.link.outbox.post(None, |_| ServerMessage::Welcome(welcome(None)));
-            return self.open(hello, memory, rung, reason);
-        };
-        let mut nonce = [0; NONCE_BYTES];
-        getrandom::fill(&mut nonce).map_err(|error| Error::new(ErrorKind::Internal, error.to_string(), ""))?;
-        slot.span_mut().write(&nonce)?;
-        self.link.outbox.post(None, |attachments| {
-            let read_at = slot.offset();
-            let write_at = read_at + NONCE_BYTES as u64;
-            let arena = slot.lease().and_then(|lease| memory.announce(lease.arena, attachments));
-            ServerMessage::Welcome(welcome(arena.map(|arena| ProbeOffer { arena, read_at, write_at })))
-        });
-        self.probing = Some(Probing { hello, planned: (rung, reason), memory, slot, nonce });
-        Ok(())
-    }
-
-    fn features(&self) -> Features {
-        let Abilities { descriptors, same_process, .. } = self.connection.abilities();
-        // One or the other: a client must not be able to choose memory that it can shrink under the broker.
-        let sealed = descriptors && cfg!(target_os = "linux") && !self.state.config.named_segments;
-        let mut features = if sealed { Features::HANDLES } else { Features::NAMED_SEGMENTS };
-        if same_process {
-            features = features.union(Features::SAME_PROCESS);
-        }
-        features
-    }
-
-    /// How host memory crosses to the client on this rung; absent where it does not cross processes.
-    fn sharing(&self, rung: Rung) -> Option<HostSharing> {
-        let sealed = self.features.contains(Features::HANDLES);
-        (rung == Rung::Shm).then_some(if sealed { HostSharing::Memfd } else { HostSharing::Named })
-    }
-
-    fn make_memory(&self, rung: Rung) -> Arc<SessionMemory> {
-        let (device, handing): (Arc<dyn Device>, _) = match self.sharing(rung) {
-            Some(sharing) => (Arc::new(HostDevice::new(sharing)), Handing::Handles),
-            None if rung == Rung::Local => (Arc::new(InProcessDevice), Handing::Itself),
-            // Rungs of GPUs are never the host's.
-            None => (Arc::new(InProcessDevice), Handing::Never),
-        };
-        let config = &self.state.config;
-        let limits = Limits {
-            arena: config.arena_bytes,
-            total: config.session_bytes,
-            session: config.session_bytes,
-            setting: "--session-bytes",
-        };
-        let pool = Arc::new(ArenaPool::new(device, limits, Arc::clone(&self.state.arena_ids)));
-        SessionMemory::new(self.link.id(), self.state.epoch, pool, handing)
-    }
-
     fn opened(&self, arena: crate::id::ArenaId) {
         if let Some(probing) = &self.probing {
             probing.memory.opened(arena);
         } else if let Ok(memories) = self.memories() {
             memories.opened(arena);
         }
-    }
-
-    fn settle(&mut self, answer: &ProbeAnswer) -> Result<()> {
-        let Some(Probing { hello, planned, memory, slot, nonce }) = self.probing.take() else { return Ok(()) };
-        let mut both = [0; 2 * NONCE_BYTES];
-        slot.span().read(&mut both)?;
-        let found: [u8; NONCE_BYTES] = std::array::from_fn(|at| both[NONCE_BYTES + at]);
-        drop(slot);
-        let tried = planned.0;
-        let (rung, reason) = settle(planned, &nonce, &answer.outcome, &found);
-        if rung != Rung::Inline {
-            return self.open(hello, memory, rung, reason);
-        }
-        let code = match &answer.outcome {
-            ProbeOutcome::Failed(_) => FailureCode::Open,
-            ProbeOutcome::Mapped { .. } => FailureCode::NonceMismatch,
-        };
-        self.state.metrics.rung_failed(tried, code.name());
-        tracing::warn!(session = %self.link.id(), code = code.name(), %reason, "bytes cross in frames");
-        memory.reap();
-        if let Some(forced) = hello.forced.filter(|&forced| forced != rung) {
-            return Err(Error::new(
-                ErrorKind::Refused,
-                format!("rung {forced} was forced, but {reason}"),
-                "unset LUNA_BROKER_TRANSPORT or force another rung",
-            ));
-        }
-        let memory = self.make_memory(rung);
-        self.open(hello, memory, rung, reason)
-    }
-
-    fn open(&mut self, hello: Hello, memory: Arc<SessionMemory>, rung: Rung, reason: Reason) -> Result<()> {
-        tracing::info!(session = %self.link.id(), name = hello.name, %rung, %reason, "session opened");
-        self.gpu_door = Some(GpuDoor::new(self.link.id(), rung));
-        let memories = Memories::new(memory, self.sharing(rung));
-        let rung = DeviceRung::host(rung, reason);
-        let rungs = vec![rung.clone()];
-        let open = OpenSession { name: hello.name, rung, memories };
-        if self.link.open.set(open).is_err() {
-            return Err(Error::new(ErrorKind::Internal, "a session was opened twice", ""));
-        }
-        self.connection.negotiated();
-        self.link.outbox.post(None, |_| ServerMessage::Accepted(Accepted { rungs }));
-        Ok(())
     }
 
     fn reject(&self, id: RequestId, releases: &[Release], limit: usize) -> Result<()> {
@@ -357,84 +233,6 @@ impl Session {
         self.state.vae_lane.submit(Entry { session, request, deadline, job });
     }
 
-    /// Unloads weights and the model of that name.
-    fn unload(&self, responder: Responder, deadline: Option<Instant>, name: &str, force: Force) {
-        let weights = match self.state.weights.unload(&self.state, name, force) {
-            Ok(weights) => weights,
-            Err(error) => return responder.fail(error),
-        };
-        match (self.state.registry.resolve(name), weights) {
-            (Ok(model), _) => {
-                let (session, request) = (responder.session(), responder.request());
-                self.submit(session, request, deadline, VaeWork::Unload { responder, model });
-            }
-            // What attached it need not be a model that is run here.
-            (Err(_), Unloaded::Weights) => responder.answer(Outcome::Done),
-            (Err(error), Unloaded::Nothing) => responder.fail(error),
-        }
-    }
-
-    /// Where weights go for this client: absent for host memory.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Unsupported`] where no memory can be handed to it.
-    fn weights_place(&self, target: Option<GpuTarget>) -> Result<Option<GpuUuid>> {
-        let open = self.link.open.get();
-        let rung = open.map_or(Rung::Inline, |open| open.rung.rung);
-        if let Some(target) = target {
-            self.memories()?.shared_gpu(target)?;
-            return Ok(self.state.gpu.as_ref().map(BrokerGpu::uuid));
-        }
-        let hands_over = self.connection.abilities().descriptors || self.connection.abilities().same_process;
-        if rung == Rung::Inline || !hands_over || !cfg!(target_os = "linux") {
-            let message = format!("this session is on the rung {rung}, where no memory can be mapped by both sides");
-            return Err(Error::new(
-                ErrorKind::Unsupported,
-                message,
-                "run the worker on the broker's machine, on Linux",
-            ));
-        }
-        Ok(None)
-    }
-
-    /// # Errors
-    /// What ends the session: the table behind the request did not come.
-    fn publish(&mut self, responder: Responder, request: PublishRequest) -> Result<()> {
-        let mut table = vec![0; self.reader.payload_length().min(MAX_TABLE_BYTES)];
-        if let Err(error) = self.reader.read_payload(&self.connection, &mut table) {
-            return match error {
-                error @ TransportError::FrameTooLong { .. } => {
-                    responder.fail(error);
-                    Ok(())
-                }
-                error => Err(error.into()),
-            };
-        }
-        let entries = self.weights_place(None).and_then(|_| Ok(decode_table(&table)?));
-        match entries {
-            Ok(entries) => {
-                let is_file = self.state.registry.locate(&request.name).is_ok_and(|path| path.is_file());
-                self.state.weights.publish(responder, request, entries, is_file);
-            }
-            Err(error) => responder.fail(error),
-        }
-        Ok(())
-    }
-
-    fn permit(&self, responder: Responder, deadline: Option<Instant>, bytes: u64) {
-        let budget = self.state.config.vae_budget_bytes;
-        if bytes > budget {
-            let message = format!("{bytes} bytes of working memory were asked for; one call may use {budget}");
-            return responder.fail(Error::new(ErrorKind::OutOfMemory, message, "work in tiles, or raise --vae-budget"));
-        }
-        if let Err(error) = self.state.weights.check(self.link.id()) {
-            return responder.fail(error);
-        }
-        let (session, request) = (responder.session(), responder.request());
-        let job = self.state.permits.ask(responder, self.state.config.permit_patience);
-        self.submit(session, request, deadline, VaeWork::Permit(job));
-    }
-
     /// Goes on with the search for a GPU's rung.
     fn step_gpu(
         &mut self,
@@ -457,80 +255,6 @@ impl Session {
             Err(error) => responder.fail(error),
         }
     }
-
-    fn vae(&mut self, responder: Responder, deadline: Option<Instant>, request: VaeRequest) -> Result<()> {
-        let (session, id) = (responder.session(), responder.request());
-        // The responder moves into the job only once everything that can be refused early has been.
-        match self.prepare(request) {
-            Err(Unprepared::Refused(error)) => responder.fail(error),
-            Err(Unprepared::Broken(error)) => {
-                let fault = error.into_fault();
-                responder.fail(fault.clone());
-                return Err(fault.into());
-            }
-            Ok((prepared, queue)) => {
-                let job = prepared.with(responder);
-                if job.model.facts().runs_inline {
-                    let mut vae = queue.map_or_else(HandOff::default, HandOff::on);
-                    if let Some(Unfinished { responder, error }) = job.run_on(&mut vae, &|| false) {
-                        responder.fail(error);
-                    }
-                } else {
-                    self.submit(session, id, deadline, VaeWork::Call(job));
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Checks a call and finds its memory; the queue is that of the GPU where the memory is one's.
-    fn prepare(&mut self, request: VaeRequest) -> Result<(Prepared, Option<Arc<dyn CopyStream>>), Unprepared> {
-        let VaeRequest { model, call, input, result } = request;
-        let model = self.state.registry.resolve(&model)?;
-        let meta = match &input {
-            TensorSource::Leased(descriptor) => descriptor.meta,
-            TensorSource::Inline(meta) => *meta,
-        };
-        meta.validate()?;
-        let plan = model.facts().plan(&call, &meta, self.state.config.vae_budget_bytes)?;
-        let (input, mut queue) = match input {
-            TensorSource::Leased(descriptor) => self.memories()?.resolve(&descriptor)?,
-            TensorSource::Inline(meta) => (self.receive(&meta)?, None),
-        };
-        let SlotSource { memory, queue: its_queue } = self.memories()?.source(&self.state, result)?;
-        queue = its_queue.or(queue);
-        let output = memory.lease(plan.output.size_bytes()? as u64)?;
-        let crosses_inline = self.link.open.get().is_some_and(|open| open.rung.rung == Rung::Inline);
-        let inline = crosses_inline && result == SlotPlace::Host;
-        Ok((Prepared { model, plan, input, meta, output, inline }, queue))
-    }
-
-    /// Takes the bytes behind the frame into a slot.
-    fn receive(&mut self, meta: &TensorMeta) -> Result<Held, Unprepared> {
-        let length = meta.span_bytes()?;
-        let mut held = self.memories()?.host.lease(length as u64)?;
-        let target = held.span_mut().bytes_mut(length)?;
-        match self.reader.read_payload(&self.connection, target) {
-            Ok(()) => Ok(held),
-            // Said of the request by itself: the stream is where it was.
-            Err(error @ TransportError::FrameTooLong { .. }) => Err(error.into()),
-            Err(error) => Err(Unprepared::Broken(error.into())),
-        }
-    }
-}
-
-/// Why a VAE call does not come to run.
-enum Unprepared {
-    /// The request is answered with this; the session goes on.
-    Refused(Error),
-    /// The bytes behind the request did not come: nothing more can be read from this client.
-    Broken(Error),
-}
-
-impl<E: Into<Error>> From<E> for Unprepared {
-    fn from(error: E) -> Self {
-        Self::Refused(error.into())
-    }
 }
 
 fn allocate(memory: &Arc<SessionMemory>, size_bytes: u64, kept: bool) -> Result<Outcome> {
@@ -542,21 +266,4 @@ fn allocate(memory: &Arc<SessionMemory>, size_bytes: u64, kept: bool) -> Result<
         memory.note_input(lease);
     }
     Ok(Outcome::Allocated { descriptor })
-}
-
-/// A VAE call that only lacks who is answered.
-struct Prepared {
-    model: Arc<super::registry::ModelEntry>,
-    plan: crate::model::VaePlan,
-    input: Held,
-    meta: TensorMeta,
-    output: Held,
-    inline: bool,
-}
-
-impl Prepared {
-    fn with(self, responder: Responder) -> VaeCallJob {
-        let Self { model, plan, input, meta, output, inline } = self;
-        VaeCallJob { responder, model, plan, input, input_meta: meta, output, inline }
-    }
 }

@@ -1,0 +1,107 @@
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::super::jobs::{Unfinished, VaeCallJob, VaeWork};
+use super::super::memories::SlotSource;
+use super::super::memory::Held;
+use super::super::responder::Responder;
+use super::Session;
+use crate::device::CopyStream;
+use crate::error::{Error, Result};
+use crate::model::HandOff;
+use crate::protocol::{Rung, SlotPlace, TensorSource, VaeRequest};
+use crate::tensor::TensorMeta;
+use crate::transport::TransportError;
+
+impl Session {
+    pub(super) fn vae(&mut self, responder: Responder, deadline: Option<Instant>, request: VaeRequest) -> Result<()> {
+        let (session, id) = (responder.session(), responder.request());
+        // The responder moves into the job only once everything that can be refused early has been.
+        match self.prepare(request) {
+            Err(Unprepared::Refused(error)) => responder.fail(error),
+            Err(Unprepared::Broken(error)) => {
+                let fault = error.into_fault();
+                responder.fail(fault.clone());
+                return Err(fault.into());
+            }
+            Ok((prepared, queue)) => {
+                let job = prepared.with(responder);
+                if job.model.facts().runs_inline {
+                    let mut vae = queue.map_or_else(HandOff::default, HandOff::on);
+                    if let Some(Unfinished { responder, error }) = job.run_on(&mut vae, &|| false) {
+                        responder.fail(error);
+                    }
+                } else {
+                    self.submit(session, id, deadline, VaeWork::Call(job));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks a call and finds its memory; the queue is that of the GPU where the memory is one's.
+    fn prepare(&mut self, request: VaeRequest) -> Result<(Prepared, Option<Arc<dyn CopyStream>>), Unprepared> {
+        let VaeRequest { model, call, input, result } = request;
+        let model = self.state.registry.resolve(&model)?;
+        let meta = match &input {
+            TensorSource::Leased(descriptor) => descriptor.meta,
+            TensorSource::Inline(meta) => *meta,
+        };
+        meta.validate()?;
+        let plan = model.facts().plan(&call, &meta, self.state.config.vae_budget_bytes)?;
+        let (input, mut queue) = match input {
+            TensorSource::Leased(descriptor) => self.memories()?.resolve(&descriptor)?,
+            TensorSource::Inline(meta) => (self.receive(&meta)?, None),
+        };
+        let SlotSource { memory, queue: its_queue } = self.memories()?.source(&self.state, result)?;
+        queue = its_queue.or(queue);
+        let output = memory.lease(plan.output.size_bytes()? as u64)?;
+        let crosses_inline = self.link.open.get().is_some_and(|open| open.rung.rung == Rung::Inline);
+        let inline = crosses_inline && result == SlotPlace::Host;
+        Ok((Prepared { model, plan, input, meta, output, inline }, queue))
+    }
+
+    /// Takes the bytes behind the frame into a slot.
+    fn receive(&mut self, meta: &TensorMeta) -> Result<Held, Unprepared> {
+        let length = meta.span_bytes()?;
+        let mut held = self.memories()?.host.lease(length as u64)?;
+        let target = held.span_mut().bytes_mut(length)?;
+        match self.reader.read_payload(&self.connection, target) {
+            Ok(()) => Ok(held),
+            // Said of the request by itself: the stream is where it was.
+            Err(error @ TransportError::FrameTooLong { .. }) => Err(error.into()),
+            Err(error) => Err(Unprepared::Broken(error.into())),
+        }
+    }
+}
+
+/// Why a VAE call does not come to run.
+enum Unprepared {
+    /// The request is answered with this; the session goes on.
+    Refused(Error),
+    /// The bytes behind the request did not come: nothing more can be read from this client.
+    Broken(Error),
+}
+
+impl<E: Into<Error>> From<E> for Unprepared {
+    fn from(error: E) -> Self {
+        Self::Refused(error.into())
+    }
+}
+
+/// A VAE call that only lacks who is answered.
+struct Prepared {
+    model: Arc<super::super::registry::ModelEntry>,
+    plan: crate::model::VaePlan,
+    input: Held,
+    meta: TensorMeta,
+    output: Held,
+    inline: bool,
+}
+
+impl Prepared {
+    pub(super) fn with(self, responder: Responder) -> VaeCallJob {
+        let Self { model, plan, input, meta, output, inline } = self;
+        VaeCallJob { responder, model, plan, input, input_meta: meta, output, inline }
+    }
+}
