@@ -4,7 +4,7 @@ use blake3::Hasher;
 
 use super::cast::is_possible;
 use super::plan::{WeightPlan, file_tensors};
-use super::transfer::{CHUNK_BYTES, Hashes, Scratch, Target, Transfer, Watch, room};
+use super::transfer::{CHUNK_BYTES, Caller, Hashes, Target, Transfer, Workspace, room};
 use crate::device::{Region, Span};
 use crate::id::ContentDigest;
 use crate::model::file::quote;
@@ -139,15 +139,15 @@ fn read(
 ) -> Result<Vec<Hashes>, ModelError> {
     file.check_unchanged()?;
     let sizes: Vec<u64> = described.iter().map(|source| source.stored.bytes.len() as u64).collect();
-    let watch = Watch::start(sizes.iter().sum(), progress, stop);
-    let hashes = parallel::each(&sizes, Scratch::default, |at, scratch| {
+    let caller = Caller::start(sizes.iter().sum(), progress, stop);
+    let hashes = parallel::each(&sizes, Workspace::default, |at, scratch| {
         let source = described.get(at).ok_or(ModelError::EmptySet)?;
-        let transfer = Transfer { file, tensor: source.stored, dtype: source.dtype, watch: &watch };
+        let transfer = Transfer { file, tensor: source.stored, dtype: source.dtype, caller: &caller };
         transfer.run(target(at), scratch)
     })?;
-    watch.check()?;
+    caller.check()?;
     file.check_unchanged()?;
-    watch.finish();
+    caller.finish();
     Ok(hashes)
 }
 

@@ -17,8 +17,8 @@ const REPORT_BYTES: u64 = 4 << 20;
 /// What a hole contains.
 static ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
 
-/// What a load tells its caller and hears from it, shared by its threads.
-pub(super) struct Watch<'a> {
+/// Who asked for a load: what it is told and what it says, shared by the threads of the load.
+pub(super) struct Caller<'a> {
     total: u64,
     done: AtomicU64,
     reported: Mutex<u64>,
@@ -26,7 +26,7 @@ pub(super) struct Watch<'a> {
     stop: &'a (dyn Fn() -> bool + Sync),
 }
 
-impl<'a> Watch<'a> {
+impl<'a> Caller<'a> {
     pub(super) fn start(
         total: u64,
         progress: &'a (dyn Fn(u64, u64) + Sync),
@@ -58,7 +58,7 @@ impl<'a> Watch<'a> {
 
 /// What a thread reuses from chunk to chunk; grows to what is needed of it.
 #[derive(Default)]
-pub(super) struct Scratch {
+pub(super) struct Workspace {
     pub(super) stored: Vec<u8>,
     pub(super) wanted: Vec<u8>,
 }
@@ -92,13 +92,13 @@ pub(super) struct Transfer<'a> {
     pub(super) file: &'a ModelFile,
     pub(super) tensor: &'a StoredTensor,
     pub(super) dtype: DType,
-    pub(super) watch: &'a Watch<'a>,
+    pub(super) caller: &'a Caller<'a>,
 }
 
 impl Transfer<'_> {
     /// Reads the tensor, hashes it, and writes it to `target`, where there is one. What lies in a hole of the file is
     /// not written: the region is zeroed, and zero is zero in every type.
-    pub(super) fn run(&self, mut target: Option<Target>, scratch: &mut Scratch) -> Result<Hashes, ModelError> {
+    pub(super) fn run(&self, mut target: Option<Target>, scratch: &mut Workspace) -> Result<Hashes, ModelError> {
         let start = self.tensor.bytes.start as u64;
         let length = self.tensor.bytes.len() as u64;
         let element = self.dtype.size_bytes() as u64;
@@ -108,7 +108,7 @@ impl Transfer<'_> {
         let mut runs = Runs::new(self.file);
         let mut at = 0;
         while at < length {
-            self.watch.check()?;
+            self.caller.check()?;
             let end = length.min(at + CHUNK_BYTES as u64);
             let moved = match runs.at(start + at, start + end) {
                 // An element that is only partly in a hole is data.
@@ -128,7 +128,7 @@ impl Transfer<'_> {
                 }
             };
             at += moved;
-            self.watch.advance(moved);
+            self.caller.advance(moved);
         }
         let stored = hashers.0.finalize();
         Ok(Hashes { stored, wanted: if is_cast { hashers.1.finalize() } else { stored } })
@@ -138,7 +138,7 @@ impl Transfer<'_> {
         &self,
         chunk: &Chunk,
         target: Option<&mut Target>,
-        scratch: &mut Scratch,
+        scratch: &mut Workspace,
         (stored_hash, wanted_hash): &mut (Hasher, Hasher),
     ) -> Result<(), ModelError> {
         let Some(Target { dtype, span }) = target else {

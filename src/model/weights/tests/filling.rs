@@ -163,9 +163,9 @@ mod holes {
             let mut entries =
                 [Entry::filled("large", DType::F32, &[LENGTH / 4]), Entry::filled("small", DType::F32, &[5])];
             entries.iter_mut().for_each(|entry| entry.bytes.fill(0));
-            // At the beginning, across a chunk's end, around the ends of stored blocks, at the end.
-            let blocks = [4096, 4 << 20, 40 << 20].map(|block: u64| block - start);
-            for at in [0, (512 << 10) - 3, blocks[0] - 1, blocks[1] - 2, blocks[2] - 3, LENGTH - 6] {
+            // At the beginning, across a chunk's end, around the ends of stored blocks, at the first byte of one, at the end.
+            let blocks = [4096, 4 << 20, 40 << 20, 20 << 20].map(|block: u64| block - start);
+            for at in [0, (512 << 10) - 3, blocks[0] - 1, blocks[1] - 2, blocks[2] - 3, blocks[3], LENGTH - 6] {
                 let bytes = [0x11, 0x42, 0x33, 0x44, 0x55, 0x46];
                 File::options().write(true).open(&path).unwrap().write_all_at(&bytes, start + at).unwrap();
                 entries[0].bytes[at as usize..at as usize + 6].copy_from_slice(&bytes);

@@ -60,6 +60,12 @@ fn gaps_of_a_strided_tensor_are_not_shared() {
 }
 
 #[test]
+fn a_set_of_empty_tensors_has_a_region_all_the_same() {
+    let plan = WeightPlan::of_tensors([("a".to_owned(), meta(DType::F32, &[0, 4]))], 512).unwrap();
+    assert_eq!((plan.tensors[0].offset, plan.size_bytes), (0, 512));
+}
+
+#[test]
 fn sets_that_cannot_be_laid_out_are_refused_by_the_name_of_the_tensor() {
     let of = |set: Vec<(&str, TensorMeta)>| {
         WeightPlan::of_tensors(set.into_iter().map(|(key, meta)| (key.to_owned(), meta)), 64).unwrap_err()
