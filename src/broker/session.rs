@@ -157,12 +157,15 @@ impl Session {
         connection.close();
         drop((probing, gpu_door));
         if let Some(open) = link.open.get() {
-            if let Some(process) = process.filter(|_| open.memories.holds_gpu_memory()) {
+            if let Some(process) =
+                process.filter(|_| open.memories.holds_gpu_memory() || state.weights.must_outlive(link.id()))
+            {
                 tracing::info!(session = %link.id(), "GPU memory of the session is kept until its process has ended");
                 link.quarantined.store(true, Ordering::Relaxed);
                 process.wait_gone(|| state.stopping.load(Ordering::Acquire));
             }
             open.memories.reap();
+            state.weights.process_gone(link.id());
         }
     }
 

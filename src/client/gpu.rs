@@ -1,7 +1,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::device::cuda::{Driver, Fence, FenceHandle};
+use crate::device::cuda::{CudaWeights, Driver, Fence, FenceHandle};
 use crate::device::{
     CopyStream, CudaDevice, CudaSharing, Device, DeviceError, GpuRange, Order, PageLock, Region, RegionHandle, Span,
     StreamRef,
@@ -24,14 +24,10 @@ impl GpuDevice {
     }
 
     /// Maps weights: for reading alone where the driver can enforce it.
-    pub(super) fn import_weights(
-        &self,
-        handle: RegionHandle,
-        size_bytes: usize,
-    ) -> Result<Arc<dyn Region>, DeviceError> {
+    pub(super) fn import_weights(&self, handle: RegionHandle, size_bytes: usize) -> Result<GpuWeights, DeviceError> {
         match handle {
-            RegionHandle::CudaVmm(fd) => self.0.import_read_only(fd, size_bytes),
-            handle => self.0.import(handle, size_bytes),
+            RegionHandle::CudaVmm(fd) => Ok(GpuWeights::ReadOnly(self.0.import_read_only(fd, size_bytes)?)),
+            handle => Ok(GpuWeights::Plain(self.0.import(handle, size_bytes)?)),
         }
     }
 
@@ -77,6 +73,35 @@ impl GpuDevice {
 
     pub(super) fn ordinal(&self) -> i32 {
         self.0.gpu().ordinal
+    }
+}
+
+/// Weights in memory of a GPU.
+#[derive(Debug)]
+pub(super) enum GpuWeights {
+    /// The driver enforces that they are read only.
+    ReadOnly(CudaWeights),
+    /// Nothing keeps this process from writing to them.
+    Plain(Arc<dyn Region>),
+}
+
+impl GpuWeights {
+    pub(super) fn region(&self) -> Arc<dyn Region> {
+        match self {
+            Self::ReadOnly(weights) => weights.region(),
+            Self::Plain(region) => Arc::clone(region),
+        }
+    }
+
+    /// Puts other memory of equal content behind the same addresses.
+    ///
+    /// # Errors
+    /// [`DeviceError::WrongHandle`] for plain memory, whose addresses the driver chooses; [`DeviceError::Cuda`].
+    pub(super) fn replace(&self, handle: RegionHandle) -> Result<(), DeviceError> {
+        match (self, handle) {
+            (Self::ReadOnly(weights), RegionHandle::CudaVmm(fd)) => weights.replace(fd),
+            _ => Err(DeviceError::WrongHandle { device: "CUDA" }),
+        }
     }
 }
 

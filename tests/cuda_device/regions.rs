@@ -191,7 +191,7 @@ fn memory_imported_for_reading_is_only_read() {
     Stage::new().unaccounted().two(hand_over_one(Vmm), |peer| {
         let RegionHandle::CudaVmm(fd) = peer.receive() else { panic!("a descriptor was expected") };
         let device = device(Ipc);
-        let shared = device.import_read_only(fd, 6).unwrap();
+        let shared = device.import_read_only(fd, 6).unwrap().region();
         assert_eq!(read(&shared, 0, 6), b"shared");
         assert!(matches!(shared.copy_in(0, b"!"), Err(DeviceError::ReadOnly)));
         assert_eq!(read(&shared, 0, 6), b"shared");

@@ -32,7 +32,7 @@ fn write_to_memory_opened_for_reading(way: CopyWay) {
         |peer| {
             let RegionHandle::CudaVmm(fd) = peer.receive() else { panic!("a descriptor was expected") };
             let device = device(Ipc);
-            let shared = device.import_read_only(fd, 2 * MIB).unwrap();
+            let shared = device.import_read_only(fd, 2 * MIB).unwrap().region();
             let seen = read(&shared, 0, 4);
             let (on_gpu, on_host) = (device.allocate(MIB).unwrap(), HostDevice::default().allocate(4096).unwrap());
             let from = if way == DeviceToDevice { on_gpu.address() } else { on_host.address() };

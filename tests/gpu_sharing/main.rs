@@ -19,6 +19,7 @@ mod leases;
 mod order;
 mod staging;
 mod stalled;
+mod weights;
 
 use std::sync::Arc;
 

@@ -9,7 +9,7 @@ use super::super::memory::attach;
 use super::super::outbox::Payload;
 use super::super::responder::Responder;
 use super::super::state::State;
-use super::memory::{WeightDraft, WeightPlace};
+use super::memory::{MemoryEnd, WeightDraft, WeightPlace};
 use super::publish::{Drafts, Filled};
 use super::set::{WeightSet, wire_table};
 use super::table::{Table, Unloaded};
@@ -207,10 +207,10 @@ impl Weights {
         }
     }
 
-    /// Everything of the session's is given back.
+    /// Everything of the session's is given back, except memory that must be kept until its process is gone.
     pub(in crate::broker) fn end_session(&self, session: SessionId) {
         let mut inner = self.inner.lock();
-        inner.table.end_session(session);
+        inner.table.end_session(session, MemoryEnd::Counted);
         let Inner { table, drafts, .. } = &mut *inner;
         drafts.end_session(session, table);
         let is_meant = |waiter: &mut Waiter| waiter.responder.session() == session;
@@ -218,6 +218,16 @@ impl Weights {
             inner.loads.iter_mut().flat_map(|load| load.waiters.extract_if(.., is_meant)).collect();
         drop(inner);
         drop(taken);
+    }
+
+    /// Whether the session holds memory that must be kept until its process is gone.
+    pub(in crate::broker) fn must_outlive(&self, session: SessionId) -> bool {
+        self.inner.lock().table.holds_owned(session)
+    }
+
+    /// The session's process is gone.
+    pub(in crate::broker) fn process_gone(&self, session: SessionId) {
+        self.inner.lock().table.end_session(session, MemoryEnd::Owned);
     }
 
     /// # Errors

@@ -1,7 +1,7 @@
 use std::sync::Arc;
 
 use super::super::gpu::BrokerGpu;
-use crate::device::{DeviceError, Region};
+use crate::device::{DeviceError, Region, RegionHandle};
 use crate::id::GpuUuid;
 
 /// Where a set lies.
@@ -43,6 +43,16 @@ pub(super) struct SealedWeights {
     pub(super) region: Arc<dyn Region>,
     /// What the system calls it; of the host's memory only.
     pub(super) inode: Option<u64>,
+    pub(super) end: MemoryEnd,
+}
+
+/// When memory goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum MemoryEnd {
+    /// With the last process that maps it, whoever else has given it up.
+    Counted,
+    /// With the broker's hold on it, whoever still maps it: it must be kept until they are gone.
+    Owned,
 }
 
 impl WeightDraft {
@@ -84,9 +94,15 @@ impl WeightDraft {
             Self::Host(draft) => {
                 let sealed = draft.seal()?;
                 let inode = sealed.inode()?;
-                Ok(SealedWeights { region: sealed, inode: Some(inode) })
+                Ok(SealedWeights { region: sealed, inode: Some(inode), end: MemoryEnd::Counted })
             }
-            Self::Gpu(region) => Ok(SealedWeights { region, inode: None }),
+            Self::Gpu(region) => {
+                let end = match region.export()? {
+                    RegionHandle::CudaIpc(_) => MemoryEnd::Owned,
+                    _ => MemoryEnd::Counted,
+                };
+                Ok(SealedWeights { region, inode: None, end })
+            }
         }
     }
 }

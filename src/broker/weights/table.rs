@@ -3,7 +3,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::memory::WeightPlace;
+use super::memory::{MemoryEnd, WeightPlace};
 use super::set::{Known, WeightSet};
 use super::wanted::Wanted;
 use crate::error::{Error, ErrorKind, Result};
@@ -202,11 +202,18 @@ impl Table {
         self.drop_unheld_leftovers();
     }
 
-    pub(super) fn end_session(&mut self, session: SessionId) {
-        for known in self.sets.values_mut() {
+    /// Ends what a session holds in memory of this kind.
+    pub(super) fn end_session(&mut self, session: SessionId, kind: MemoryEnd) {
+        for known in self.sets.values_mut().filter(|known| known.set.memory.end == kind) {
             known.holders.retain(|_, holder| *holder != session);
         }
         self.drop_unheld_leftovers();
+    }
+
+    /// Whether a session holds memory that must be kept until its process is gone.
+    pub(super) fn holds_owned(&self, session: SessionId) -> bool {
+        let mut owned = self.sets.values().filter(|known| known.set.memory.end == MemoryEnd::Owned);
+        owned.any(|known| known.holders.values().any(|holder| *holder == session))
     }
 
     fn drop_unheld_leftovers(&mut self) {

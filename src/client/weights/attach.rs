@@ -10,7 +10,7 @@ use super::super::router::Answer;
 use super::attached::Weights;
 use crate::error::{Error, ErrorKind, Result, Retry};
 use crate::id::{AttachmentId, GpuUuid};
-use crate::protocol::{AttachRequest, AttachedWeights, Operation, Outcome, WeightEntry, decode_table};
+use crate::protocol::{AttachRequest, AttachedWeights, Operation, Outcome, Rung, WeightEntry, decode_table};
 use crate::tensor::CastRule;
 use crate::transport::Attachment;
 
@@ -97,6 +97,16 @@ pub(super) fn hand(
             ErrorKind::Unsupported,
             format!("tensors of {} cross on the rung {}, which shares no memory of it", gpu.gpu, gpu.rung.rung),
             "attach the weights in host memory",
+        ));
+    }
+    if let Some(gpu) = gpu.as_ref().filter(|gpu| gpu.rung.rung == Rung::Peer) {
+        return Err(Error::new(
+            ErrorKind::Unsupported,
+            format!(
+                "{} is not the broker's GPU; computing with weights across GPUs would read them in each step",
+                gpu.gpu
+            ),
+            "run the worker on the broker's GPU, or attach the weights in host memory",
         ));
     }
     let target = gpu.as_ref().map(|gpu| gpu.target);

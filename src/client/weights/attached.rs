@@ -171,17 +171,15 @@ impl Weights {
 
     /// Takes a hold on the same weights anew, of a broker that was restarted or that had unloaded them, and puts its memory
     /// behind the addresses of the old: tensors and modules made of these weights go on. Pages that were written to
-    /// hold what they should again. The old memory is given up.
+    /// hold what they should again. The old memory is given up. On a GPU this waits for the work enqueued so far, and
+    /// nothing that uses the weights may be enqueued meanwhile.
     ///
     /// # Errors
     /// [`ErrorKind::Stale`] where the weights of that name are not the same any more,
-    /// [`ErrorKind::Unsupported`] for memory of a GPU, or as [`Client::attach`]. The old memory is kept then.
+    /// [`ErrorKind::Unsupported`] for memory of a GPU that the driver hands out in no way that allows it, or as [`Client::attach`]. The old memory is kept then.
     pub fn reattach(&self) -> Result<()> {
         let attached = &*self.attached;
         let mut hold = attached.hold.lock();
-        if attached.map.ordinal().is_some() {
-            return attached.map.replace(&crate::protocol::ArenaHandle::CudaVmm, None);
-        }
         let options = AttachOptions { rule: attached.rule.clone(), gpu: attached.gpu, ..AttachOptions::default() };
         let link = attached.client.live()?;
         let replaces = Arc::ptr_eq(&link, &hold.link).then_some(hold.attachment);

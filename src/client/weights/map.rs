@@ -1,5 +1,6 @@
 use std::sync::Arc;
 
+use super::super::gpu::GpuWeights;
 use super::super::open_gpu::LinkGpu;
 use crate::device::{Region, RegionHandle};
 use crate::error::{Error, ErrorKind, Result};
@@ -13,7 +14,7 @@ pub(super) enum WeightMap {
     #[cfg(target_os = "linux")]
     Host(Arc<crate::device::SealedRegion>),
     Gpu {
-        region: Arc<dyn Region>,
+        weights: GpuWeights,
         ordinal: i32,
     },
 }
@@ -37,13 +38,13 @@ impl WeightMap {
             }
             #[cfg(unix)]
             (ArenaHandle::CudaVmm, Some(Attachment::Fd(fd)), Some(gpu)) => {
-                let region = gpu.device.import_weights(RegionHandle::CudaVmm(fd), size_bytes)?;
-                Ok(Self::Gpu { region, ordinal: gpu.device.ordinal() })
+                let weights = gpu.device.import_weights(RegionHandle::CudaVmm(fd), size_bytes)?;
+                Ok(Self::Gpu { weights, ordinal: gpu.device.ordinal() })
             }
             (ArenaHandle::CudaIpc(handle), _, Some(gpu)) => {
                 let handle = handle.as_slice().try_into().map_err(|_| missing())?;
-                let region = gpu.device.import_weights(RegionHandle::CudaIpc(handle), size_bytes)?;
-                Ok(Self::Gpu { region, ordinal: gpu.device.ordinal() })
+                let weights = gpu.device.import_weights(RegionHandle::CudaIpc(handle), size_bytes)?;
+                Ok(Self::Gpu { weights, ordinal: gpu.device.ordinal() })
             }
             _ => Err(missing()),
         }
@@ -53,7 +54,7 @@ impl WeightMap {
         match self {
             #[cfg(target_os = "linux")]
             Self::Host(region) => Arc::clone(region) as Arc<dyn Region>,
-            Self::Gpu { region, .. } => Arc::clone(region),
+            Self::Gpu { weights, .. } => weights.region(),
         }
     }
 
@@ -69,14 +70,18 @@ impl WeightMap {
     /// Puts other memory of equal content behind the same addresses.
     ///
     /// # Errors
-    /// [`ErrorKind::Unsupported`] for memory of a GPU; as [`WeightMap::open`], and the map is as it was then.
+    /// [`ErrorKind::Unsupported`] for plain memory of a GPU; as [`WeightMap::open`], and the map is as it was then.
     pub(super) fn replace(&self, handle: &ArenaHandle, attached: Option<Attachment>) -> Result<()> {
         match (self, handle, attached) {
             #[cfg(target_os = "linux")]
             (Self::Host(region), ArenaHandle::Attached, Some(Attachment::Fd(fd))) => Ok(region.replace(fd)?),
+            #[cfg(unix)]
+            (Self::Gpu { weights, .. }, ArenaHandle::CudaVmm, Some(Attachment::Fd(fd))) => {
+                Ok(weights.replace(RegionHandle::CudaVmm(fd))?)
+            }
             (Self::Gpu { .. }, ..) => Err(Error::new(
                 ErrorKind::Unsupported,
-                "memory of a GPU cannot be replaced behind the same addresses",
+                "plain memory of a GPU cannot be replaced behind the same addresses",
                 "attach the weights again, and assign the new tensors",
             )),
             #[cfg(target_os = "linux")]

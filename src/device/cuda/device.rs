@@ -9,7 +9,7 @@ use super::driver::Gpu;
 use super::ipc::{Allocated, Opened};
 use super::region::CudaRegion;
 use super::stream::{self, CopyWay, CudaStream};
-use super::vmm::Mapped;
+use super::vmm::{Mapped, ReadOnly};
 use crate::device::{Device, DeviceError, PageLock, Place, Region, RegionHandle, StreamRef};
 use crate::id::GpuUuid;
 
@@ -146,9 +146,29 @@ impl CudaDevice {
     ///
     /// # Errors
     /// As [`Device::import`]; writing to the region answers [`DeviceError::ReadOnly`].
-    pub fn import_read_only(&self, fd: OwnedFd, size_bytes: usize) -> Result<Arc<dyn Region>, DeviceError> {
-        let mapped = Mapped::import(&self.context, &fd, size_bytes, Access::CU_MEM_ACCESS_FLAGS_PROT_READ)?;
-        Ok(Arc::new(CudaRegion(mapped)))
+    pub fn import_read_only(&self, fd: OwnedFd, size_bytes: usize) -> Result<CudaWeights, DeviceError> {
+        Ok(CudaWeights(Arc::new(CudaRegion(ReadOnly::import(&self.context, &fd, size_bytes)?))))
+    }
+}
+
+/// Memory of another process that is read only, and that other memory can take the place of.
+#[derive(Debug, Clone)]
+pub struct CudaWeights(Arc<CudaRegion<ReadOnly>>);
+
+impl CudaWeights {
+    /// The memory.
+    #[must_use]
+    pub fn region(&self) -> Arc<dyn Region> {
+        Arc::clone(&self.0) as Arc<dyn Region>
+    }
+
+    /// Puts other memory of equal size and content behind the same addresses. Waits for the GPU before; nothing that uses
+    /// the memory may be enqueued meanwhile.
+    ///
+    /// # Errors
+    /// [`DeviceError::Cuda`]; the memory is what it was then.
+    pub fn replace(&self, fd: OwnedFd) -> Result<(), DeviceError> {
+        self.0.0.replace(&fd)
     }
 }
 

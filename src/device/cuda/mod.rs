@@ -21,7 +21,7 @@ mod stream;
 mod vmm;
 
 pub use super::StreamRef;
-pub use device::{CudaDevice, CudaSharing};
+pub use device::{CudaDevice, CudaSharing, CudaWeights};
 pub use driver::{Driver, Gpu};
 pub use fence::{Fence, FenceHandle};
 pub use pinned::Pinned;

@@ -5,6 +5,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
 
 use cudarc::driver::sys;
+use parking_lot::Mutex;
 use rustix::io::FdFlags;
 
 use super::api::note_failure;
@@ -16,6 +17,7 @@ use sys::CUmemAccess_flags as Access;
 
 const FILE_DESCRIPTOR: sys::CUmemAllocationHandleType =
     sys::CUmemAllocationHandleType::CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
+const READ: Access = Access::CU_MEM_ACCESS_FLAGS_PROT_READ;
 const MINIMUM: u32 = sys::CUmemAllocationGranularity_flags::CU_MEM_ALLOC_GRANULARITY_MINIMUM as u32;
 
 /// Physical memory, given back when nobody maps it any more.
@@ -183,6 +185,83 @@ impl Memory for Mapped {
         let physical = self.physical.as_ref().ok_or(DeviceError::Imported)?;
         Ok(RegionHandle::CudaVmm(physical.export()?))
     }
+}
+
+/// Memory of another process, mapped for reading only, that other memory can take the place of.
+#[derive(Debug)]
+pub(super) struct ReadOnly {
+    mapped: Mapped,
+    /// What is mapped, to go back to where a replacement fails.
+    behind: Mutex<Physical>,
+}
+
+impl ReadOnly {
+    pub(super) fn import(context: &Arc<Context>, fd: &OwnedFd, size_bytes: usize) -> Result<Self, DeviceError> {
+        let size_bytes = rounded(context, size_bytes)?;
+        let physical = Physical::import(context, fd)?;
+        let mapped = Mapped::map(context, &physical, size_bytes, READ)?;
+        Ok(Self { mapped, behind: Mutex::new(physical) })
+    }
+
+    /// Maps other memory of the same size at the same addresses. Waits for the GPU before; nothing that uses the memory
+    /// may be enqueued meanwhile.
+    pub(super) fn replace(&self, fd: &OwnedFd) -> Result<(), DeviceError> {
+        let mut behind = self.behind.lock();
+        let Reserved { context, address, size_bytes } = &self.mapped.addresses;
+        let other = Physical::import(context, fd)?;
+        context.synchronize()?;
+        // SAFETY: mapped with this size; the GPU is done with it, and the caller enqueues nothing.
+        unsafe { context.current()?.cuMemUnmap(*address, *size_bytes) }?;
+        if let Err(error) = map_at(context, *address, *size_bytes, &other, READ) {
+            // SAFETY: part of it may be mapped now; a refusal says that nothing is.
+            note_failure(context.current().and_then(|cuda| match unsafe { cuda.cuMemUnmap(*address, *size_bytes) } {
+                Err(DeviceError::Cuda { .. }) => Ok(()),
+                other => other,
+            }));
+            note_failure(map_at(context, *address, *size_bytes, &behind, READ));
+            return Err(error);
+        }
+        *behind = other;
+        Ok(())
+    }
+}
+
+impl Memory for ReadOnly {
+    fn context(&self) -> &Arc<Context> {
+        self.mapped.context()
+    }
+
+    fn address(&self) -> sys::CUdeviceptr {
+        self.mapped.address()
+    }
+
+    fn size_bytes(&self) -> usize {
+        self.mapped.size_bytes()
+    }
+
+    fn is_writable(&self) -> bool {
+        false
+    }
+
+    fn export(&self) -> Result<RegionHandle, DeviceError> {
+        Err(DeviceError::Imported)
+    }
+}
+
+/// Maps memory at reserved addresses, and lets this GPU reach it.
+fn map_at(
+    context: &Arc<Context>,
+    address: sys::CUdeviceptr,
+    size_bytes: usize,
+    physical: &Physical,
+    access: Access,
+) -> Result<(), DeviceError> {
+    let cuda = context.current()?;
+    // SAFETY: the callers reserved the addresses for as many bytes and have nothing mapped there.
+    unsafe { cuda.cuMemMap(address, size_bytes, 0, physical.handle, 0) }?;
+    let access = sys::CUmemAccessDesc { location: location(context), flags: access };
+    // SAFETY: mapped above; the one description is valid for the call.
+    unsafe { cuda.cuMemSetAccess(address, size_bytes, &raw const access, 1) }
 }
 
 fn location(context: &Context) -> sys::CUmemLocation {
