@@ -22,6 +22,12 @@ impl Service {
             Self::Vae => "vae",
         }
     }
+
+    /// The service of that name.
+    #[must_use]
+    pub fn from_name(name: &str) -> Option<Self> {
+        [Self::Vae].into_iter().find(|service| service.name() == name)
+    }
 }
 
 /// Direction of a VAE call.

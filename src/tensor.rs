@@ -387,6 +387,16 @@ impl TensorMeta {
             .all(|(&extent, (have, want))| extent <= 1 || have == want)
     }
 
+    /// Whether elements lie one after the other in the order of their indices. Where a dimension has one element, or the
+    /// tensor none, its stride does not matter.
+    #[must_use]
+    pub fn is_row_major(&self) -> bool {
+        let wanted = self.shape.contiguous_strides();
+        let extents = self.shape.as_slice();
+        let mut dims = extents.iter().zip(self.strides.as_slice().iter().zip(wanted.as_slice()));
+        extents.contains(&0) || dims.all(|(&extent, (have, want))| extent == 1 || have == want)
+    }
+
     /// The dense description with the same order of dimensions in memory: what a copy of this tensor looks like.
     ///
     /// Overlapping dimensions (stride 0) become real ones.

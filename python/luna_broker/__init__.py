@@ -6,6 +6,9 @@
     vae = client.vae("sdxl-vae.safetensors")    # a name the broker knows, or a path
     image = vae.decode(latent)                  # torch [N, C, h, w] to [N, H, W, 3] in 0..1
     latent = vae.encode(image)                  # numpy arrays in give numpy arrays out
+    weights = client.attach("unet.safetensors", dtype=torch.float16)    # {key: tensor}, once on this machine
+
+`luna_broker.torch.load_attached` gives such weights to a module, which computes in this process.
 
 Results are views on memory shared with the broker: nothing is copied, and dropping the last view
 gives the memory back. A client may be used from many threads. Every error is a `LunaBrokerError`
@@ -23,10 +26,12 @@ from ._native import (
     ConfigurationError,
     ConnectionLost,
     DeviceTensor,
+    InUse,
     InvalidModel,
     InvalidTensor,
     LunaBrokerError,
     ModelNotFound,
+    Permit,
     ProtocolError,
     Refused,
     Rung,
@@ -39,6 +44,7 @@ from ._native import (
     __version__,
     connect,
 )
+from .weights import Weights
 
 __all__ = [
     "Busy",
@@ -48,11 +54,13 @@ __all__ = [
     "ConfigurationError",
     "ConnectionLost",
     "DeviceTensor",
+    "InUse",
     "InvalidModel",
     "InvalidTensor",
     "LunaBrokerError",
     "ModelNotFound",
     "OutOfMemory",
+    "Permit",
     "ProtocolError",
     "Refused",
     "Rung",
@@ -62,6 +70,7 @@ __all__ = [
     "Timeout",
     "Unsupported",
     "Vae",
+    "Weights",
     "__version__",
     "connect",
     "doctor",

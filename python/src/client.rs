@@ -3,16 +3,20 @@ use std::time::Duration;
 
 use luna_broker::client;
 use luna_broker::config::ClientConfig;
+use luna_broker::protocol::Force;
 use luna_broker::tensor::{Dims, TensorMeta};
 use luna_broker::{Error, ErrorKind};
 use pyo3::prelude::*;
 use serde::Serialize;
 
-use crate::call::{quick, released};
+use crate::call::{self, quick, released};
 use crate::errors::raise;
+use crate::permit::Permit;
+use crate::publish;
 use crate::session::Session;
 use crate::tensor::{Device, dtype, hand_out};
 use crate::vae::Vae;
+use crate::weights::{self, Watch};
 
 /// A connection to a broker.
 #[pyclass(frozen, module = "luna_broker")]
@@ -27,10 +31,7 @@ pub(crate) struct Client {
 fn connect(py: Python<'_>, address: Option<PathBuf>, timeout: Option<f64>, name: Option<String>) -> PyResult<Client> {
     let mut config = ClientConfig::default();
     if let Some(seconds) = timeout {
-        let timeout = Duration::try_from_secs_f64(seconds).map_err(|error| {
-            let message = format!("timeout={seconds}: {error}");
-            raise(py, Error::new(ErrorKind::Configuration, message, "give seconds above 0, or None"))
-        })?;
+        let timeout = call::seconds(py, seconds)?;
         config.timeout = Some(timeout);
         config.connect_timeout = timeout;
     }
@@ -55,6 +56,13 @@ pub(crate) fn to_python<'py>(py: Python<'py>, value: &impl Serialize) -> PyResul
     py.import("json")?.call_method1("loads", (text,))
 }
 
+impl Client {
+    /// How long a call may wait: as long as it says, else as long as the client does.
+    fn patience(&self, py: Python<'_>, timeout: Option<f64>) -> PyResult<Option<Duration>> {
+        timeout.map_or(Ok(self.timeout), |timeout| call::seconds(py, timeout).map(Some))
+    }
+}
+
 #[pymethods]
 impl Client {
     /// What was agreed on with the broker.
@@ -68,6 +76,45 @@ impl Client {
     fn vae(&self, py: Python<'_>, name: PathBuf) -> PyResult<Vae> {
         let vae = quick(py, || self.client.vae(&name.to_string_lossy()))?;
         Ok(Vae::new(vae, self.timeout))
+    }
+
+    /// Weights that lie in the broker's memory once for everybody.
+    #[pyo3(signature = (name, dtype=None, device=None, progress=None, timeout=None))]
+    fn attach(
+        &self,
+        py: Python<'_>,
+        name: PathBuf,
+        dtype: Option<&Bound<'_, PyAny>>,
+        device: Option<&Bound<'_, PyAny>>,
+        progress: Option<Py<PyAny>>,
+        timeout: Option<f64>,
+    ) -> PyResult<Py<PyAny>> {
+        let name = name.to_string_lossy();
+        let rule = weights::cast_rule(dtype)?;
+        let timeout = self.patience(py, timeout)?;
+        weights::shown(py, &name, progress, |progress| {
+            weights::attach(&self.client, &name, rule, device, Watch { py, timeout, progress })
+        })
+    }
+
+    /// Hands tensors to the broker, for others to attach.
+    #[pyo3(signature = (name, tensors, timeout=None))]
+    fn publish(&self, name: &str, tensors: &Bound<'_, PyAny>, timeout: Option<f64>) -> PyResult<Py<PyAny>> {
+        let timeout = self.patience(tensors.py(), timeout)?;
+        publish::publish(&self.client, name, tensors, timeout)
+    }
+
+    /// A turn in a lane, for work of this process.
+    #[pyo3(signature = (service, bytes=0, timeout=None))]
+    fn permit(&self, py: Python<'_>, service: &str, bytes: u64, timeout: Option<f64>) -> PyResult<Permit> {
+        let timeout = self.patience(py, timeout)?;
+        Permit::new(py, self.client.clone(), service, bytes, timeout)
+    }
+
+    /// Compares what weights contain with what they contained.
+    fn verify<'py>(&self, py: Python<'py>, name: PathBuf) -> PyResult<Bound<'py, PyAny>> {
+        let reports = quick(py, || self.client.verify(&name.to_string_lossy()))?;
+        to_python(py, &reports)
     }
 
     /// A writable tensor in shared memory.
@@ -112,8 +159,10 @@ impl Client {
     }
 
     /// Has the broker give up a model's memory.
-    fn unload(&self, py: Python<'_>, name: PathBuf) -> PyResult<()> {
-        quick(py, || self.client.unload(&name.to_string_lossy()))
+    #[pyo3(signature = (name, force=false))]
+    fn unload(&self, py: Python<'_>, name: PathBuf, force: bool) -> PyResult<()> {
+        let force = if force { Force::Yes } else { Force::No };
+        quick(py, || self.client.unload_with(&name.to_string_lossy(), force))
     }
 
     /// Seconds that an empty round trip took.

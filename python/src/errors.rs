@@ -33,6 +33,7 @@ classes! {
     InvalidTensor: "A tensor does not fit the operation.";
     Stale: "Something refers to an earlier life.";
     Unsupported: "Recognised, but nothing this build or device can do.";
+    InUse: "Somebody uses what the request would replace or take away.";
     Timeout: "The deadline passed before the answer came.";
     Cancelled: "The request was taken back before it was done.";
     ShuttingDown: "The broker is stopping.";
@@ -54,6 +55,7 @@ pub(crate) fn raise(py: Python<'_>, error: impl Into<Error>) -> PyErr {
         ErrorKind::InvalidTensor => py.get_type::<InvalidTensor>(),
         ErrorKind::Stale => py.get_type::<Stale>(),
         ErrorKind::Unsupported => py.get_type::<Unsupported>(),
+        ErrorKind::InUse => py.get_type::<InUse>(),
         ErrorKind::Timeout => py.get_type::<Timeout>(),
         ErrorKind::Cancelled => py.get_type::<Cancelled>(),
         ErrorKind::ShuttingDown => py.get_type::<ShuttingDown>(),

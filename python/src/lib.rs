@@ -8,9 +8,12 @@ mod client;
 mod dlpack;
 mod doctor;
 mod errors;
+mod permit;
+mod publish;
 mod session;
 mod tensor;
 mod vae;
+mod weights;
 
 /// The compiled client; `luna_broker` re-exports it.
 #[pymodule]
@@ -21,6 +24,8 @@ fn native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     session::register(module)?;
     tensor::register(module)?;
     vae::register(module)?;
+    weights::register(module)?;
+    permit::register(module)?;
     client::register(module)?;
     doctor::register(module)
 }

@@ -178,6 +178,32 @@ pub(crate) fn borrow<'py>(object: &Bound<'py, PyAny>) -> PyResult<Given<'py>> {
     }
 }
 
+/// As [`borrow`], with the elements in host memory one after the other: of a copy where they do not lie so.
+///
+/// # Errors
+/// As [`borrow`].
+pub(crate) fn borrow_on_host<'py>(object: &Bound<'py, PyAny>) -> PyResult<Borrowed<'py>> {
+    let py = object.py();
+    let is_torchs = torch(py).is_some_and(|torch| object.is_instance(torch.tensor.bind(py)).unwrap_or_default());
+    if !is_torchs {
+        let given = borrow(object)?;
+        if given.borrowed.ordinal().is_none() && given.borrowed.meta().is_row_major() {
+            return Ok(given.borrowed);
+        }
+        return Ok(borrow(&contiguous_copy(object)?)?.borrowed);
+    }
+    // Parameters too: what is published is their values.
+    let mut object = object.call_method0(intern!(py, "detach"))?;
+    if object.getattr(intern!(py, "is_cuda"))?.is_truthy()? {
+        object = object.call_method0(intern!(py, "cpu"))?;
+    }
+    let given = borrow(&object)?;
+    if given.borrowed.meta().is_row_major() {
+        return Ok(given.borrowed);
+    }
+    Ok(borrow(&object.call_method0(intern!(py, "contiguous"))?)?.borrowed)
+}
+
 fn is_on_cuda(object: &Bound<'_, PyAny>) -> PyResult<bool> {
     match object.call_method0(intern!(object.py(), "__dlpack_device__")) {
         Ok(device) => Ok(device.get_item(0)?.extract::<i32>()? == dlpack::CUDA),
@@ -212,9 +238,21 @@ pub(crate) fn hand_out<'py>(
                 None => Ok(here),
             }
         }
-        _ if tensor.gpu_ordinal().is_some() => Ok(Bound::new(py, DeviceTensor(tensor))?.into_any()),
+        _ if tensor.gpu_ordinal().is_some() || !numpy_has(tensor.meta().dtype) => {
+            Ok(Bound::new(py, DeviceTensor(tensor))?.into_any())
+        }
         _ => py.import("numpy")?.call_method1("from_dlpack", (DeviceTensor(tensor),)),
     }
+}
+
+/// Whether numpy has the element type.
+fn numpy_has(dtype: DType) -> bool {
+    dtype != DType::Bf16 && !dtype.is_float8()
+}
+
+/// The library that tensors are made for where no tensor of the caller's says which.
+pub(crate) fn loaded_library(py: Python<'_>) -> Library {
+    if torch(py).is_some() { Library::Torch } else { Library::Numpy }
 }
 
 /// A device by torch's name for it, or torch's object: `cpu`, `cuda`, `cuda:1`.

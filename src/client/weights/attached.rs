@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
-use super::super::connect::Client;
+use super::super::connect::{CallOptions, Client};
 use super::super::link::Link;
 use super::super::tensor::{Storage, Tensor};
 use super::attach::{AttachOptions, Handed, hand};
@@ -110,6 +110,12 @@ impl Weights {
         self.attached.map.region().size_bytes() as u64
     }
 
+    /// Where they begin: an address of this process, of the GPU where they lie there. Valid while a clone or a tensor lives.
+    #[must_use]
+    pub fn address(&self) -> usize {
+        self.attached.map.region().address()
+    }
+
     /// The memory they lie in.
     #[must_use]
     pub fn place(&self) -> Place {
@@ -165,8 +171,16 @@ impl Weights {
     /// [`ErrorKind::ConnectionLost`] where the broker is gone, [`ErrorKind::Stale`] where weights of this session were
     /// unloaded by force. They stay readable in either case; [`Weights::reattach`] makes it good again.
     pub fn check(&self) -> Result<()> {
+        self.check_with(&self.attached.client.default_options())
+    }
+
+    /// As [`Weights::check`], waiting as `options` say.
+    ///
+    /// # Errors
+    /// As [`Weights::check`].
+    pub fn check_with(&self, options: &CallOptions<'_>) -> Result<()> {
         let link = Arc::clone(&self.attached.hold.lock().link);
-        link.call(Operation::CheckAttached, &[], &self.attached.client.default_options()).map(|_| ())
+        link.call(Operation::CheckAttached, &[], options).map(|_| ())
     }
 
     /// Takes a hold on the same weights anew, of a broker that was restarted or that had unloaded them, and puts its memory
@@ -176,11 +190,20 @@ impl Weights {
     ///
     /// # Errors
     /// [`ErrorKind::Stale`] where the weights of that name are not the same any more,
-    /// [`ErrorKind::Unsupported`] for memory of a GPU that the driver hands out in no way that allows it, or as [`Client::attach`]. The old memory is kept then.
+    /// [`ErrorKind::Unsupported`] for memory of a GPU that the driver hands out in no way that allows it, or as
+    /// [`Client::attach`]. The old memory is kept then.
     pub fn reattach(&self) -> Result<()> {
+        self.reattach_with(&AttachOptions::default())
+    }
+
+    /// As [`Weights::reattach`], waiting and telling progress as `options` say. Element types and place stay what they are.
+    ///
+    /// # Errors
+    /// As [`Weights::reattach`].
+    pub fn reattach_with(&self, options: &AttachOptions<'_>) -> Result<()> {
         let attached = &*self.attached;
         let mut hold = attached.hold.lock();
-        let options = AttachOptions { rule: attached.rule.clone(), gpu: attached.gpu, ..AttachOptions::default() };
+        let options = AttachOptions { rule: attached.rule.clone(), gpu: attached.gpu, ..options.clone() };
         let link = attached.client.live()?;
         let replaces = Arc::ptr_eq(&link, &hold.link).then_some(hold.attachment);
         let Handed { link, weights, entries, handle, .. } =

@@ -27,7 +27,7 @@ impl Published<'_> {
     fn check(&self) -> Result<()> {
         let Self { key, meta, bytes } = self;
         meta.validate()?;
-        if meta.strides != meta.shape.contiguous_strides() {
+        if !meta.is_row_major() {
             let message = format!("{key:?} is not contiguous; nothing was published");
             return Err(Error::new(ErrorKind::InvalidTensor, message, "make it contiguous first"));
         }
