@@ -43,6 +43,8 @@ pub(super) struct SealedWeights {
     pub(super) region: Arc<dyn Region>,
     /// What the system calls it; of the host's memory only.
     pub(super) inode: Option<u64>,
+    /// Bytes of pages that exist, because they were written to; of the host's memory only.
+    pub(super) stored_bytes: Option<u64>,
 }
 
 impl WeightDraft {
@@ -83,10 +85,10 @@ impl WeightDraft {
             #[cfg(target_os = "linux")]
             Self::Host(draft) => {
                 let sealed = draft.seal()?;
-                let inode = sealed.inode()?;
-                Ok(SealedWeights { region: sealed, inode: Some(inode) })
+                let (inode, stored_bytes) = (Some(sealed.inode()?), Some(sealed.stored_bytes()?));
+                Ok(SealedWeights { region: sealed, inode, stored_bytes })
             }
-            Self::Gpu(region) => Ok(SealedWeights { region, inode: None }),
+            Self::Gpu(region) => Ok(SealedWeights { region, inode: None, stored_bytes: None }),
         }
     }
 }
