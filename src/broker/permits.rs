@@ -8,16 +8,31 @@ use parking_lot::Mutex;
 
 use super::responder::Responder;
 use crate::error::{ErrorKind, Fault};
-use crate::id::{PermitId, SessionId};
+use crate::id::{PermitId, RequestId, SessionId};
 use crate::protocol::Outcome;
 
 /// Places in a lane that clients have asked for: work of their own runs there in its turn.
 #[derive(Debug, Default)]
 pub(super) struct Permits {
     next: AtomicU64,
-    /// Dropping the sender ends the permit.
-    open: Mutex<HashMap<PermitId, (SessionId, Sender<()>)>>,
+    open: Mutex<Open>,
     holder: Mutex<Option<SessionId>>,
+}
+
+#[derive(Debug, Default)]
+struct Open {
+    permits: HashMap<PermitId, OpenPermit>,
+    /// The broker stops: nothing is given any more.
+    is_closed: bool,
+}
+
+/// A permit that waits or is held.
+#[derive(Debug)]
+struct OpenPermit {
+    session: SessionId,
+    request: RequestId,
+    /// Dropping it ends the permit.
+    _end: Sender<()>,
 }
 
 /// A place in a lane: waits like a job, and is the client's while it runs.
@@ -35,25 +50,32 @@ impl Permits {
     pub(super) fn ask(self: &Arc<Self>, responder: Responder, patience: Duration) -> PermitJob {
         let id = PermitId(self.next.fetch_add(1, Ordering::Relaxed) + 1);
         let (end, ended) = bounded(1);
-        self.open.lock().insert(id, (responder.session(), end));
+        let mut open = self.open.lock();
+        if !open.is_closed {
+            let (session, request) = (responder.session(), responder.request());
+            open.permits.insert(id, OpenPermit { session, request, _end: end });
+        }
+        drop(open);
         PermitJob { id, permits: Arc::clone(self), ended, patience, responder }
     }
 
     /// The client gives its place back.
     pub(super) fn end(&self, session: SessionId, permit: PermitId) {
-        let mut open = self.open.lock();
-        if open.get(&permit).is_some_and(|(holder, _)| *holder == session) {
-            open.remove(&permit);
-        }
+        self.open.lock().permits.retain(|id, open| *id != permit || open.session != session);
+    }
+
+    /// The client has given up a request that may have been answered with a permit meanwhile.
+    pub(super) fn recall(&self, session: SessionId, request: RequestId) {
+        self.open.lock().permits.retain(|_, open| open.session != session || open.request != request);
     }
 
     pub(super) fn end_session(&self, session: SessionId) {
-        self.open.lock().retain(|_, (holder, _)| *holder != session);
+        self.open.lock().permits.retain(|_, open| open.session != session);
     }
 
     /// The broker stops: nobody holds up its lanes.
     pub(super) fn end_all(&self) {
-        self.open.lock().clear();
+        *self.open.lock() = Open { is_closed: true, ..Open::default() };
     }
 
     /// The session that has the lane by a permit now.

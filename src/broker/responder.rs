@@ -8,7 +8,7 @@ use super::outbox::{Outbox, Payload};
 use super::state::State;
 use crate::error::{Error, ErrorKind, Fault};
 use crate::id::{RequestId, SessionId};
-use crate::protocol::{DeviceRung, Outcome, Reply, ServerMessage, SessionMachine, Times};
+use crate::protocol::{DeviceRung, Outcome, Phase, Reply, ServerMessage, SessionMachine, Times};
 use crate::transport::{Attachment, Peer};
 
 /// The part of a session that lanes and `status` reach.
@@ -73,6 +73,11 @@ impl Responder {
 
     pub(super) fn request(&self) -> RequestId {
         self.request
+    }
+
+    /// Whether the session has ended, so that nobody hears the answer.
+    pub(super) fn is_over(&self) -> bool {
+        self.link.machine.lock().phase() == Phase::Closed
     }
 
     /// What the client calls itself.

@@ -104,6 +104,8 @@ impl Session {
                     self.state.weights.cancel(self.link.id(), id);
                 }
                 Action::Detach(attachments) => self.state.weights.detach(self.link.id(), &attachments),
+                Action::Abandon(draft) => self.state.weights.abandon(self.link.id(), draft),
+                Action::Recall(id) => self.state.permits.recall(self.link.id(), id),
                 Action::EndPermit(permit) => self.state.permits.end(self.link.id(), permit),
                 Action::Release(releases) => self.memories()?.release(&releases),
                 Action::Reject { id, releases, limit } => self.reject(id, &releases, limit)?,

@@ -14,7 +14,7 @@ use super::router::{Answer, Router, Turn};
 use super::session::{Negotiation, SessionInfo};
 use crate::config::ClientConfig;
 use crate::error::{Error, ErrorKind, Fault, Result};
-use crate::id::{AttachmentId, GpuUuid, PermitId, RequestId};
+use crate::id::{AttachmentId, DraftId, GpuUuid, PermitId, RequestId};
 use crate::protocol::{
     ArenaPlace, ClientMessage, DeviceRung, GpuAnswer, Operation, Outcome, ProtocolError, Release, Reply, Request, Rung,
     RungFailure, ServerMessage, codec,
@@ -347,6 +347,7 @@ impl Link {
         }
         match answer.reply.outcome {
             Outcome::Attached(ref weights) => self.detach(weights.attachment),
+            Outcome::Draft(ref offer) => self.abandon(offer.draft),
             Outcome::Permitted { permit } => self.end_permit(permit),
             _ => {}
         }
@@ -356,6 +357,14 @@ impl Link {
     pub(super) fn detach(&self, attachment: AttachmentId) {
         self.detached.lock().push(attachment);
         self.memory.leases.ring();
+    }
+
+    /// A draft will not be filled.
+    pub(super) fn abandon(&self, draft: DraftId) {
+        // A connection that is gone has dropped it already.
+        if !self.router.is_lost() {
+            _ = self.send(&ClientMessage::Abandon { draft });
+        }
     }
 
     /// A turn in a lane is given back.

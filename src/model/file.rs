@@ -70,11 +70,40 @@ impl StoredTensor {
 /// it by renaming another over it is harmless, and [`ModelFile::check_unchanged`] notices both.
 #[derive(Debug)]
 pub struct ModelFile {
-    path: PathBuf,
+    state: FileState,
     file: File,
     mapping: Mmap,
     tensors: BTreeMap<String, StoredTensor>,
+}
+
+/// A file as it was found at some moment. Keeps it neither open nor, where it is deleted, on the disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FileState {
+    path: PathBuf,
     identity: Identity,
+}
+
+impl FileState {
+    /// The path the file was opened by.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Checks that the path still names the same file, in the same state. One `stat`.
+    ///
+    /// # Errors
+    /// [`ModelError::Changed`] where it does not or is gone, [`ModelError::Unreadable`] where it cannot be told.
+    pub fn check_unchanged(&self) -> Result<(), ModelError> {
+        match std::fs::metadata(&self.path) {
+            Ok(metadata) if Identity::of(&metadata) == self.identity => Ok(()),
+            Ok(_) => Err(ModelError::Changed { path: self.path.clone() }),
+            Err(cause) if cause.kind() == io::ErrorKind::NotFound => {
+                Err(ModelError::Changed { path: self.path.clone() })
+            }
+            Err(cause) => Err(ModelError::Unreadable { path: self.path.clone(), cause }),
+        }
+    }
 }
 
 /// What tells one state of a file from another without reading it.
@@ -132,19 +161,26 @@ impl ModelFile {
                 (name, StoredTensor { dtype: stored.dtype, shape: stored.shape.clone(), bytes })
             })
             .collect();
-        Ok(Self { path: path.to_owned(), file, mapping, tensors, identity: Identity::of(&metadata) })
+        let state = FileState { path: path.to_owned(), identity: Identity::of(&metadata) };
+        Ok(Self { state, file, mapping, tensors })
     }
 
     /// The path the file was opened by.
     #[must_use]
     pub fn path(&self) -> &Path {
-        &self.path
+        &self.state.path
+    }
+
+    /// What tells whether the file is still the same once it is closed.
+    #[must_use]
+    pub fn state(&self) -> &FileState {
+        &self.state
     }
 
     /// Bytes of the whole file when it was opened.
     #[must_use]
     pub fn size_bytes(&self) -> u64 {
-        self.identity.size_bytes
+        self.state.identity.size_bytes
     }
 
     /// All tensors, by name in alphabetical order.
@@ -164,7 +200,7 @@ impl ModelFile {
     /// [`ModelError::Malformed`] where `stored` is not of this file and reaches beyond it.
     pub fn bytes(&self, stored: &StoredTensor) -> Result<&[u8], ModelError> {
         self.mapping.get(stored.bytes.clone()).ok_or_else(|| ModelError::Malformed {
-            path: self.path.clone(),
+            path: self.state.path.clone(),
             reason: "a tensor reaches beyond the end of the file".to_owned(),
         })
     }
@@ -176,13 +212,13 @@ impl ModelFile {
     pub fn read_exact_at(&self, mut at: u64, mut target: &mut [u8]) -> Result<(), ModelError> {
         while !target.is_empty() {
             match read_at(&self.file, target, at) {
-                Ok(0) => return Err(ModelError::Changed { path: self.path.clone() }),
+                Ok(0) => return Err(ModelError::Changed { path: self.state.path.clone() }),
                 Ok(read) => {
                     target = target.get_mut(read..).unwrap_or_default();
                     at += read as u64;
                 }
                 Err(cause) if cause.kind() == io::ErrorKind::Interrupted => {}
-                Err(cause) => return Err(ModelError::Unreadable { path: self.path.clone(), cause }),
+                Err(cause) => return Err(ModelError::Unreadable { path: self.state.path.clone(), cause }),
             }
         }
         Ok(())
@@ -199,14 +235,7 @@ impl ModelFile {
     /// # Errors
     /// [`ModelError::Changed`] where it does not or is gone, [`ModelError::Unreadable`] where it cannot be told.
     pub fn check_unchanged(&self) -> Result<(), ModelError> {
-        match std::fs::metadata(&self.path) {
-            Ok(metadata) if Identity::of(&metadata) == self.identity => Ok(()),
-            Ok(_) => Err(ModelError::Changed { path: self.path.clone() }),
-            Err(cause) if cause.kind() == io::ErrorKind::NotFound => {
-                Err(ModelError::Changed { path: self.path.clone() })
-            }
-            Err(cause) => Err(ModelError::Unreadable { path: self.path.clone(), cause }),
-        }
+        self.state.check_unchanged()
     }
 
     /// What is in the file, in a few words for a message: how many tensors, and the first of them.

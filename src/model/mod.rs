@@ -16,5 +16,5 @@ pub mod weights;
 pub use detect::vae_facts;
 pub use error::{CudaUnavailable, ModelError};
 pub use executor::{Capability, Vae, VaeFacts, VaeInput, VaePlan, WeightStorage};
-pub use file::{ModelFile, StoredDType, StoredTensor};
+pub use file::{FileState, ModelFile, StoredDType, StoredTensor};
 pub use hand_off::HandOff;

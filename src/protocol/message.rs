@@ -33,6 +33,11 @@ pub enum ClientMessage {
     },
     /// Attachments given back: nothing of this process uses their memory any more. Not answered.
     Detach(Vec<AttachmentId>),
+    /// A draft that was offered will not be filled. Not answered.
+    Abandon {
+        /// The draft.
+        draft: DraftId,
+    },
     /// A place in a lane is given back. Not answered.
     EndPermit {
         /// The place.

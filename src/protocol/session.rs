@@ -3,7 +3,7 @@ use rustc_hash::FxHashSet;
 use super::message::{ClientMessage, Operation, Release};
 use super::negotiate::{Hello, ProbeAnswer};
 use crate::error::{Error, ErrorKind};
-use crate::id::{ArenaId, AttachmentId, PermitId, RequestId};
+use crate::id::{ArenaId, AttachmentId, DraftId, PermitId, RequestId};
 
 /// Where a session is in its life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -86,8 +86,12 @@ pub enum Action {
     Release(Vec<Release>),
     /// End attachments.
     Detach(Vec<AttachmentId>),
+    /// Drop a draft.
+    Abandon(DraftId),
     /// End a permit.
     EndPermit(PermitId),
+    /// Take back the permit that answered this request: the client has given it up and does not look at the answer.
+    Recall(RequestId),
     /// The arena's name can go.
     Opened(ArenaId),
     /// The client left in order.
@@ -159,10 +163,11 @@ impl SessionMachine {
             }
             // The answer may have crossed the cancel.
             (Phase::Open, ClientMessage::Cancel { id }) if self.in_flight.contains(&id) => Ok(Action::Cancel(id)),
-            (Phase::Open, ClientMessage::Cancel { .. }) => Ok(Action::Ignore),
+            (Phase::Open, ClientMessage::Cancel { id }) => Ok(Action::Recall(id)),
             (Phase::Open, ClientMessage::Release(leases)) => Ok(Action::Release(leases)),
             (Phase::Open | Phase::Probing, ClientMessage::Opened { arena }) => Ok(Action::Opened(arena)),
             (Phase::Open, ClientMessage::Detach(attachments)) => Ok(Action::Detach(attachments)),
+            (Phase::Open, ClientMessage::Abandon { draft }) => Ok(Action::Abandon(draft)),
             (Phase::Open, ClientMessage::EndPermit { permit }) => Ok(Action::EndPermit(permit)),
             (Phase::Open, ClientMessage::Goodbye) => {
                 self.phase = Phase::Closed;
@@ -203,6 +208,7 @@ impl ClientMessage {
             Self::Opened { .. } => "opened",
             Self::Detach(_) => "detach",
             Self::EndPermit { .. } => "end-permit",
+            Self::Abandon { .. } => "abandon",
             Self::Goodbye => "goodbye",
         }
     }

@@ -17,7 +17,8 @@ pub struct AttachRequest {
     pub rule: CastRule,
     /// The opening of the client's GPU in whose memory they are wanted; absent for host memory.
     pub gpu: Option<GpuTarget>,
-    /// The attachment that this one takes the place of. It ends when the new one begins.
+    /// The attachment that this one is going to take the place of, even where it was taken by force. It ends when the
+    /// client gives it back.
     pub replaces: Option<AttachmentId>,
 }
 

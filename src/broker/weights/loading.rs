@@ -2,13 +2,12 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender, unbounded};
+use crossbeam_channel::{Receiver, SendError, Sender, unbounded};
 use parking_lot::Mutex;
 
-use super::super::memory::attach;
-use super::super::outbox::Payload;
 use super::super::responder::Responder;
 use super::super::state::State;
+use super::handing::{Grant, Waiter};
 use super::memory::{MemoryEnd, WeightDraft, WeightPlace};
 use super::publish::{Drafts, Filled};
 use super::set::{WeightSet, wire_table};
@@ -18,10 +17,13 @@ use crate::error::{Error, ErrorKind, Fault, Result};
 use crate::id::{AttachmentId, GpuUuid, RequestId, SessionId, WeightSetId};
 use crate::model::ModelError;
 use crate::model::weights::{Loaded, digest_file, digest_region, load};
-use crate::protocol::{AttachRequest, AttachedWeights, Force, Outcome, VerifyReport};
+use crate::protocol::{AttachRequest, Force, Outcome, VerifyReport};
 
 /// How long who waits for weights goes without hearing how far they are.
 const TELL_EVERY: Duration = Duration::from_millis(200);
+
+/// More sets than anybody waits for at once. Bounds what clients can have laid out that take their requests back.
+const MAX_LOADS: usize = 256;
 
 /// All weights of a broker, and the thread that loads them.
 #[derive(Debug)]
@@ -44,15 +46,6 @@ struct Load {
     waiters: Vec<Waiter>,
     done: u64,
     told: Instant,
-}
-
-/// Somebody who gets a set once it is there.
-#[derive(Debug)]
-pub(super) struct Waiter {
-    pub(super) responder: Responder,
-    /// What the set was asked for by.
-    pub(super) name: String,
-    pub(super) replaces: Option<AttachmentId>,
 }
 
 /// What takes its time.
@@ -91,21 +84,21 @@ impl Weights {
         gpu: Option<GpuUuid>,
     ) {
         let place = gpu.map_or(WeightPlace::Host, WeightPlace::Gpu);
-        let session = responder.session();
-        let found = self.find(state, session, &request, place);
-        let waiter = Waiter { responder, name: request.name, replaces: request.replaces };
-        match found {
-            Err(error) => waiter.responder.fail(error),
-            Ok(Found::Set(id)) => self.hand_over(id, waiter),
-            Ok(Found::File(wanted)) => self.load(state, wanted, waiter),
+        match self.find(state, &responder, &request, place) {
+            Err(error) => responder.fail(error),
+            Ok(Found::Set(grant)) => self.hand_over(grant, responder),
+            Ok(Found::File(wanted)) => self.load(state, wanted, Waiter { responder, name: request.name }),
         }
     }
 
-    fn find(&self, state: &State, session: SessionId, request: &AttachRequest, place: WeightPlace) -> Result<Found> {
+    fn find(&self, state: &State, asker: &Responder, request: &AttachRequest, place: WeightPlace) -> Result<Found> {
+        let name = &request.name;
+        let path = state.registry.locate(name).ok();
         {
-            let inner = self.inner.lock();
-            if request.replaces.is_none() {
-                inner.table.check(session, Some(&request.name))?;
+            let mut inner = self.inner.lock();
+            let session = asker.session();
+            if !request.replaces.is_some_and(|old| inner.table.holds(session, old)) {
+                inner.table.check(session, Some((name, path.as_deref())))?;
             }
             if let Some(known) = inner.table.published(&request.name) {
                 check_published(known, &request.name, &request.rule)?;
@@ -116,27 +109,38 @@ impl Weights {
                         "attach it there",
                     ));
                 }
-                return Ok(Found::Set(known.set.id));
+                let id = known.set.id;
+                return Ok(Found::Set(inner.grant(id, asker, name)?));
             }
         }
         // The header is read without the lock: others go on meanwhile.
         let wanted = Wanted::of_file(&state.registry, request, place)?;
-        let found = self.inner.lock().table.of_file(&wanted);
-        Ok(found.map_or_else(|| Found::File(wanted), Found::Set))
+        let mut inner = self.inner.lock();
+        match inner.table.of_file(&wanted) {
+            Some(id) => Ok(Found::Set(inner.grant(id, asker, name)?)),
+            None => Ok(Found::File(wanted)),
+        }
     }
 
     fn load(&self, state: &Arc<State>, wanted: Wanted, waiter: Waiter) {
         let mut inner = self.inner.lock();
         // Between the look for the set and now it may have come.
         if let Some(id) = inner.table.of_file(&wanted) {
+            let granted = inner.grant(id, &waiter.responder, &waiter.name);
             drop(inner);
-            return self.hand_over(id, waiter);
+            return self.answer(granted, waiter.responder);
         }
         if let Some(load) = inner.loads.iter_mut().find(|load| load.is_of(&wanted)) {
             load.waiters.push(waiter);
             return;
         }
-        if let Err(error) = inner.table.reserve(wanted.plan.size_bytes, &wanted.file.path().display().to_string()) {
+        let room = if inner.loads.len() < MAX_LOADS {
+            inner.table.reserve(wanted.plan.size_bytes, &wanted.file.path().display().to_string())
+        } else {
+            let message = format!("{MAX_LOADS} sets of weights wait to be loaded already");
+            Err(Error::new(ErrorKind::Busy, message, "ask again in a while"))
+        };
+        if let Err(error) = room {
             drop(inner);
             return waiter.responder.fail(error);
         }
@@ -147,42 +151,9 @@ impl Weights {
     }
 
     pub(super) fn send(&self, job: Job) {
-        if let Err(lost) = self.jobs.send(job) {
-            // Its responders answer that it was given up.
+        if let Err(SendError(lost)) = self.jobs.send(job) {
             tracing::error!("the thread that loads weights is gone");
-            drop(lost);
-        }
-    }
-
-    /// Attaches a set for whoever asked, and answers.
-    pub(super) fn hand_over(&self, id: WeightSetId, waiter: Waiter) {
-        let Waiter { responder, name, replaces } = waiter;
-        let session = responder.session();
-        let attached = {
-            let mut inner = self.inner.lock();
-            let attached = inner.table.attach(id, session, &name);
-            if let (Ok(_), Some(old)) = (&attached, replaces) {
-                inner.table.detach(session, old);
-            }
-            attached
-        };
-        let (attachment, set) = match attached {
-            Ok(attached) => attached,
-            Err(error) => return responder.fail(error),
-        };
-        let mut handles = Vec::new();
-        match set.memory.region.export() {
-            Ok(handle) => {
-                let handle = attach(handle, &mut handles);
-                let (content, size_bytes) = (set.content, set.memory.region.size_bytes() as u64);
-                let weights = AttachedWeights { attachment, set: id, content, size_bytes, handle };
-                let table = Payload::Table(Arc::clone(&set.table));
-                responder.answer_with(Outcome::Attached(Box::new(weights)), Some(table), handles);
-            }
-            Err(error) => {
-                self.inner.lock().table.detach(session, attachment);
-                responder.fail(error);
-            }
+            lost.give_up();
         }
     }
 
@@ -243,6 +214,18 @@ impl Weights {
         self.inner.lock().table.unload(name, path.as_deref(), force)
     }
 
+    /// Takes a load up; `false` where nobody waits for it any more, and it is not done.
+    fn begin(&self, wanted: &Wanted) -> bool {
+        let mut inner = self.inner.lock();
+        let Some(at) = inner.loads.iter().position(|load| load.is_of(wanted)) else { return false };
+        let is_wanted = inner.loads.get(at).is_some_and(|load| !load.waiters.is_empty());
+        if !is_wanted {
+            inner.loads.swap_remove(at);
+            inner.table.unreserve(wanted.plan.size_bytes);
+        }
+        is_wanted
+    }
+
     pub(in crate::broker) fn verify(&self, state: &Arc<State>, responder: Responder, name: String) {
         self.send(Job::Verify { state: Arc::clone(state), name, responder });
     }
@@ -279,12 +262,16 @@ impl Weights {
         });
         let at = inner.loads.iter().position(|load| load.is_of(wanted));
         let waiters = at.map(|at| inner.loads.swap_remove(at).waiters).unwrap_or_default();
+        // Before anybody else can have the new set give way.
+        let mut grant = |waiter: Waiter| {
+            let granted = id.clone().map_err(Error::from);
+            let granted = granted.and_then(|id| inner.grant(id, &waiter.responder, &waiter.name));
+            (granted, waiter.responder)
+        };
+        let answers: Vec<_> = waiters.into_iter().map(&mut grant).collect();
         drop(inner);
-        for waiter in waiters {
-            match &id {
-                Ok(id) => self.hand_over(*id, waiter),
-                Err(fault) => waiter.responder.fail(fault.clone()),
-            }
+        for (granted, responder) in answers {
+            self.answer(granted, responder);
         }
     }
 
@@ -295,29 +282,47 @@ impl Weights {
 }
 
 enum Found {
-    Set(WeightSetId),
+    Set(Grant),
     File(Wanted),
+}
+
+impl Job {
+    fn run(self) {
+        match self {
+            Self::Load { state, wanted } => {
+                if state.weights.begin(&wanted) {
+                    let loaded = caught(|| obtain(&state, &wanted));
+                    state.weights.finish(&wanted, loaded.map_err(Error::into_fault));
+                }
+            }
+            Self::Publish(filled) => filled.complete(),
+            Self::Verify { state, name, responder } => {
+                responder.settle(caught(|| verify(&state, &name)).map(Outcome::Verified));
+            }
+        }
+    }
+
+    /// Nobody will run it.
+    fn give_up(self) {
+        let gone = || Error::new(ErrorKind::Internal, "the thread that loads weights is gone", "see the broker's log");
+        match self {
+            Self::Load { state, wanted } => state.weights.finish(&wanted, Err(gone().into_fault())),
+            Self::Publish(filled) => filled.give_up(gone()),
+            Self::Verify { responder, .. } => responder.fail(gone()),
+        }
+    }
 }
 
 /// Works jobs off, one after the other: a load by itself uses several cores and all of the disk.
 fn work(jobs: &Receiver<Job>) {
-    for job in jobs {
-        match job {
-            Job::Load { state, wanted } => {
-                let loaded = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| obtain(&state, &wanted)));
-                let loaded = loaded.unwrap_or_else(|_| {
-                    Err(Error::new(
-                        ErrorKind::Internal,
-                        "the thread that loads weights panicked",
-                        "see the broker's log",
-                    ))
-                });
-                state.weights.finish(&wanted, loaded.map_err(Error::into_fault));
-            }
-            Job::Publish(filled) => filled.complete(),
-            Job::Verify { state, name, responder } => responder.settle(verify(&state, &name).map(Outcome::Verified)),
-        }
-    }
+    jobs.iter().for_each(Job::run);
+}
+
+/// Does what may meet anything that a file or a peer holds: a panic in there is an error of that one job.
+pub(super) fn caught<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).unwrap_or_else(|_| {
+        Err(Error::new(ErrorKind::Internal, "the thread that loads weights panicked", "see the broker's log"))
+    })
 }
 
 /// The set that is wanted: one that is there already and contains the same, or a new one.
@@ -361,7 +366,7 @@ fn ended(why: ModelError, stop: &dyn Fn() -> bool) -> Error {
 
 fn verify(state: &Arc<State>, name: &str) -> Result<Vec<VerifyReport>> {
     let path = state.registry.locate(name);
-    let sets = state.weights.inner.lock().table.named(name, path.as_ref().ok());
+    let sets = state.weights.inner.lock().table.named(name, path.as_deref().ok());
     if sets.is_empty() {
         let found = path.map(|_| ()).map_err(Error::from);
         let absent =

@@ -43,6 +43,8 @@ pub(super) struct SealedWeights {
     pub(super) region: Arc<dyn Region>,
     /// What the system calls it; of the host's memory only.
     pub(super) inode: Option<u64>,
+    /// Bytes of pages that exist, because they were written to; of the host's memory only.
+    pub(super) stored_bytes: Option<u64>,
     pub(super) end: MemoryEnd,
 }
 
@@ -93,15 +95,15 @@ impl WeightDraft {
             #[cfg(target_os = "linux")]
             Self::Host(draft) => {
                 let sealed = draft.seal()?;
-                let inode = sealed.inode()?;
-                Ok(SealedWeights { region: sealed, inode: Some(inode), end: MemoryEnd::Counted })
+                let (inode, stored_bytes) = (Some(sealed.inode()?), Some(sealed.stored_bytes()?));
+                Ok(SealedWeights { region: sealed, inode, stored_bytes, end: MemoryEnd::Counted })
             }
             Self::Gpu(region) => {
                 let end = match region.export()? {
                     RegionHandle::CudaIpc(_) => MemoryEnd::Owned,
                     _ => MemoryEnd::Counted,
                 };
-                Ok(SealedWeights { region, inode: None, end })
+                Ok(SealedWeights { region, inode: None, stored_bytes: None, end })
             }
         }
     }

@@ -1,6 +1,7 @@
 //! Weights that exist once and that every client maps: sets, who holds them, loading, publishing.
 
 mod diverged;
+mod handing;
 mod loading;
 mod memory;
 mod publish;

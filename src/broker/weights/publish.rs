@@ -6,13 +6,14 @@ use super::super::memory::attach;
 use super::super::outbox::Payload;
 use super::super::responder::Responder;
 use super::super::state::State;
-use super::loading::{Job, Waiter, Weights};
+use super::handing::Grant;
+use super::loading::{Inner, Job, Weights, caught};
 use super::memory::{WeightDraft, WeightPlace};
 use super::set::{WeightSet, wire_table};
 use super::table::Table;
 use crate::device::DeviceError;
 use crate::error::{Error, ErrorKind, Result};
-use crate::id::{ContentDigest, DraftId, SessionId, WeightSetId};
+use crate::id::{ContentDigest, DraftId, SessionId};
 use crate::model::weights::{WeightPlan, digest_region};
 use crate::protocol::{DraftOffer, Outcome, PublishRequest, WeightEntry};
 use crate::transport::Attachment;
@@ -55,7 +56,7 @@ impl Drafts {
 /// What becomes of a wish to publish.
 enum Step {
     /// The set is there.
-    There(WeightSetId),
+    There(Grant),
     /// It is to be filled.
     Fill { offer: DraftOffer, table: Arc<[u8]>, handles: Vec<Attachment> },
 }
@@ -69,10 +70,9 @@ impl Weights {
         entries: Vec<WeightEntry>,
         is_file: bool,
     ) {
-        let name = request.name.clone();
-        match self.prepare(responder.session(), request, entries, is_file) {
+        match self.prepare(&responder, request, entries, is_file) {
             Err(error) => responder.fail(error),
-            Ok(Step::There(id)) => self.hand_over(id, Waiter { responder, name, replaces: None }),
+            Ok(Step::There(grant)) => self.hand_over(grant, responder),
             Ok(Step::Fill { offer, table, handles }) => {
                 responder.answer_with(Outcome::Draft(Box::new(offer)), Some(Payload::Table(table)), handles);
             }
@@ -81,12 +81,13 @@ impl Weights {
 
     fn prepare(
         &self,
-        session: SessionId,
+        asker: &Responder,
         request: PublishRequest,
         entries: Vec<WeightEntry>,
         is_file: bool,
     ) -> Result<Step> {
         let PublishRequest { name, content } = request;
+        let session = asker.session();
         check_name(&name)?;
         let place = WeightPlace::Host;
         let described = entries.into_iter().map(|entry| {
@@ -94,34 +95,21 @@ impl Weights {
             (entry.key, meta)
         });
         let plan = WeightPlan::of_tensors(described, place.alignment())?;
+        let table = wire_table(&plan)?;
         let mut inner = self.inner.lock();
         if is_file {
             let message = format!("{name} is the name of a file that others attach by it; nothing was published");
             return Err(Error::new(ErrorKind::InUse, message, "publish under another name"));
         }
-        if let Some(known) = inner.table.published(&name) {
-            let is_same = known.set.content == content && known.set.plan == plan;
-            if !is_same && !known.holders.is_empty() {
-                return Err(Error::new(
-                    ErrorKind::InUse,
-                    format!(
-                        "{name} is published with other content, and {} sessions have that attached; \
-                         nothing was published",
-                        known.by_session().len()
-                    ),
-                    "publish under another name, or have them give it back",
-                ));
-            }
-        }
+        inner.table.check_free(&name, content)?;
         if let Some(id) = inner.table.of_content(content, place) {
-            inner.table.publish(id, &name);
-            return Ok(Step::There(id));
+            inner.table.publish(id, &name)?;
+            return Ok(Step::There(inner.grant(id, asker, &name)?));
         }
         if inner.drafts.open.values().filter(|draft| draft.session == session).count() >= MAX_DRAFTS {
             let message = format!("the session is filling {MAX_DRAFTS} sets already");
             return Err(Error::new(ErrorKind::Busy, message, "finish publishing one of them first"));
         }
-        let table = wire_table(&plan)?;
         let size_bytes = usize::try_from(plan.size_bytes).unwrap_or(usize::MAX);
         inner.table.reserve(plan.size_bytes, &name)?;
         let allocated = WeightDraft::allocate(place, None, size_bytes).and_then(|memory| {
@@ -136,6 +124,17 @@ impl Weights {
         let offer = DraftOffer { draft, size_bytes: plan.size_bytes, handle };
         inner.drafts.open.insert(draft, Draft { session, name, plan, content, memory });
         Ok(Step::Fill { offer, table, handles })
+    }
+
+    /// The client will not fill a draft after all.
+    pub(in crate::broker) fn abandon(&self, session: SessionId, draft: DraftId) {
+        let mut inner = self.inner.lock();
+        let Inner { table, drafts, .. } = &mut *inner;
+        if drafts.open.get(&draft).is_some_and(|one| one.session == session)
+            && let Some(draft) = drafts.open.remove(&draft)
+        {
+            table.unreserve(draft.plan.size_bytes);
+        }
     }
 
     /// A draft is complete: looks at what it contains, and answers with the set.
@@ -177,21 +176,25 @@ impl Filled {
         let Self { state, draft, responder } = self;
         let (bytes, name) = (draft.plan.size_bytes, draft.name.clone());
         let weights = &state.weights;
-        let sealed = seal(&state, draft);
+        let sealed = caught(|| seal(&state, draft));
         let mut inner = weights.inner.lock();
         inner.table.unreserve(bytes);
-        let kept = sealed.map(|set| {
-            // Somebody else may have published the same meanwhile.
+        let granted = sealed.and_then(|set| {
+            // Somebody else may have published something meanwhile: the same, or other tensors under this name.
+            inner.table.check_free(&name, set.content)?;
             let same = inner.table.of_content(set.content, set.place);
             let id = same.unwrap_or_else(|| inner.table.insert(set));
-            inner.table.publish(id, &name);
-            id
+            inner.table.publish(id, &name)?;
+            inner.grant(id, &responder, &name)
         });
         drop(inner);
-        match kept {
-            Ok(id) => weights.hand_over(id, Waiter { responder, name, replaces: None }),
-            Err(error) => responder.fail(error),
-        }
+        weights.answer(granted, responder);
+    }
+
+    /// Nobody will complete it.
+    pub(super) fn give_up(self, why: Error) {
+        self.state.weights.inner.lock().table.unreserve(self.draft.plan.size_bytes);
+        self.responder.fail(why);
     }
 }
 
@@ -205,6 +208,13 @@ fn seal(state: &Arc<State>, draft: Draft) -> Result<WeightSet> {
         ),
         error => error.into(),
     })?;
+    // Whoever fills memory touches every page of it. Reading pages that nobody touched would make the system provide
+    // them, however many were claimed.
+    let claimed = plan.tensors.iter().map(|tensor| tensor.meta.size_bytes().unwrap_or(usize::MAX) as u64);
+    if memory.stored_bytes.is_some_and(|stored| stored < claimed.fold(0, u64::saturating_add)) {
+        let message = format!("{name} was not filled; it was not published");
+        return Err(Error::new(ErrorKind::InvalidTensor, message, "write every tensor to its place first"));
+    }
     let found = digest_region(&plan, &memory.region, &|| state.stopping.load(Ordering::Acquire))?;
     if found != content {
         return Err(Error::new(

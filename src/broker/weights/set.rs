@@ -1,11 +1,12 @@
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
 use super::memory::{SealedWeights, WeightPlace};
 use crate::error::Result;
 use crate::id::{AttachmentId, ContentDigest, SessionId, WeightSetId};
-use crate::model::ModelFile;
+use crate::model::FileState;
 use crate::model::weights::WeightPlan;
 use crate::protocol::{WeightEntry, WeightState, encode_table};
 
@@ -28,10 +29,10 @@ pub(super) struct WeightSet {
 pub(super) struct Known {
     pub(super) set: Arc<WeightSet>,
     /// Files that hold this set, as they were when that was found.
-    pub(super) files: Vec<Arc<ModelFile>>,
+    pub(super) files: Vec<FileState>,
     /// Names it was published under.
     pub(super) published: BTreeSet<String>,
-    /// Names it was asked for by.
+    /// Names it was asked for by; the first few.
     pub(super) names: BTreeSet<String>,
     pub(super) holders: BTreeMap<AttachmentId, SessionId>,
     pub(super) last_used: Instant,
@@ -54,9 +55,16 @@ pub(super) fn wire_table(plan: &WeightPlan) -> Result<Arc<[u8]>> {
 }
 
 impl Known {
-    /// Whether a file at `path` that was found to hold this set is still as it was then.
-    pub(super) fn is_current(&self, path: &std::path::Path) -> bool {
-        self.files.iter().any(|file| file.path() == path && file.check_unchanged().is_ok())
+    /// Whether it was published as `name` or is what a file at `path` held.
+    pub(super) fn is_called(&self, name: &str, path: Option<&Path>) -> bool {
+        let by_path = path.is_some_and(|path| self.files.iter().any(|file| file.path() == path));
+        by_path || self.published.contains(name)
+    }
+
+    /// Whether nobody holds it and nobody can ask for it.
+    pub(super) fn is_forsaken(&self) -> bool {
+        let is_nameless = self.published.is_empty() && self.files.is_empty();
+        self.holders.is_empty() && (self.state != WeightState::Ready || is_nameless)
     }
 
     /// Whether the set comes from nowhere any more: every file that held it has changed, and nobody published it.
@@ -64,10 +72,21 @@ impl Known {
         self.published.is_empty() && self.files.iter().all(|file| file.check_unchanged().is_err())
     }
 
+    /// The name to speak of it by, with the sessions that hold it.
+    pub(super) fn shown_with_holders(&self) -> String {
+        let sessions: Vec<String> = self.by_session().keys().map(|session| format!("session {session}")).collect();
+        format!("{} ({})", self.shown(), sessions.join(", "))
+    }
+
     /// The name to speak of it by.
     pub(super) fn shown(&self) -> String {
         let by_name = self.published.iter().chain(&self.names).next().cloned();
         by_name.or_else(|| self.files.first().map(|file| file.path().display().to_string())).unwrap_or_default()
+    }
+
+    /// How often a session holds it.
+    pub(super) fn count(&self, session: SessionId) -> usize {
+        self.holders.values().filter(|holder| **holder == session).count()
     }
 
     /// How often each session holds it.

@@ -1,5 +1,5 @@
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -12,6 +12,18 @@ use crate::model::ModelFile;
 use crate::model::weights::WeightPlan;
 use crate::protocol::{Force, WeightState};
 
+/// More sets than any machine serves at a time: each takes a descriptor of the broker's. Those that nobody holds give way.
+const MAX_SETS: usize = 256;
+
+/// More than a worker has at a time; bounds what one that never gives anything back can make the broker remember.
+const MAX_ATTACHMENTS: usize = 4096;
+
+/// Names by which one set can be attached.
+const MAX_PUBLISHED_NAMES: usize = 64;
+
+/// Files of the same content that one set is known to be of, and names it was asked for by that are told.
+const MAX_REMEMBERED: usize = 16;
+
 /// All sets of weights, and who holds them.
 #[derive(Debug)]
 pub(super) struct Table {
@@ -19,6 +31,8 @@ pub(super) struct Table {
     sets: BTreeMap<WeightSetId, Known>,
     /// Bytes promised to sets that are being loaded or published.
     reserved: u64,
+    /// Sets that are being loaded or published.
+    coming: usize,
     next_set: u64,
     next_attachment: u64,
 }
@@ -33,7 +47,7 @@ pub(in crate::broker) enum Unloaded {
 impl Table {
     /// An empty table of up to `limit` bytes of weights.
     pub(super) fn new(limit: u64) -> Self {
-        Self { limit, sets: BTreeMap::new(), reserved: 0, next_set: 1, next_attachment: 1 }
+        Self { limit, sets: BTreeMap::new(), reserved: 0, coming: 0, next_set: 1, next_attachment: 1 }
     }
 
     pub(super) fn new_id(&mut self) -> WeightSetId {
@@ -60,19 +74,19 @@ impl Table {
                 known.state = WeightState::Outdated;
             }
         }
-        self.drop_unheld_leftovers();
+        self.drop_forsaken();
         let fits = |known: &&Known| {
             known.state == WeightState::Ready
                 && known.set.place == wanted.place
                 && known.set.plan == wanted.plan
-                && known.is_current(path)
+                && known.files.contains(wanted.file.state())
         };
         self.sets.values().find(fits).map(|known| known.set.id)
     }
 
     /// A set whose tensors are laid out like this, whatever they contain: they may be the same.
     pub(super) fn has_likeness(&self, plan: &WeightPlan, place: WeightPlace) -> bool {
-        self.ready().any(|known| known.set.place == place && known.set.plan == *plan)
+        self.whole().any(|known| known.set.place == place && known.set.plan == *plan)
     }
 
     /// The set with this content before casting, laid out like this.
@@ -86,17 +100,22 @@ impl Table {
             let set = &known.set;
             set.source == source && set.place == place && set.plan == *plan
         };
-        self.ready().find(fits).map(|known| known.set.id)
+        self.whole().find(fits).map(|known| known.set.id)
     }
 
     /// The set with this content.
     pub(super) fn of_content(&self, content: ContentDigest, place: WeightPlace) -> Option<WeightSetId> {
-        self.ready().find(|known| known.set.content == content && known.set.place == place).map(|known| known.set.id)
+        self.whole().find(|known| known.set.content == content && known.set.place == place).map(|known| known.set.id)
     }
 
     /// The set published under `name`.
     pub(super) fn published(&self, name: &str) -> Option<&Known> {
         self.ready().find(|known| known.published.contains(name))
+    }
+
+    /// Sets that contain what somebody may want; also of a file that was changed, and may hold the same again.
+    fn whole(&self) -> impl Iterator<Item = &Known> {
+        self.sets.values().filter(|known| known.state != WeightState::Revoked)
     }
 
     fn ready(&self) -> impl Iterator<Item = &Known> {
@@ -106,34 +125,44 @@ impl Table {
     /// Sets aside room for a new set, giving up sets that nobody holds, the longest unused first.
     ///
     /// # Errors
-    /// [`ErrorKind::OutOfMemory`] where sets that are held leave too little.
+    /// [`ErrorKind::OutOfMemory`] where sets that are held leave too little, [`ErrorKind::Busy`] where they are too many;
+    /// nothing is given up then.
     pub(super) fn reserve(&mut self, bytes: u64, what: &str) -> Result<()> {
-        let used =
-            |table: &Self| table.reserved + table.sets.values().map(|known| known.set.plan.size_bytes).sum::<u64>();
-        while used(self).saturating_add(bytes) > self.limit {
+        let held: Vec<&Known> = self.sets.values().filter(|known| !known.holders.is_empty()).collect();
+        let held_bytes = held.iter().map(|known| known.set.plan.size_bytes).sum::<u64>() + self.reserved;
+        if held_bytes.saturating_add(bytes) > self.limit {
+            let names: Vec<String> = held.into_iter().map(Known::shown_with_holders).collect();
+            let by = if names.is_empty() { String::new() } else { format!(" by {}", names.join(", ")) };
+            let message =
+                format!("{what} takes {bytes} bytes; {held_bytes} of the {} for weights are in use{by}", self.limit);
+            let remedy = "have clients give back what they no longer need, ask for a smaller element type, or raise \
+                          --weight-bytes";
+            return Err(Error::new(ErrorKind::OutOfMemory, message, remedy));
+        }
+        if held.len() + self.coming >= MAX_SETS {
+            let message = format!("clients hold {MAX_SETS} sets of weights already; {what} is one too many");
+            return Err(Error::new(ErrorKind::Busy, message, "have them give back what they no longer need"));
+        }
+        while self.used().saturating_add(bytes) > self.limit || self.sets.len() + self.coming >= MAX_SETS {
             let idle = self.sets.values().filter(|known| known.holders.is_empty());
-            let Some(id) = idle.min_by_key(|known| known.last_used).map(|known| known.set.id) else {
-                let held: Vec<String> = self.sets.values().map(Known::shown).collect();
-                let message = format!(
-                    "{what} takes {bytes} bytes; {} of the {} for weights are in use by {}",
-                    used(self),
-                    self.limit,
-                    if held.is_empty() { "nobody".to_owned() } else { held.join(", ") }
-                );
-                let remedy = "have clients give back what they no longer need, ask for a smaller element type, or raise \
-                              --weight-bytes";
-                return Err(Error::new(ErrorKind::OutOfMemory, message, remedy));
-            };
+            let Some(id) = idle.min_by_key(|known| known.last_used).map(|known| known.set.id) else { break };
             if let Some(known) = self.sets.remove(&id) {
                 tracing::info!(weights = known.shown(), "weights that nobody holds give way to others");
             }
         }
         self.reserved += bytes;
+        self.coming += 1;
         Ok(())
     }
 
+    fn used(&self) -> u64 {
+        self.reserved + self.sets.values().map(|known| known.set.plan.size_bytes).sum::<u64>()
+    }
+
+    /// What was set aside is not needed any more: the set is there, or will not come.
     pub(super) fn unreserve(&mut self, bytes: u64) {
         self.reserved = self.reserved.saturating_sub(bytes);
+        self.coming = self.coming.saturating_sub(1);
     }
 
     pub(super) fn insert(&mut self, set: WeightSet) -> WeightSetId {
@@ -152,44 +181,94 @@ impl Table {
     }
 
     /// Notes that a file holds this set.
-    pub(super) fn add_file(&mut self, id: WeightSetId, file: &Arc<ModelFile>) {
+    pub(super) fn add_file(&mut self, id: WeightSetId, file: &ModelFile) {
         if let Some(known) = self.sets.get_mut(&id) {
             known.files.retain(|one| one.path() != file.path());
-            known.files.push(Arc::clone(file));
+            if known.files.len() == MAX_REMEMBERED {
+                // It is found to hold the same again when it is next asked for.
+                known.files.remove(0);
+            }
+            known.files.push(file.state().clone());
+            if known.state == WeightState::Outdated {
+                known.state = WeightState::Ready;
+            }
+        }
+    }
+
+    /// That `name` can be given to what `content` says: it means nothing else that somebody holds.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InUse`].
+    pub(super) fn check_free(&self, name: &str, content: ContentDigest) -> Result<()> {
+        match self.published(name).filter(|known| known.set.content != content && !known.holders.is_empty()) {
+            None => Ok(()),
+            Some(known) => Err(Error::new(
+                ErrorKind::InUse,
+                format!(
+                    "{name} is published with other content, which is attached: {}; nothing was published",
+                    known.shown_with_holders()
+                ),
+                "publish under another name, or have them give it back",
+            )),
         }
     }
 
     /// Publishes a set under `name`, which then means no other set.
-    pub(super) fn publish(&mut self, id: WeightSetId, name: &str) {
-        for known in self.sets.values_mut() {
+    ///
+    /// # Errors
+    /// As [`Table::check_free`]; [`ErrorKind::Busy`] for a set of too many names.
+    pub(super) fn publish(&mut self, id: WeightSetId, name: &str) -> Result<()> {
+        let Some(content) = self.sets.get(&id).map(|known| known.set.content) else { return Ok(()) };
+        self.check_free(name, content)?;
+        if let Some(known) = self.sets.get_mut(&id) {
+            if !known.published.contains(name) && known.published.len() >= MAX_PUBLISHED_NAMES {
+                let message = format!("what was to be published as {name} has {MAX_PUBLISHED_NAMES} names already");
+                return Err(Error::new(ErrorKind::Busy, message, "attach it by one of them"));
+            }
+            known.published.insert(name.to_owned());
+            known.names.remove(name);
+            if known.state == WeightState::Outdated {
+                known.state = WeightState::Ready;
+            }
+        }
+        for known in self.sets.values_mut().filter(|known| known.set.id != id && known.state == WeightState::Ready) {
             known.published.remove(name);
         }
-        if let Some(known) = self.sets.get_mut(&id) {
-            known.published.insert(name.to_owned());
-        }
+        self.drop_forsaken();
+        Ok(())
     }
 
     /// A hold of `session` on a set that it asked for as `name`.
     ///
     /// # Errors
-    /// [`ErrorKind::Stale`] where the set is gone.
+    /// [`ErrorKind::Stale`] where the set is gone, [`ErrorKind::Busy`] where the session holds too much.
     pub(super) fn attach(
         &mut self,
         id: WeightSetId,
         session: SessionId,
         name: &str,
     ) -> Result<(AttachmentId, Arc<WeightSet>)> {
+        let held: usize = self.sets.values().map(|known| known.count(session)).sum();
+        if held >= MAX_ATTACHMENTS {
+            let message = format!("the session holds {MAX_ATTACHMENTS} attachments already");
+            return Err(Error::new(ErrorKind::Busy, message, "drop those that are no longer needed"));
+        }
         let attachment = AttachmentId(self.next_attachment);
         let known = self.sets.get_mut(&id).ok_or_else(|| {
             Error::new(ErrorKind::Stale, format!("{name} was unloaded in this moment"), "attach it again")
         })?;
         self.next_attachment += 1;
         known.holders.insert(attachment, session);
-        if !known.published.contains(name) {
+        if !known.published.contains(name) && known.names.len() < MAX_REMEMBERED {
             known.names.insert(name.to_owned());
         }
         known.last_used = Instant::now();
         Ok((attachment, Arc::clone(&known.set)))
+    }
+
+    /// Whether `session` holds a set by this attachment.
+    pub(super) fn holds(&self, session: SessionId, attachment: AttachmentId) -> bool {
+        self.sets.values().any(|known| known.holders.get(&attachment) == Some(&session))
     }
 
     pub(super) fn detach(&mut self, session: SessionId, attachment: AttachmentId) {
@@ -199,7 +278,7 @@ impl Table {
                 known.last_used = Instant::now();
             }
         }
-        self.drop_unheld_leftovers();
+        self.drop_forsaken();
     }
 
     /// Ends what a session holds in memory of this kind.
@@ -207,7 +286,7 @@ impl Table {
         for known in self.sets.values_mut().filter(|known| known.set.memory.end == kind) {
             known.holders.retain(|_, holder| *holder != session);
         }
-        self.drop_unheld_leftovers();
+        self.drop_forsaken();
     }
 
     /// Whether a session holds memory that must be kept until its process is gone.
@@ -216,20 +295,20 @@ impl Table {
         owned.any(|known| known.holders.values().any(|holder| *holder == session))
     }
 
-    fn drop_unheld_leftovers(&mut self) {
-        self.sets.retain(|_, known| known.state == WeightState::Ready || !known.holders.is_empty());
+    fn drop_forsaken(&mut self) {
+        self.sets.retain(|_, known| !known.is_forsaken());
     }
 
-    /// What was taken from a session by force, that it still holds; of those sets that were called `name`, where one is
-    /// given.
+    /// What was taken from a session by force, that it still holds; of those sets that were called `name` or are of the
+    /// file at `path`, where `meant` gives them.
     ///
     /// # Errors
     /// [`ErrorKind::Stale`] naming it.
-    pub(super) fn check(&self, session: SessionId, name: Option<&str>) -> Result<()> {
+    pub(super) fn check(&self, session: SessionId, meant: Option<(&str, Option<&Path>)>) -> Result<()> {
         let is_meant =
-            |known: &&Known| name.is_none_or(|name| known.names.contains(name) || known.published.contains(name));
-        let revoked = self.sets.values().filter(|known| known.state == WeightState::Revoked).filter(is_meant);
-        match revoked.into_iter().find(|known| known.holders.values().any(|holder| *holder == session)) {
+            |known: &&Known| meant.is_none_or(|(name, path)| known.names.contains(name) || known.is_called(name, path));
+        let mut revoked = self.sets.values().filter(|known| known.state == WeightState::Revoked).filter(is_meant);
+        match revoked.find(|known| known.count(session) > 0) {
             None => Ok(()),
             Some(known) => Err(Error::new(
                 ErrorKind::Stale,
@@ -244,18 +323,14 @@ impl Table {
     /// # Errors
     /// [`ErrorKind::InUse`] where somebody holds one and `force` does not say that it goes nevertheless.
     pub(super) fn unload(&mut self, name: &str, path: Option<&Path>, force: Force) -> Result<Unloaded> {
-        let is_meant = |known: &Known| {
-            let by_path = path.is_some_and(|path| known.files.iter().any(|file| file.path() == path));
-            by_path || known.published.contains(name)
-        };
-        let meant: Vec<WeightSetId> = self.ready().filter(|known| is_meant(known)).map(|known| known.set.id).collect();
+        let meant: Vec<WeightSetId> =
+            self.ready().filter(|known| known.is_called(name, path)).map(|known| known.set.id).collect();
         if force == Force::No
             && let Some(held) = meant.iter().filter_map(|id| self.sets.get(id)).find(|known| !known.holders.is_empty())
         {
-            let sessions: Vec<String> = held.by_session().keys().map(|session| format!("session {session}")).collect();
             return Err(Error::new(
                 ErrorKind::InUse,
-                format!("{} is attached by {}; nothing was unloaded", held.shown(), sessions.join(", ")),
+                format!("{} is attached; nothing was unloaded", held.shown_with_holders()),
                 "have them give it back, or unload it by force: their tensors stay readable then",
             ));
         }
@@ -264,16 +339,13 @@ impl Table {
                 known.state = WeightState::Revoked;
             }
         }
-        self.drop_unheld_leftovers();
+        self.drop_forsaken();
         Ok(if meant.is_empty() { Unloaded::Nothing } else { Unloaded::Weights })
     }
 
     /// The sets of a name or path, for a look at what they contain.
-    pub(super) fn named(&self, name: &str, path: Option<&PathBuf>) -> Vec<(String, Arc<WeightSet>)> {
-        let is_meant = |known: &&Known| {
-            let by_path = path.is_some_and(|path| known.files.iter().any(|file| file.path() == path));
-            by_path || known.published.contains(name)
-        };
-        self.sets.values().filter(is_meant).map(|known| (known.shown(), Arc::clone(&known.set))).collect()
+    pub(super) fn named(&self, name: &str, path: Option<&Path>) -> Vec<(String, Arc<WeightSet>)> {
+        let meant = self.sets.values().filter(|known| known.is_called(name, path));
+        meant.map(|known| (known.shown(), Arc::clone(&known.set))).collect()
     }
 }

@@ -68,7 +68,7 @@ impl Client {
     /// As [`Client::attach`]; [`ErrorKind::Unsupported`] for an element type that nothing is converted to.
     pub fn attach_with(&self, name: &str, options: &AttachOptions<'_>) -> Result<Weights> {
         let name = resolve_locally(name);
-        let attach = |link| Weights::open(self, hand(self, link, &name, options, None)?, &name, options);
+        let attach = |link| Weights::open(self, hand(link, &name, options, None)?, &name, options);
         let link = self.live()?;
         match attach(link) {
             // The broker went away meanwhile: once more, where it is back.
@@ -83,7 +83,6 @@ impl Client {
 
 /// Asks for weights until they are there.
 pub(super) fn hand(
-    _client: &Client,
     link: Arc<Link>,
     name: &str,
     options: &AttachOptions<'_>,

@@ -206,19 +206,13 @@ impl Weights {
         let options = AttachOptions { rule: attached.rule.clone(), gpu: attached.gpu, ..options.clone() };
         let link = attached.client.live()?;
         let replaces = Arc::ptr_eq(&link, &hold.link).then_some(hold.attachment);
-        let Handed { link, weights, entries, handle, .. } =
-            hand(&attached.client, link, &attached.name, &options, replaces)?;
-        // The old one was given back by the request itself.
-        let old = replaces.is_some();
+        let Handed { link, weights, entries, handle, .. } = hand(link, &attached.name, &options, replaces)?;
+        // Whichever of the two is dropped is given back: the old one only once the new one has taken its place.
         let new = Hold { link, attachment: weights.attachment };
         let is_same = weights.content == attached.content
             && entries.len() == attached.tensors.len()
             && entries.iter().all(|entry| attached.tensors.get(&entry.key) == Some(entry));
         if !is_same {
-            if old {
-                // Held from now on by the new attachment alone, which keeps the old memory company until it is dropped.
-                tracing::warn!(name = attached.name, "the weights are not the same any more");
-            }
             return Err(Error::new(
                 ErrorKind::Stale,
                 format!("{} holds other weights than those that were attached, which stay readable", attached.name),

@@ -82,8 +82,10 @@ impl Client {
 fn fill(link: &Arc<Link>, answer: Answer, tensors: &[Published<'_>], options: &CallOptions<'_>) -> Result<Answer> {
     let Outcome::Draft(offer) = answer.reply.outcome else { return Err(unexpected_outcome()) };
     let table = answer.payload.as_ref().map(super::super::tensor::PooledBytes::received).unwrap_or_default();
-    let entries = decode_table(table)?;
-    copy_in(tensors, &entries, &offer.handle, answer.handles.into_iter().next(), offer.size_bytes)?;
+    let copied = decode_table(table).map_err(Error::from).and_then(|entries| {
+        copy_in(tensors, &entries, &offer.handle, answer.handles.into_iter().next(), offer.size_bytes)
+    });
+    copied.inspect_err(|_| link.abandon(offer.draft))?;
     link.call(Operation::PublishFilled { draft: offer.draft }, &[], options)
 }
 

@@ -154,6 +154,19 @@ impl SealedRegion {
     }
 }
 
+impl SealedRegion {
+    /// Bytes of the memory's pages that exist: all but those that nobody has ever written to.
+    ///
+    /// # Errors
+    /// [`DeviceError::Os`].
+    pub fn stored_bytes(&self) -> Result<u64, DeviceError> {
+        /// Bytes in a block of `st_blocks`, whatever the file system's own are.
+        const BLOCK_BYTES: u64 = 512;
+        let stat = fstat(&*self.fd.lock()).map_err(os("fstat"))?;
+        Ok(stat.st_blocks.cast_unsigned().saturating_mul(BLOCK_BYTES))
+    }
+}
+
 /// That the memory behind a handle holds enough and has these seals.
 fn check(fd: &OwnedFd, size_bytes: usize, needed: SealFlags) -> Result<(), DeviceError> {
     let seals = fcntl_get_seals(fd).map_err(|_| DeviceError::NotSealed)?;
