@@ -166,6 +166,11 @@ def _gpu_memory(bench: Bench, deadline: Deadline) -> dict:
     return bench.torch("gpu_memory.py", deadline)
 
 
+def _attached(bench: Bench, deadline: Deadline) -> dict:
+    place = [] if bench.real else ["--place", "cpu"]
+    return bench.torch("attached.py", deadline, *place)
+
+
 def _broker_stress(bench: Bench, deadline: Deadline) -> dict:
     rounds = "1000" if bench.real else "5"
     test = "order::many_rounds_of_fresh_data_are_all_right_by_events"
@@ -229,6 +234,7 @@ STEPS = [
     Step("hand_off", "Hand-off latency", 60, _hand_off, TORCH),
     Step("broker_stress", "Order through the broker", 60, _broker_stress, DRIVER),
     Step("gpu_memory", "GPU memory of 1, 2, 4, 8 workers", 90, _gpu_memory),
+    Step("attached", "Weights of 1, 2, 4, 8 workers, and their forward", 150, _attached, TORCH),
     Step("torch_async", "Torch tensors under cudaMallocAsync", 60, _torch_plane("cudaMallocAsync")),
     Step("sharing", "Probe and ladder of real sessions", 90, _suite("gpu_sharing"), DRIVER),
     Step("rules", "Rules of the driver, replayed", 150, _rules, DRIVER),
