@@ -177,28 +177,32 @@ impl Weights {
     /// [`ErrorKind::Stale`] where the weights of that name are not the same any more,
     /// [`ErrorKind::Unsupported`] for memory of a GPU, or as [`Client::attach`]. The old memory is kept then.
     pub fn reattach(&self) -> Result<()> {
-        let attached = &*self.attached;
-        let mut hold = attached.hold.lock();
-        if attached.map.ordinal().is_some() {
-            return attached.map.replace(&crate::protocol::ArenaHandle::CudaVmm, None);
+        self.attached.client.with_shared_link(|link| self.attached.reattach(link))
+    }
+}
+
+impl Attached {
+    fn reattach(&self, link: Arc<Link>) -> Result<()> {
+        let mut hold = self.hold.lock();
+        if self.map.ordinal().is_some() {
+            return self.map.replace(&crate::protocol::ArenaHandle::CudaVmm, None);
         }
-        let options = AttachOptions { rule: attached.rule.clone(), gpu: attached.gpu, ..AttachOptions::default() };
-        let link = attached.client.live()?;
+        let options = AttachOptions { rule: self.rule.clone(), gpu: self.gpu, ..AttachOptions::default() };
         let replaces = Arc::ptr_eq(&link, &hold.link).then_some(hold.attachment);
-        let Handed { link, weights, entries, handle, .. } = hand(link, &attached.name, &options, replaces)?;
+        let Handed { link, weights, entries, handle, .. } = hand(link, &self.name, &options, replaces)?;
         // Whichever of the two is dropped is given back: the old one only once the new one has taken its place.
         let new = Hold { link, attachment: weights.attachment };
-        let is_same = weights.content == attached.content
-            && entries.len() == attached.tensors.len()
-            && entries.iter().all(|entry| attached.tensors.get(&entry.key) == Some(entry));
+        let is_same = weights.content == self.content
+            && entries.len() == self.tensors.len()
+            && entries.iter().all(|entry| self.tensors.get(&entry.key) == Some(entry));
         if !is_same {
             return Err(Error::new(
                 ErrorKind::Stale,
-                format!("{} holds other weights than those that were attached, which stay readable", attached.name),
+                format!("{} holds other weights than those that were attached, which stay readable", self.name),
                 "attach it anew, and build what uses it anew",
             ));
         }
-        attached.map.replace(&weights.handle, handle)?;
+        self.map.replace(&weights.handle, handle)?;
         *hold = new;
         Ok(())
     }
