@@ -334,22 +334,21 @@ impl Client {
         self.inner.link.lock().close();
     }
 
-    /// The current session, or a new one where it is over.
-    pub(super) fn live(&self) -> Result<Arc<Link>> {
-        self.inner.live_link()
-    }
-
     fn ask(&self, operation: Operation, options: &CallOptions<'_>) -> Result<Outcome> {
         self.with_link(|link| Ok(link.call(operation.clone(), &[], options)?.reply.outcome))
     }
 
     /// Runs a call that may be repeated: once more, over a new connection, where the first one was lost.
     pub(super) fn with_link<T>(&self, call: impl Fn(&Link) -> Result<T>) -> Result<T> {
-        let link = self.inner.live_link()?;
-        match call(&link) {
+        self.with_shared_link(|link| call(&link))
+    }
+
+    /// As [`Client::with_link`], for what keeps the link.
+    pub(super) fn with_shared_link<T>(&self, call: impl Fn(Arc<Link>) -> Result<T>) -> Result<T> {
+        match call(self.inner.live_link()?) {
             Err(error) if error.retry() == Retry::Reconnect && !self.inner.is_closed() => {
                 match self.inner.live_link() {
-                    Ok(link) => call(&link),
+                    Ok(link) => call(link),
                     Err(_) => Err(error),
                 }
             }

@@ -124,6 +124,8 @@ impl Link {
     }
 
     fn send_request(&self, id: RequestId, timeout_ms: Option<u32>, operation: Operation, payload: &[u8]) -> Result<()> {
+        // Who drops weights and asks for others needs the room, or the name, of the first.
+        self.send_detached()?;
         let mut releases = std::mem::take(&mut self.writer.lock().releases);
         // Before the lock: marking GPU work may take its time, and others want to write.
         self.memory.leases.take_released(&mut releases);
@@ -385,12 +387,19 @@ impl Link {
         self.write(&mut writer.frame, message, &[])
     }
 
+    /// Gives back attachments. Under the lock until they are on their way, so that no request overtakes them.
+    fn send_detached(&self) -> Result<()> {
+        let mut detached = self.detached.lock();
+        // A connection that is gone has given everything back already.
+        match std::mem::take(&mut *detached) {
+            given if given.is_empty() || self.router.is_lost() => Ok(()),
+            given => self.send(&ClientMessage::Detach(given)),
+        }
+    }
+
     /// Gives back leases that no request has taken along, and attachments.
     pub(super) fn release_now(&self) {
-        let detached = std::mem::take(&mut *self.detached.lock());
-        if !detached.is_empty() && !self.router.is_lost() {
-            _ = self.send(&ClientMessage::Detach(detached));
-        }
+        _ = self.send_detached();
         loop {
             let mut released = Vec::new();
             self.memory.leases.take_released(&mut released);

@@ -2,6 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
+use luna_broker::Error;
+use luna_broker::client::{CallOptions, Client, Published, Weights};
+use luna_broker::tensor::{DType, Dims, TensorMeta};
 use safetensors::tensor::{Dtype, TensorView};
 
 use crate::support::Place;
@@ -34,4 +37,39 @@ pub(crate) fn write_counted(path: &Path, count: usize, length: usize, plus: f32)
     let fresh = path.with_extension("new");
     std::fs::write(&fresh, serialized).expect("the folder is writable");
     std::fs::rename(&fresh, path).expect("the folder is writable");
+}
+
+/// A file of whatever tensors, as element type, shape and bytes by key.
+pub(crate) fn write(path: &Path, tensors: &[(&str, Dtype, Vec<usize>, Vec<u8>)]) {
+    let views = tensors.iter().map(|(key, dtype, shape, bytes)| {
+        (*key, TensorView::new(*dtype, shape.clone(), bytes).expect("the bytes fit the shape"))
+    });
+    std::fs::write(path, safetensors::serialize(views, None).expect("the tensors can be written")).unwrap();
+}
+
+/// A file whose one tensor `t0`, float32, takes `size_bytes`, of which the disk stores none: all are zero.
+pub(crate) fn sparse(place: &Place, name: &str, size_bytes: u64) -> PathBuf {
+    let path = place.file(name);
+    let mut header =
+        format!(r#"{{"t0":{{"dtype":"F32","shape":[{}],"data_offsets":[0,{size_bytes}]}}}}"#, size_bytes / 4);
+    while !header.len().is_multiple_of(8) {
+        header.push(' ');
+    }
+    let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+    bytes.extend_from_slice(header.as_bytes());
+    std::fs::write(&path, &bytes).unwrap();
+    std::fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(bytes.len() as u64 + size_bytes).unwrap();
+    path
+}
+
+/// Publishes one float32 tensor `t0` that counts up from `start`.
+pub(crate) fn publish(client: &Client, name: &str, start: f32, length: usize) -> Result<Weights, Error> {
+    let bytes = bytes(&floats(start, length));
+    let meta = TensorMeta::contiguous(DType::F32, Dims::of([length as u64]));
+    client.publish(name, &[Published { key: "t0", meta, bytes: &bytes }], &CallOptions::default())
+}
+
+/// The first element of a tensor.
+pub(crate) fn first(weights: &Weights, key: &str) -> f32 {
+    weights.tensor(key).unwrap().values::<f32>().unwrap()[0]
 }

@@ -3,10 +3,31 @@
 
 #[path = "../support/process.rs"]
 mod process;
+#[path = "../support/raw.rs"]
+mod raw;
 #[path = "../support/scene.rs"]
 mod scene;
 #[path = "../support/mod.rs"]
 mod support;
 
+mod budget;
+mod changed;
+mod draft;
 mod file;
+mod footprint;
+mod force;
+mod kinds;
+mod large;
+mod leases;
+mod obey;
+mod permits;
+mod publishing;
+mod restart;
+mod rungs;
 mod sharing;
+
+#[test]
+#[ignore = "the client process of other tests"]
+fn client_process() {
+    obey::run();
+}

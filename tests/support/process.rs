@@ -89,6 +89,11 @@ impl BrokerProcess {
         self.child.try_wait().unwrap().is_none()
     }
 
+    /// What it has written to standard error so far.
+    pub fn said(&self) -> String {
+        self.said.lock().clone()
+    }
+
     /// Mappings of files that no longer have a name.
     pub fn mapped_but_deleted(&self) -> usize {
         let maps = std::fs::read_to_string(format!("/proc/{}/maps", self.pid())).unwrap();

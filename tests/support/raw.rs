@@ -146,6 +146,12 @@ impl Raw {
         reply.outcome
     }
 
+    /// The handle that came beside the last message.
+    pub fn take_fd(&mut self) -> OwnedFd {
+        let Some(Attachment::Fd(fd)) = self.reader.take_attachments(1).pop() else { panic!("no descriptor came") };
+        fd
+    }
+
     /// As [`Raw::ask`], for what must fail.
     pub fn fault(&mut self, operation: Operation, payload: &[u8]) -> Fault {
         match self.ask(operation, payload) {

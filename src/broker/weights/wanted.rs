@@ -4,8 +4,8 @@ use super::super::registry::Registry;
 use super::memory::WeightPlace;
 use super::set::Known;
 use crate::error::{Error, ErrorKind, Result};
-use crate::model::ModelFile;
 use crate::model::weights::WeightPlan;
+use crate::model::{ModelError, ModelFile};
 use crate::protocol::AttachRequest;
 use crate::tensor::CastRule;
 
@@ -25,7 +25,15 @@ impl Wanted {
     pub(super) fn of_file(registry: &Registry, request: &AttachRequest, place: WeightPlace) -> Result<Self> {
         let path = registry.locate(&request.name)?;
         let file = ModelFile::open(&path)?;
-        let plan = WeightPlan::of_file(&file, &request.rule, place.alignment())?;
+        let plan = WeightPlan::of_file(&file, &request.rule, place.alignment()).map_err(|error| match error {
+            ModelError::EmptySet => ModelError::Malformed { path, reason: "it holds no tensors".to_owned() }.into(),
+            ModelError::CastTarget { .. } => Error::from(error),
+            // Speaks of a tensor alone.
+            error => {
+                let error = Error::from(error);
+                Error::new(error.kind(), format!("{}: {}", path.display(), error.message()), error.remedy())
+            }
+        })?;
         Ok(Self { file: Arc::new(file), plan, place })
     }
 }

@@ -8,7 +8,7 @@ use super::super::link::Link;
 use super::super::open_gpu::LinkGpu;
 use super::super::router::Answer;
 use super::attached::Weights;
-use crate::error::{Error, ErrorKind, Result, Retry};
+use crate::error::{Error, ErrorKind, Result};
 use crate::id::{AttachmentId, GpuUuid};
 use crate::protocol::{AttachRequest, AttachedWeights, Operation, Outcome, Rung, WeightEntry, decode_table};
 use crate::tensor::CastRule;
@@ -68,16 +68,7 @@ impl Client {
     /// As [`Client::attach`]; [`ErrorKind::Unsupported`] for an element type that nothing is converted to.
     pub fn attach_with(&self, name: &str, options: &AttachOptions<'_>) -> Result<Weights> {
         let name = resolve_locally(name);
-        let attach = |link| Weights::open(self, hand(link, &name, options, None)?, &name, options);
-        let link = self.live()?;
-        match attach(link) {
-            // The broker went away meanwhile: once more, where it is back.
-            Err(error) if error.retry() == Retry::Reconnect => match self.live() {
-                Ok(link) => attach(link),
-                Err(_) => Err(error),
-            },
-            done => done,
-        }
+        self.with_shared_link(|link| Weights::open(self, hand(link, &name, options, None)?, &name, options))
     }
 }
 

@@ -201,25 +201,29 @@ impl Weights {
     /// # Errors
     /// As [`Weights::reattach`].
     pub fn reattach_with(&self, options: &AttachOptions<'_>) -> Result<()> {
-        let attached = &*self.attached;
-        let mut hold = attached.hold.lock();
-        let options = AttachOptions { rule: attached.rule.clone(), gpu: attached.gpu, ..options.clone() };
-        let link = attached.client.live()?;
+        self.attached.client.with_shared_link(|link| self.attached.reattach(link, options))
+    }
+}
+
+impl Attached {
+    fn reattach(&self, link: Arc<Link>, options: &AttachOptions<'_>) -> Result<()> {
+        let mut hold = self.hold.lock();
+        let options = AttachOptions { rule: self.rule.clone(), gpu: self.gpu, ..options.clone() };
         let replaces = Arc::ptr_eq(&link, &hold.link).then_some(hold.attachment);
-        let Handed { link, weights, entries, handle, .. } = hand(link, &attached.name, &options, replaces)?;
+        let Handed { link, weights, entries, handle, .. } = hand(link, &self.name, &options, replaces)?;
         // Whichever of the two is dropped is given back: the old one only once the new one has taken its place.
         let new = Hold { link, attachment: weights.attachment };
-        let is_same = weights.content == attached.content
-            && entries.len() == attached.tensors.len()
-            && entries.iter().all(|entry| attached.tensors.get(&entry.key) == Some(entry));
+        let is_same = weights.content == self.content
+            && entries.len() == self.tensors.len()
+            && entries.iter().all(|entry| self.tensors.get(&entry.key) == Some(entry));
         if !is_same {
             return Err(Error::new(
                 ErrorKind::Stale,
-                format!("{} holds other weights than those that were attached, which stay readable", attached.name),
+                format!("{} holds other weights than those that were attached, which stay readable", self.name),
                 "attach it anew, and build what uses it anew",
             ));
         }
-        attached.map.replace(&weights.handle, handle)?;
+        self.map.replace(&weights.handle, handle)?;
         *hold = new;
         Ok(())
     }

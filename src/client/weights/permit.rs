@@ -24,12 +24,13 @@ impl Client {
     /// wait, [`crate::error::ErrorKind::Timeout`], [`crate::error::ErrorKind::Stale`] where attached weights were unloaded by force,
     /// [`crate::error::ErrorKind::ConnectionLost`].
     pub fn permit(&self, service: Service, bytes: u64, options: &CallOptions<'_>) -> Result<Permit> {
-        let link = self.live()?;
-        let answer = link.call(Operation::Permit { service, bytes }, &[], options)?;
-        match answer.reply.outcome {
-            Outcome::Permitted { permit } => Ok(Permit { link, id: permit }),
-            _ => Err(unexpected_outcome()),
-        }
+        self.with_shared_link(|link| {
+            let answer = link.call(Operation::Permit { service, bytes }, &[], options)?;
+            match answer.reply.outcome {
+                Outcome::Permitted { permit } => Ok(Permit { link, id: permit }),
+                _ => Err(unexpected_outcome()),
+            }
+        })
     }
 }
 

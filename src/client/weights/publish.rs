@@ -53,7 +53,6 @@ impl Client {
         for tensor in tensors {
             tensor.check()?;
         }
-        let link = self.live()?;
         let described: Result<Vec<_>> = tensors
             .iter()
             .map(|tensor| Ok((tensor.key, tensor.meta.dtype, tensor.meta.shape.as_slice(), tensor.bytes()?)))
@@ -69,12 +68,15 @@ impl Client {
             })
             .collect();
         let request = PublishRequest { name: name.to_owned(), content };
-        let answer = link.call(Operation::Publish(request), &encode_table(&entries)?, options)?;
-        let answer = match &answer.reply.outcome {
-            Outcome::Draft(_) => fill(&link, answer, tensors, options)?,
-            _ => answer,
-        };
-        Weights::open(self, take(link, answer, None)?, name, &AttachOptions::default())
+        let table = encode_table(&entries)?;
+        self.with_shared_link(|link| {
+            let answer = link.call(Operation::Publish(request.clone()), &table, options)?;
+            let answer = match &answer.reply.outcome {
+                Outcome::Draft(_) => fill(&link, answer, tensors, options)?,
+                _ => answer,
+            };
+            Weights::open(self, take(link, answer, None)?, name, &AttachOptions::default())
+        })
     }
 }
 
