@@ -125,6 +125,8 @@ impl Link {
 
     fn send_request(&self, id: RequestId, timeout_ms: Option<u32>, operation: Operation, payload: &[u8]) -> Result<()> {
         let mut releases = std::mem::take(&mut self.writer.lock().releases);
+        // Whoever drops weights and then asks for them to be unloaded does not find them held.
+        self.detach_now();
         // Before the lock: marking GPU work may take its time, and others want to write.
         self.memory.leases.take_released(&mut releases);
         let mut writer = self.writer.lock();
@@ -376,12 +378,17 @@ impl Link {
         self.write(&mut writer.frame, message, &[])
     }
 
-    /// Gives back leases that no request has taken along, and attachments.
-    pub(super) fn release_now(&self) {
+    fn detach_now(&self) {
         let detached = std::mem::take(&mut *self.detached.lock());
         if !detached.is_empty() && !self.router.is_lost() {
+            // A connection that is gone has given them back already.
             _ = self.send(&ClientMessage::Detach(detached));
         }
+    }
+
+    /// Gives back leases that no request has taken along, and attachments.
+    pub(super) fn release_now(&self) {
+        self.detach_now();
         loop {
             let mut released = Vec::new();
             self.memory.leases.take_released(&mut released);
