@@ -367,21 +367,21 @@ class Client:
         progress: Callable[[int, int], object] | Literal[False] | None = None,
         timeout: float | None = None,
     ) -> Weights:
-        """All tensors of a safetensors file, or of a published set, as views on memory that exists once on this machine.
+        """All tensors of a safetensors file, or of a published set, as views on memory that exists once.
 
         The broker loads a file with the first request for it; later ones, by whatever process, take what is there.
 
         `name`: a path, a name the broker knows, or that of a published set. `dtype`: what floating-point tensors are
-        converted to, rounding to the nearest as torch does; a dictionary says it by the beginnings of keys, of which the
-        longest that fits counts and `None` leaves a tensor as it is stored: `{"": torch.float16, "vae.": None}`.
+        converted to, rounding to the nearest as torch does; a dictionary says it by the beginnings of keys, of which
+        the longest that fits counts and `None` leaves a tensor as it is stored: `{"": torch.float16, "vae.": None}`.
         Integers and booleans are never converted. `device`: `"cuda:N"` for memory of a GPU. `progress`: a function of
         (bytes done, bytes in all), called a few times a second; what it raises ends the call. `None` draws a bar if
         stderr is a terminal and loading takes longer than half a second, `False` draws nothing. `timeout`: seconds;
         `None` for the client's.
 
         Raises `ModelNotFound`, `InvalidModel`, `OutOfMemory`, `Unsupported` (an element type nothing is converted to; a
-        session that shares no memory with the broker), `Stale` (weights of that name are held here that were unloaded by
-        force: reattach or drop them first), `Timeout`.
+        session that shares no memory with the broker), `Stale` (weights of that name are held here that were
+        unloaded by force: reattach or drop them first), `Timeout`.
         """
 
     def publish(self, name: str, tensors: Mapping[str, Any], timeout: float | None = None) -> Weights:
@@ -426,7 +426,8 @@ class Client:
 
     def status(self) -> dict[str, Any]:
         """What the broker is doing, among it `sessions`: a list, each with `name` and `leases`; and
-        `weights`: a list, each with `names`, `bytes`, `saved_bytes` and `holders`, whose `diverged_bytes` they wrote to."""
+        `weights`: a list, each with `names`, `bytes`, `saved_bytes` and `holders`, each with the `diverged_bytes` that
+        it wrote to."""
 
     def metrics(self) -> str:
         """The broker's numbers for monitoring, in the text format of OpenMetrics, which Prometheus reads. Among them:
