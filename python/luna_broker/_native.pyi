@@ -1,6 +1,6 @@
 """The compiled client. Import its names from `luna_broker`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from types import TracebackType
 from typing import Any, Literal, final, overload
@@ -9,7 +9,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from .weights import Weights
+
 __version__: str
+
+_DType = str | torch.dtype | type[np.generic] | np.dtype[Any]
 
 class LunaBrokerError(Exception):
     """Base of every error of this package.
@@ -65,6 +69,9 @@ class Stale(LunaBrokerError):
 
 class Unsupported(LunaBrokerError):
     """Recognised, but nothing this build or device can do."""
+
+class InUse(LunaBrokerError):
+    """Somebody uses what the request would replace or take away. Nothing was changed."""
 
 class Timeout(LunaBrokerError):
     """The deadline passed before the answer came. The client stays usable."""
@@ -281,6 +288,60 @@ class Vae:
         """
 
 @final
+class Attached:
+    """What `luna_broker.Weights` is made of: a hold on weights in the broker's memory."""
+
+    @property
+    def name(self) -> str:
+        """What they were asked for by."""
+
+    @property
+    def digest(self) -> str:
+        """What the tensors contain, in hexadecimal digits."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of shared memory that they lie in."""
+
+    @property
+    def device(self) -> str:
+        """`"cpu"` or `"cuda:N"`."""
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """First address of the memory, and the one behind it."""
+
+    @property
+    def diverged_bytes(self) -> int | None:
+        """Bytes of pages that this process has to itself because it wrote to them."""
+
+    def tensors(self) -> dict[str, Any]:
+        """All tensors by key, made anew: torch's where torch is loaded, else numpy's."""
+
+    def check(self) -> None:
+        """Raises unless the broker counts the weights as held."""
+
+    def reattach(self, progress: Callable[[int, int], object] | Literal[False] | None = None) -> None:
+        """Puts the same weights of the broker's behind the same addresses."""
+
+@final
+class Permit:
+    """A turn in one of the broker's lanes. Obtained from `Client.permit`; held inside a `with` block.
+
+    It ends with the block, with the process, and at the latest after the broker's `--permit-seconds`.
+    """
+
+    def __enter__(self) -> Permit:
+        """Waits for the turn. Raises `OutOfMemory`, `Busy`, `Timeout`, `Stale`, `ConnectionLost`."""
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+@final
 class Client:
     """A connection to a broker. Obtained from `connect`; may be used from many threads.
 
@@ -298,6 +359,57 @@ class Client:
         Raises `ModelNotFound`, `InvalidModel`, `Unsupported`, `OutOfMemory`.
         """
 
+    def attach(
+        self,
+        name: str | PathLike[str],
+        dtype: _DType | dict[str, _DType | None] | None = None,
+        device: str | torch.device | None = None,
+        progress: Callable[[int, int], object] | Literal[False] | None = None,
+        timeout: float | None = None,
+    ) -> Weights:
+        """All tensors of a safetensors file, or of a published set, as views on memory that exists once.
+
+        The broker loads a file with the first request for it; later ones, by whatever process, take what is there.
+
+        `name`: a path, a name the broker knows, or that of a published set. `dtype`: what floating-point tensors are
+        converted to, rounding to the nearest as torch does; a dictionary says it by the beginnings of keys, of which
+        the longest that fits counts and `None` leaves a tensor as it is stored: `{"": torch.float16, "vae.": None}`.
+        Integers and booleans are never converted. `device`: `"cuda:N"` for memory of a GPU. `progress`: a function of
+        (bytes done, bytes in all), called a few times a second; what it raises ends the call. `None` draws a bar if
+        stderr is a terminal and loading takes longer than half a second, `False` draws nothing. `timeout`: seconds;
+        `None` for the client's.
+
+        Raises `ModelNotFound`, `InvalidModel`, `OutOfMemory`, `Unsupported` (an element type nothing is converted to; a
+        session that shares no memory with the broker), `Stale` (weights of that name are held here that were
+        unloaded by force: reattach or drop them first), `Timeout`.
+        """
+
+    def publish(self, name: str, tensors: Mapping[str, Any], timeout: float | None = None) -> Weights:
+        """Hands tensors to the broker, for any process of this user to attach as `name`; returns their views.
+
+        torch tensors and parameters, on the CPU or on a GPU, and numpy arrays are copied into the broker's memory once,
+        row by row, whatever their strides; with the views in their place, the caller's may go. What the broker has
+        already is not sent. Nobody may write to the tensors meanwhile.
+
+        Raises `InUse` where `name` is a file's, or that of other tensors that somebody has attached; `InvalidTensor`,
+        `OutOfMemory`, `Unsupported`.
+        """
+
+    def permit(self, service: Literal["vae"], bytes: int = 0, timeout: float | None = None) -> Permit:
+        """A turn for work that this process does itself, with attached weights: `with client.permit("vae", bytes=n):`
+
+        Of all processes that ask, and of the calls that the broker runs, one at a time has the lane, in the order in
+        which they came. `bytes`: working memory that is going to be used; more than `--vae-budget` is refused with
+        `OutOfMemory`, and is for tiles. `timeout`: seconds to wait for the turn; `None` for the client's.
+        """
+
+    def verify(self, name: str | PathLike[str]) -> list[dict[str, Any]]:
+        """What weights contain now beside what they contained when they were loaded or published.
+
+        One dictionary for each set of that name: `name`, `device`, `bytes`, and the digests `expected` and `found`.
+        Raises `ModelNotFound` for weights that nobody has attached since the broker started.
+        """
+
     @overload
     def empty(
         self, shape: Sequence[int], dtype: torch.dtype, device: str | torch.device | None = None
@@ -313,7 +425,9 @@ class Client:
         """
 
     def status(self) -> dict[str, Any]:
-        """What the broker is doing, among it `sessions`: a list, each with `name` and `leases`."""
+        """What the broker is doing, among it `sessions`: a list, each with `name` and `leases`; and
+        `weights`: a list, each with `names`, `bytes`, `saved_bytes` and `holders`, each with the `diverged_bytes` that
+        it wrote to."""
 
     def metrics(self) -> str:
         """The broker's numbers for monitoring, in the text format of OpenMetrics, which Prometheus reads. Among them:
@@ -328,10 +442,13 @@ class Client:
         Raises `ModelNotFound`, `InvalidModel`, `Unsupported`, `OutOfMemory`.
         """
 
-    def unload(self, name: str) -> None:
-        """Has the broker give up a model's memory. The next call to it loads it again.
+    def unload(self, name: str | PathLike[str], force: bool = False) -> None:
+        """Has the broker give up the memory of a model, and of weights of that name. The next call loads them again.
 
-        Raises `ModelNotFound`.
+        Weights that somebody has attached stay and `InUse` is raised. With `force` they go: the tensors stay readable
+        for those who have them, whose next `check` or permit raises `Stale`.
+
+        Raises `ModelNotFound`, `InUse`.
         """
 
     def ping(self) -> float:

@@ -79,10 +79,6 @@ class Weights(dict[str, Any]):
     def __repr__(self) -> str:
         return f"<Weights {self.name}: {len(self)} tensors, {self.size_bytes} bytes on {self.device}>"
 
-    def _span(self) -> tuple[int, int]:
-        """First address of the memory, and the one behind it."""
-        return self._held().span
-
     def _held(self) -> Attached:
         if self._attached is None:
             raise refusal(Stale, f"{self.name} was closed by this process", "attach it again")

@@ -1,0 +1,331 @@
+"""Modules that compute in this process with weights that lie in the broker's memory once for everybody.
+
+from luna_broker.torch import load_attached, skeleton
+
+with skeleton():
+    unet = UNet2DConditionModel(**config)
+load_attached(unet, "unet.safetensors", dtype=torch.float16)
+unet(latent, timestep, context)
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from os import PathLike, fspath
+from threading import get_ident
+from typing import Any
+
+import torch
+from torch.nn import Module, Parameter
+from torch.nn.parameter import is_lazy
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from . import Client, InvalidTensor, LunaBrokerError, Weights, connect
+from ._native import Attached
+from .errors import refusal
+
+__all__ = ["attached_weights", "load_attached", "skeleton"]
+
+# What an error names of a long list; the rest is counted.
+NAMED_KEYS = 8
+
+META = torch.device("meta")
+
+DTypes = torch.dtype | str | dict[str, torch.dtype | str | None]
+
+
+def load_attached(
+    module: Module,
+    name_or_weights: str | PathLike[str] | Weights,
+    *,
+    client: Client | None = None,
+    prefix: str = "",
+    dtype: DTypes | None = None,
+    strict: bool = True,
+    check: bool = True,
+) -> Weights:
+    """Gives `module` the tensors of attached weights in place of its own parameters and buffers, without a copy.
+
+    Parameters may be on the meta device: see `skeleton`. What the module ties, stays tied. The parameters are frozen,
+    as everybody shares them. Where anything does not fit, `InvalidTensor` names it and the module is as it was.
+
+    `name_or_weights`: what `Client.attach` takes, or gives. `client`: who attaches; `None` for one that is made for it,
+    with the default address. `prefix`: what the keys of the module's tensors begin with in the weights; other keys are
+    not looked at. `dtype`: element types that the broker is to convert to, as for `Client.attach`; the module must want
+    the same. `strict`: whether the module and the weights must have the same keys; else what only one of them has is
+    left alone, unless it is on the meta device. `check`: whether each call of the module asks the broker first, in some
+    ten microseconds, whether the weights are still held, and raises `ConnectionLost` or `Stale` otherwise;
+    `weights.reattach()` makes the same module good again. A module that is used by methods other than its forward
+    checks nothing then: call `weights.check()`.
+
+    Returns the weights, which live as long as the module does.
+    """
+    if isinstance(name_or_weights, Weights):
+        if dtype is not None:
+            raise TypeError("dtype: the weights are attached already; their types were chosen then")
+        weights = name_or_weights
+    else:
+        client = connect() if client is None else client
+        weights = client.attach(fspath(name_or_weights), dtype=dtype, device=_device_of(module))
+    attached = weights._held()
+    plan = _Plan(_slots(module), weights, prefix)
+    plan.refuse_what_does_not_fit(strict)
+    plan.assign()
+    _audit(plan, attached)
+    _remember(module, weights, attached, check)
+    return weights
+
+
+def attached_weights(module: Module) -> list[Weights]:
+    """The weights that `load_attached` gave to this very module, and that it still has."""
+    return [held.weights for held in _HELD.get(module, ())]
+
+
+@contextmanager
+def skeleton() -> Iterator[None]:
+    """Modules built in this block, by this thread, have parameters without memory, and buffers as always.
+
+    Building them takes neither time nor memory for the weights; computed buffers, which are in no file, are there.
+    """
+    register, thread = Module.register_parameter, get_ident()
+    # Of one parameter under two names one meta parameter is made: tied stays tied.
+    made: Any = WeakTensorKeyDictionary()
+
+    def register_without_memory(module: Module, name: str, parameter: Parameter | None) -> None:
+        if get_ident() == thread and parameter is not None and parameter.device != META and not is_lazy(parameter):
+            if parameter not in made:
+                made[parameter] = Parameter(parameter.detach().to(META), requires_grad=parameter.requires_grad)
+            parameter = made[parameter]
+        register(module, name, parameter)
+
+    Module.register_parameter = register_without_memory
+    try:
+        yield
+    finally:
+        Module.register_parameter = register
+
+
+@dataclass
+class _Slot:
+    """A tensor of a module, and every place that it is found in: several, where the module ties them."""
+
+    tensor: torch.Tensor
+    # False for a buffer that no file has.
+    is_stored: bool = False
+    places: list[tuple[Module, str]] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+
+    @property
+    def shown(self) -> str:
+        return " = ".join(self.names)
+
+
+def _slots(module: Module) -> list[_Slot]:
+    slots: dict[int, _Slot] = {}
+    # Modules and tensors that come twice are looked at under each of their names.
+    for path, owner in module.named_modules(remove_duplicate=False):
+        for tensors, transient in ((owner._parameters, ()), (owner._buffers, owner._non_persistent_buffers_set)):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    slot = slots.setdefault(id(tensor), _Slot(tensor))
+                    slot.is_stored |= name not in transient
+                    slot.places.append((owner, name))
+                    slot.names.append(f"{path}.{name}" if path else name)
+    return list(slots.values())
+
+
+class _Plan:
+    """Which tensor of the weights goes where; nothing is changed before all of it fits."""
+
+    def __init__(self, slots: list[_Slot], weights: Weights, prefix: str) -> None:
+        self.prefix = prefix
+        self.weights = weights
+        self.chosen: list[tuple[_Slot, torch.Tensor]] = []
+        self.missing: list[_Slot] = []
+        self.left_on_meta: list[_Slot] = []
+        self.untied: list[str] = []
+        used: set[str] = set()
+        for slot in slots:
+            keys = [prefix + name for name in slot.names if slot.is_stored and prefix + name in weights]
+            used.update(keys)
+            if keys:
+                first = weights[keys[0]]
+                self.chosen.append((slot, first))
+                self.untied += [f"{keys[0]} and {key}" for key in keys[1:] if not _same_bytes(first, weights[key])]
+                continue
+            if slot.is_stored:
+                self.missing.append(slot)
+            if slot.tensor.device == META:
+                self.left_on_meta.append(slot)
+        self.unexpected = [key for key in weights if key.startswith(prefix) and key not in used]
+
+    def refuse_what_does_not_fit(self, strict: bool) -> None:
+        if self.untied:
+            raise self._refusal(
+                "the module ties what differs there",
+                self.untied,
+                "untie them in the module first: give each a Parameter of its own",
+            )
+        if strict and (self.missing or self.unexpected):
+            raise self._keys_differ()
+        if self.left_on_meta:
+            raise self._refusal(
+                "there is nothing for these, which would be left on the meta device",
+                [slot.shown + ("" if slot.is_stored else " (a buffer that is computed)") for slot in self.left_on_meta],
+                "build the module in luna_broker.torch.skeleton(), which computes buffers, or assign them before",
+            )
+        self._refuse("shapes differ", _shapes_differ, "build the module with the configuration that the weights are of")
+        self._refuse(
+            "element types differ, and nothing is converted silently",
+            _dtypes_differ,
+            "have the broker convert: dtype=… of the module; or convert the module before: module.to(dtype)",
+        )
+        self._refuse("devices differ", _devices_differ, "attach with device=… of the module, or move the module before")
+
+    def assign(self) -> None:
+        for slot, tensor in self.chosen:
+            new = tensor
+            if isinstance(slot.tensor, Parameter):
+                new = Parameter(tensor, requires_grad=False)
+                # What libraries note about a parameter stays with it.
+                vars(new).update(vars(slot.tensor))
+            for owner, name in slot.places:
+                setattr(owner, name, new)
+
+    def _keys_differ(self) -> LunaBrokerError:
+        if not self.chosen and self.unexpected == list(self.weights):
+            alike = _prefix_that_fits(self.missing, self.weights)
+            remedy = f"prefix={alike!r} fits" if alike else "attach the weights of this module, or name their prefix"
+            return self._refusal("there is no key of the module's", [slot.shown for slot in self.missing], remedy)
+        parts = []
+        if self.missing:
+            parts.append(f"the weights lack {_listed([slot.shown for slot in self.missing])}")
+        if self.unexpected:
+            parts.append(f"the module lacks {_listed(self.unexpected)}")
+        remedy = "attach the weights of this module, or pass strict=False to leave alone what only one of them has"
+        return self._refusal("keys differ", parts, remedy)
+
+    def _refuse(self, what: str, differ: Callable[[torch.Tensor, torch.Tensor], str | None], remedy: str) -> None:
+        found = [(slot, differ(slot.tensor, tensor)) for slot, tensor in self.chosen]
+        wrong = [f"{slot.shown} ({difference})" for slot, difference in found if difference]
+        if wrong:
+            raise self._refusal(what, wrong, remedy)
+
+    def _refusal(self, what: str, keys: list[str], remedy: str) -> LunaBrokerError:
+        message = f"{self.weights.name} does not fit the module: {what}: {_listed(keys)}; the module is as it was"
+        return refusal(InvalidTensor, message, remedy)
+
+
+def _shapes_differ(have: torch.Tensor, given: torch.Tensor) -> str | None:
+    if is_lazy(have):
+        return "of the module's, no shape is known before its first call"
+    if have.shape == given.shape:
+        return None
+    return f"{list(have.shape)} in the module, {list(given.shape)} attached"
+
+
+def _dtypes_differ(have: torch.Tensor, given: torch.Tensor) -> str | None:
+    return None if have.dtype == given.dtype else f"{have.dtype} in the module, {given.dtype} attached"
+
+
+def _devices_differ(have: torch.Tensor, given: torch.Tensor) -> str | None:
+    if have.device in (META, given.device):
+        return None
+    return f"{have.device} in the module, {given.device} attached"
+
+
+def _same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors are the same bit for bit: numbers that are none are equal to themselves."""
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
+
+
+def _prefix_that_fits(missing: list[_Slot], weights: Weights) -> str | None:
+    name = missing[0].names[0] if missing else ""
+    for key in weights:
+        prefix = key.removesuffix(name)
+        if name and prefix != key and all(any(prefix + n in weights for n in slot.names) for slot in missing):
+            return prefix
+    return None
+
+
+def _listed(names: list[str]) -> str:
+    rest = len(names) - NAMED_KEYS
+    return ", ".join(names[:NAMED_KEYS]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _device_of(module: Module) -> str | None:
+    """The device that the module is on, as far as it is anywhere."""
+    devices = {str(slot.tensor.device) for slot in _slots(module) if slot.is_stored and slot.tensor.device != META}
+    return devices.pop() if len(devices) == 1 else None
+
+
+def _audit(plan: _Plan, attached: Attached) -> None:
+    """That the module really computes with the shared memory, found by looking at it again.
+
+    A module may keep what it is given elsewhere, or a copy of it: then memory is not saved, and nobody would notice.
+    """
+    private = [
+        name
+        for slot, _ in plan.chosen
+        for (owner, attribute), name in zip(slot.places, slot.names, strict=True)
+        if not _lies_in(getattr(owner, attribute), attached)
+    ]
+    if private:
+        message = f"the module made copies of what it was given: {_listed(private)}"
+        raise refusal(LunaBrokerError, message, "load it without load_attached: nothing would be shared")
+
+
+def _lies_in(tensor: torch.Tensor, attached: Attached) -> bool:
+    start, end = attached.span
+    return tensor.numel() == 0 or start <= tensor.data_ptr() < end
+
+
+class _Check:
+    """Asks the broker before a module computes. A copy of the module has copies of the weights: it asks nothing."""
+
+    def __init__(self, attached: Attached | None = None) -> None:
+        self._attached = attached
+
+    def __call__(self, module: Module, arguments: object) -> None:
+        if self._attached is not None:
+            self._attached.check()
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return _Check, ()
+
+
+@dataclass
+class _Held:
+    """Weights that a module has, and what ends its questions about them."""
+
+    weights: Weights
+    # What stays when the dictionary is closed: the module has its tensors still.
+    attached: Attached
+    stop_asking: Callable[[], None]
+
+
+# The module has no attribute for them, as it would be copied with the module, weights and all.
+_HELD: weakref.WeakKeyDictionary[Module, list[_Held]] = weakref.WeakKeyDictionary()
+
+
+def _remember(module: Module, weights: Weights, attached: Attached, check: bool) -> None:
+    kept = []
+    for held in _HELD.get(module, []):
+        is_used = held.attached is not attached and any(
+            slot.tensor.device != META and _lies_in(slot.tensor, held.attached) for slot in _slots(module)
+        )
+        if is_used:
+            kept.append(held)
+        else:
+            held.stop_asking()
+    stop = module.register_forward_pre_hook(_Check(attached)).remove if check else _nothing
+    _HELD[module] = [*kept, _Held(weights, attached, stop)]
+
+
+def _nothing() -> None:
+    """There is no question to end."""
