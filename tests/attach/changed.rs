@@ -45,6 +45,24 @@ fn a_file_that_changed_is_another_set_and_the_old_one_stays_with_its_holders() {
 }
 
 #[test]
+fn one_of_two_equal_files_may_change() {
+    let scene = Scene::new(&[]);
+    let path = counted(&scene.place, "model.safetensors", 2, 5000);
+    let copy = scene.place.file("copy.safetensors");
+    std::fs::copy(&path, &copy).unwrap();
+    let client = client_at(&scene.place);
+    let names = [&path, &copy].map(|path| path.to_str().unwrap());
+    let held = names.map(|name| client.attach(name).unwrap());
+    assert_eq!(only(&scene).holders[0].attachments, 2);
+    write_counted(&copy, 2, 5000, 0.5);
+    assert_eq!(first(&client.attach(names[1]).unwrap(), "t1"), 1000.5);
+    assert_eq!(first(&client.attach(names[0]).unwrap(), "t1"), 1000.0);
+    assert!(scene.bystander.status().unwrap().weights.iter().all(|set| set.state == WeightState::Ready));
+    assert_eq!(first(&held[1], "t1"), 1000.0);
+    scene.check_bystander();
+}
+
+#[test]
 fn a_file_that_is_touched_stays_the_same_set() {
     let scene = Scene::new(&[]);
     let path = counted(&scene.place, "model.safetensors", 2, 5000);

@@ -10,7 +10,7 @@ use luna_broker::tensor::{DType, Dims, digest_tensors};
 use luna_broker::{ErrorKind, Fault};
 
 use crate::file::{bytes, first, floats, publish};
-use crate::raw::{Raw, Shared};
+use crate::raw::{Raw, Shared, request as request_of};
 use crate::scene::Scene;
 use crate::support::{client_at, eventually};
 
@@ -119,6 +119,30 @@ fn a_draft_belongs_to_its_session_and_dies_with_it() {
         .or_else(|_| scene.bystander.unload_with("large", luna_broker::protocol::Force::Yes))
         .unwrap();
     eventually("the end of all memory", || scene.footprint().is_back_to(&before));
+    scene.check_bystander();
+}
+
+#[test]
+fn what_is_complete_only_after_its_publisher_died_is_held_by_nobody() {
+    /// Reading them takes longer than the end of a session.
+    const ELEMENTS: u64 = 64 << 20;
+    let scene = Scene::new(&[]);
+    let (mut raw, memory) = publisher(&scene);
+    let data = vec![1u8; 4 * ELEMENTS as usize];
+    let content = digest_tensors([("t0", DType::F32, &[ELEMENTS][..], &data[..])]);
+    let table = encode_table(&[entry("t0", DType::F32, &[ELEMENTS])]).unwrap();
+    let publish = Operation::Publish(PublishRequest { name: "name".to_owned(), content });
+    let Outcome::Draft(offer) = raw.ask(publish, &table) else { panic!("a draft was due") };
+    let region = DraftRegion::import(raw.take_fd(), offer.size_bytes as usize).unwrap();
+    region.copy_in(0, &data).unwrap();
+    drop((region, data));
+    raw.send(&request_of(1, Operation::PublishFilled { draft: offer.draft }));
+    drop((raw, memory));
+    eventually("the set", || !scene.bystander.status().unwrap().weights.is_empty());
+    let status = scene.bystander.status().unwrap();
+    assert_eq!(status.sessions.len(), 1, "the publisher was gone before");
+    assert!(status.weights[0].holders.is_empty(), "{:#?}", status.weights);
+    scene.bystander.unload("name").unwrap();
     scene.check_bystander();
 }
 

@@ -60,7 +60,11 @@ fn who_gives_up_waiting_leaves_the_broker_as_it_was() {
     assert_eq!((set.state, set.holders.len()), (WeightState::Loading, 0));
     scene.check_bystander();
     let told = RefCell::new(false);
-    let (progress, interrupted) = (|_: u64, _: u64| *told.borrow_mut() = true, || *told.borrow());
+    let progress = |_: u64, _: u64| {
+        assert_eq!(only(&scene).state, WeightState::Loading, "one load for both");
+        *told.borrow_mut() = true;
+    };
+    let interrupted = || *told.borrow();
     let options =
         AttachOptions { progress: Some(&progress), interrupted: Some(&interrupted), ..AttachOptions::default() };
     let error = two.attach_with(path, &options).unwrap_err();
@@ -76,8 +80,9 @@ fn who_gives_up_waiting_leaves_the_broker_as_it_was() {
 #[test]
 fn who_dies_waiting_holds_nothing_and_loads_that_nobody_waits_for_are_not_begun() {
     let scene = Scene::new(&[]);
-    let (first, second) = ("first.safetensors", "second.safetensors");
-    let paths = [first, second].map(|name| sparse(&scene.place, name, 10 * GIB));
+    let first = "first.safetensors";
+    let paths = [(first, 10 * GIB), ("second.safetensors", 9 * GIB)];
+    let paths = paths.map(|(name, size_bytes)| sparse(&scene.place, name, size_bytes));
     let mut victim = crate::obey::worker(&scene, "victim");
     victim.tell(&format!("attach {}", paths[0].display()));
     eventually("the victim's load", || scene.bystander.status().unwrap().weights.len() == 1);

@@ -53,6 +53,17 @@ fn a_file_and_a_published_set_of_the_same_content_are_one() {
         assert_eq!(same.content(), half.content());
     }
     assert_eq!(scene.bystander.status().unwrap().weights.len(), 2);
+    // And with what is published before it comes of casting.
+    let path = scene.place.file("other.safetensors");
+    crate::file::write_counted(&path, 1, 100, 0.5);
+    let halves: Vec<u8> = floats(0.5, 100).into_iter().flat_map(|one| half::f16::from_f32(one).to_le_bytes()).collect();
+    let meta = TensorMeta::contiguous(DType::F16, Dims::of([100]));
+    let tensor = [Published { key: "t0", meta, bytes: &halves }];
+    let published = client.publish("other half", &tensor, &CallOptions::default()).unwrap();
+    let rule = CastRule::all(DType::F16);
+    let cast = client.attach_with(path.to_str().unwrap(), &AttachOptions { rule, ..AttachOptions::default() }).unwrap();
+    assert_eq!(cast.content(), published.content());
+    assert_eq!(scene.bystander.status().unwrap().weights.len(), 3);
     scene.check_bystander();
 }
 
