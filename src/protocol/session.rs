@@ -286,12 +286,12 @@ mod tests {
     }
 
     #[test]
-    fn a_cancel_that_crossed_the_answer_is_ignored() {
+    fn a_cancel_that_crossed_the_answer_takes_back_what_that_gave() {
         let mut machine = open(4);
         machine.receive(ping(1)).unwrap();
         assert_eq!(machine.receive(ClientMessage::Cancel { id: RequestId(1) }), Ok(Action::Cancel(RequestId(1))));
         machine.answered(RequestId(1));
-        assert_eq!(machine.receive(ClientMessage::Cancel { id: RequestId(1) }), Ok(Action::Ignore));
+        assert_eq!(machine.receive(ClientMessage::Cancel { id: RequestId(1) }), Ok(Action::Recall(RequestId(1))));
     }
 
     proptest! {
