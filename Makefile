@@ -36,7 +36,9 @@ test-long: $(VENV)/.test
 bench: build extension $(VENV)/.test
 	$(BIN)/python benches/compare.py --broker $(BROKER)
 	$(BIN)/python benches/steady_state.py --broker $(BROKER)
+	$(BIN)/python benches/attach.py --broker $(BROKER)
 	$(CARGO) bench --quiet --features $(FEATURES) --bench remote_call
+	$(CARGO) bench --quiet --features $(FEATURES) --bench weights_load
 
 build: $(VENV)/.run
 	$(CARGO) build --release --features $(FEATURES)
@@ -57,9 +59,12 @@ test-rust-long: $(VENV)/.test
 	@LUNA_BROKER_SOAK_REQUESTS=10000 LUNA_BROKER_FUZZ_CASES=5000 \
 		bash tests/cargo_test.sh --features $(FEATURES) --test soak --test hostile
 
-test-examples: $(VENV)/.run
+test-examples: build extension $(VENV)/.test
 	$(CARGO) run --release --quiet --features $(FEATURES) --example embed_broker
 	$(CARGO) run --release --quiet --features $(FEATURES) --example decode
+	$(CARGO) run --release --quiet --features $(FEATURES) --example attach
+	$(BIN)/python examples/attach_diffusers.py
+	$(BIN)/python examples/attach_transformers.py
 
 test-python: extension $(VENV)/.test
 	cd python && $(BIN)/python -m pytest -q tests
