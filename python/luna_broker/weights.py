@@ -51,8 +51,8 @@ class Weights(dict[str, Any]):
         write to them meanwhile. `progress` as for `Client.attach`, for a broker that has to load them first.
 
         Raises `Stale` where the file or the published set contains something else by now; the old memory is kept then.
-        `Unsupported` for weights in plain memory of a GPU. On a GPU this waits for the work enqueued so far, and nothing that
-        uses the weights may be enqueued meanwhile. Else as `Client.attach`.
+        `Unsupported` for weights in plain memory of a GPU. On a GPU this waits for the work enqueued so far, and
+        nothing that uses the weights may be enqueued meanwhile. Else as `Client.attach`.
         """
         self._held().reattach(progress)
 

@@ -27,8 +27,9 @@ with skeleton():
 weights = load_attached(module, client.attach({path!r}))
 start, end = weights._attached.span
 end = -(-end // mmap.PAGESIZE) * mmap.PAGESIZE
-protected = ctypes.CDLL(None, use_errno=True).mprotect(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.PROT_READ)
-assert protected == 0, ctypes.get_errno()
+libc = ctypes.CDLL(None, use_errno=True)
+refused = libc.mprotect(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.PROT_READ)
+assert not refused, ctypes.get_errno()
 print("read only", flush=True)
 run(module)
 if {writes!r}:

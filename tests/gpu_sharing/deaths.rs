@@ -16,13 +16,13 @@ const VICTIM: &str = "LUNA_BROKER_TEST_VICTIM_AT";
 const MARK: &str = "> ";
 
 /// The calling test once more, in a process to be killed. Killed when dropped.
-struct Victim {
+pub(super) struct Victim {
     child: Child,
     said: Lines<BufReader<ChildStdout>>,
 }
 
 impl Victim {
-    fn start(socket: &str) -> Self {
+    pub(super) fn start(socket: &str) -> Self {
         let thread = std::thread::current();
         let test = thread.name().expect("the harness names a test's thread after the test");
         let mut child = Command::new(std::env::current_exe().unwrap())
@@ -37,30 +37,30 @@ impl Victim {
     }
 
     /// Where this process is the victim: the socket.
-    fn is_this() -> Option<String> {
+    pub(super) fn is_this() -> Option<String> {
         std::env::var(VICTIM).ok()
     }
 
     /// Says what was done.
-    fn say(what: &str) {
+    pub(super) fn say(what: &str) {
         // The harness has begun a line of its own.
         println!("\n{MARK}{what}");
     }
 
     /// Waits until the victim has said so.
-    fn await_word(&mut self, what: &str) {
+    pub(super) fn await_word(&mut self, what: &str) {
         let said = self.said.by_ref().map_while(Result::ok);
         let mut words = said.filter_map(|line| line.strip_prefix(MARK).map(str::to_owned));
         assert_eq!(words.next().as_deref(), Some(what));
     }
 
     /// SIGKILL; the process is gone when this returns.
-    fn kill(&mut self) {
+    pub(super) fn kill(&mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
     }
 
-    fn wait_for_death() -> ! {
+    pub(super) fn wait_for_death() -> ! {
         loop {
             std::thread::park();
         }

@@ -8,6 +8,7 @@ use luna_broker::tensor::CastRule;
 use safetensors::tensor::{Dtype, TensorView};
 
 use super::*;
+use crate::deaths::Victim;
 use crate::roles::Role;
 
 const COUNT: usize = 1 << 20;
@@ -165,4 +166,58 @@ fn weights_are_not_attached_on_a_gpu_that_does_not_reach_the_brokers() {
 #[test]
 fn weights_are_not_attached_across_gpus() {
     refused_on_another_gpu(Stage::new().set("SUBSTITUTE_CUDA_P2P", 1));
+}
+
+#[test]
+fn weights_outlive_the_broker_and_are_taken_up_again_from_the_next() {
+    if let Some(socket) = Victim::is_this() {
+        let _broker = Broker::builder().config(on_the_gpu()).address(socket).start().unwrap();
+        Victim::say("serving");
+        Victim::wait_for_death();
+    }
+    Stage::new().alone(|| {
+        let place = Place::new();
+        let serve = || {
+            let mut broker = Victim::start(&place.socket());
+            broker.await_word("serving");
+            broker
+        };
+        let mut broker = serve();
+        let model = Model::new();
+        let client = Client::connect(Some(&place.socket())).unwrap();
+        let weights = client.attach_with(&model.path, &on_gpu()).unwrap();
+        let address = weights.tensor("first").unwrap().address();
+        broker.kill();
+        assert_eq!(weights.check().unwrap_err().kind(), ErrorKind::ConnectionLost);
+        check(&weights);
+        let _broker = serve();
+        weights.reattach().unwrap();
+        weights.check().unwrap();
+        assert_eq!(weights.tensor("first").unwrap().address(), address);
+        check(&weights);
+    });
+}
+
+#[test]
+fn a_killed_client_holds_no_weights_and_takes_them_from_nobody() {
+    if let Some(socket) = Victim::is_this() {
+        let client = Client::connect(Some(&socket)).unwrap();
+        let path = client.status().unwrap().weights[0].path.clone();
+        let _weights = client.attach_with(&path, &on_gpu()).unwrap();
+        Victim::say("attached");
+        Victim::wait_for_death();
+    }
+    play(Stage::new(), on_the_gpu(), |guest| {
+        let model = Model::new();
+        let client = guest.connect();
+        let weights = client.attach_with(&model.path, &on_gpu()).unwrap();
+        let holders = || guest.status()["weights"][0]["holders"].as_array().unwrap().len();
+        let mut victim = Victim::start(&guest.socket);
+        victim.await_word("attached");
+        assert_eq!(holders(), 2);
+        victim.kill();
+        eventually("the killed client's hold", || holders() == 1);
+        weights.check().unwrap();
+        check(&weights);
+    });
 }
