@@ -89,7 +89,8 @@ impl PermitJob {
     pub(super) fn hold(self) {
         let Self { id, permits, ended, patience, mut responder } = self;
         if ended.try_recv() == Err(TryRecvError::Disconnected) {
-            let message = "the session ended before its permit came, or the broker is stopping";
+            // Nobody hears this who has taken the request back or whose session ended.
+            let message = "the broker is stopping; the permit did not come";
             return responder.fail(Fault::new(ErrorKind::ShuttingDown, message, "ask again once the broker is back"));
         }
         let session = responder.session();

@@ -102,6 +102,8 @@ impl Session {
                 Action::Cancel(id) => {
                     self.state.vae_lane.cancel(self.link.id(), id);
                     self.state.weights.cancel(self.link.id(), id);
+                    // Its turn may have come in this moment.
+                    self.state.permits.recall(self.link.id(), id);
                 }
                 Action::Detach(attachments) => self.state.weights.detach(self.link.id(), &attachments),
                 Action::Abandon(draft) => self.state.weights.abandon(self.link.id(), draft),
@@ -112,7 +114,6 @@ impl Session {
                 Action::Opened(arena) => self.opened(arena),
                 Action::Negotiate(hello) => self.negotiate(hello)?,
                 Action::Settle(answer) => self.settle(&answer)?,
-                Action::Ignore => {}
                 Action::Leave => return Ok(()),
             }
         }

@@ -19,7 +19,8 @@ pub enum ClientMessage {
     Probed(ProbeAnswer),
     /// Work, answered by exactly one [`Reply`] with the same id.
     Request(Request),
-    /// The caller no longer waits for this request. Not answered by itself; the request still is.
+    /// The caller no longer waits for this request. Not answered by itself; the request still is. A permit that is its
+    /// answer, on its way already, ends with it.
     Cancel {
         /// The request taken back.
         id: RequestId,

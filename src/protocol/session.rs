@@ -96,8 +96,6 @@ pub enum Action {
     Opened(ArenaId),
     /// The client left in order.
     Leave,
-    /// Nothing: the message was late, which is legal.
-    Ignore,
 }
 
 /// The broker's side of one session: which message may come when, and which requests are in flight.
@@ -286,7 +284,7 @@ mod tests {
     }
 
     #[test]
-    fn a_cancel_that_crossed_the_answer_takes_back_what_that_gave() {
+    fn a_cancel_that_crossed_the_answer_takes_back_what_was_answered() {
         let mut machine = open(4);
         machine.receive(ping(1)).unwrap();
         assert_eq!(machine.receive(ClientMessage::Cancel { id: RequestId(1) }), Ok(Action::Cancel(RequestId(1))));
