@@ -23,7 +23,8 @@ pub struct BrokerConfig {
     pub model_folders: Vec<PathBuf>,
     /// Whether the do-nothing VAE `builtin:hand-off` is served. Off by default.
     pub bench_models: bool,
-    /// Requests that may wait in one lane; more are refused as busy. Default 64.
+    /// Requests that may wait for their turn in one lane; more are refused as busy. Default 64. Those that had their turn and
+    /// wait for their input are bounded by [`session_in_flight`](Self::session_in_flight) alone.
     pub lane_capacity: usize,
     /// Requests one session may have in flight; more are refused as busy. Default 32.
     pub session_in_flight: usize,

@@ -181,8 +181,12 @@ impl Scrape {
         registry.register_with_unit("arena", help, Unit::Bytes, self.arenas);
         registry.register("models_loaded", "Models whose weights are in memory", self.models);
         registry.register_with_unit("model", "Size of their weights", Unit::Bytes, self.model_bytes);
-        registry.register("lane_queued", "Requests that wait in a lane", self.lane_queued);
-        registry.register("lane_capacity", "Requests that may wait in a lane", self.lane_capacity);
+        registry.register(
+            "lane_queued",
+            "Requests that wait in a lane, for their turn or their input",
+            self.lane_queued,
+        );
+        registry.register("lane_capacity", "Requests that may wait in a lane for their turn", self.lane_capacity);
         registry.register("lane_busy", "Whether a request runs in a lane, 0 or 1", self.lane_running);
         registry.register("lane_completed", "Requests that a lane has run", self.lane_completed);
     }

@@ -196,7 +196,7 @@ pub(crate) struct ServeArgs {
     #[arg(long, value_enum, default_value_t = Order::Events)]
     gpu_order: Order,
 
-    /// Requests that may wait in the VAE lane; more are refused as busy.
+    /// Requests that may wait for their turn in the VAE lane; more are refused as busy.
     #[arg(long, default_value_t = 64, value_name = "N")]
     lane_capacity: usize,
 
@@ -231,7 +231,7 @@ enum Weights {
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum Order {
-    /// By events: no thread waits for the GPU.
+    /// By events: a result crosses before the work on it is done, and streams wait.
     Events,
     /// Each side waits for its GPU work before it tells the other.
     Host,
