@@ -24,7 +24,8 @@ impl CudaDevice {
     }
 }
 
-/// A host region with its pages locked; dropping it waits for the GPU and unlocks them, before the region goes.
+/// A host region with its pages locked; dropping it unlocks them, before the region goes. It asks for no wait for the GPU,
+/// as no copy outlasts the borrow of a region's bytes; a driver may wait all the same.
 #[derive(Debug)]
 pub struct Pinned {
     region: Arc<dyn Region>,
@@ -80,9 +81,10 @@ unsafe impl Region for Pinned {
 
 impl Drop for Pinned {
     fn drop(&mut self) {
-        note_failure(self.context.synchronize());
         let address = std::ptr::with_exposed_provenance_mut(self.region.address());
-        // SAFETY: registered in `pin`, undone here alone; no copy is in flight.
+        // SAFETY: registered in `pin`, undone here alone. No copy is in flight: `read_range`, `write_range`, a region's
+        // `copy_in` and `copy_out`, and `CopyStream::copy` with host memory wait for their stream before they return, also
+        // after an error; libtorch's blocking copies do; and the caller of `CudaDevice::copy` promised to.
         note_failure(self.context.current().and_then(|cuda| unsafe { cuda.cuMemHostUnregister(address) }));
     }
 }
