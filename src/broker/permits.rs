@@ -15,9 +15,16 @@ use crate::protocol::Outcome;
 #[derive(Debug, Default)]
 pub(super) struct Permits {
     next: AtomicU64,
-    /// Dropping the sender ends the permit.
-    open: Mutex<HashMap<PermitId, (SessionId, Sender<()>)>>,
+    open: Mutex<Open>,
     holder: Mutex<Option<SessionId>>,
+}
+
+#[derive(Debug, Default)]
+struct Open {
+    /// Dropping the sender ends the permit.
+    places: HashMap<PermitId, (SessionId, Sender<()>)>,
+    /// The broker stops: nobody is given a place any more.
+    closed: bool,
 }
 
 /// A place in a lane: waits like a job, and is the client's while it runs.
@@ -33,27 +40,38 @@ pub(super) struct PermitJob {
 impl Permits {
     /// A place for whoever asked by `responder`. It ends by itself after `patience` from its turn on.
     pub(super) fn ask(self: &Arc<Self>, responder: Responder, patience: Duration) -> PermitJob {
+        let (id, ended) = self.open(responder.session());
+        PermitJob { id, permits: Arc::clone(self), ended, patience, responder }
+    }
+
+    /// A new place, and what its end shows by; one asked for when the broker stops has ended already.
+    fn open(&self, session: SessionId) -> (PermitId, Receiver<()>) {
         let id = PermitId(self.next.fetch_add(1, Ordering::Relaxed) + 1);
         let (end, ended) = bounded(1);
-        self.open.lock().insert(id, (responder.session(), end));
-        PermitJob { id, permits: Arc::clone(self), ended, patience, responder }
+        let mut open = self.open.lock();
+        if !open.closed {
+            open.places.insert(id, (session, end));
+        }
+        (id, ended)
     }
 
     /// The client gives its place back.
     pub(super) fn end(&self, session: SessionId, permit: PermitId) {
         let mut open = self.open.lock();
-        if open.get(&permit).is_some_and(|(holder, _)| *holder == session) {
-            open.remove(&permit);
+        if open.places.get(&permit).is_some_and(|(holder, _)| *holder == session) {
+            open.places.remove(&permit);
         }
     }
 
     pub(super) fn end_session(&self, session: SessionId) {
-        self.open.lock().retain(|_, (holder, _)| *holder != session);
+        self.open.lock().places.retain(|_, (holder, _)| *holder != session);
     }
 
-    /// The broker stops: nobody holds up its lanes.
+    /// The broker stops: nobody holds up its lanes, nor does who asks from now on.
     pub(super) fn end_all(&self) {
-        self.open.lock().clear();
+        let mut open = self.open.lock();
+        open.closed = true;
+        open.places.clear();
     }
 
     /// The session that has the lane by a permit now.
@@ -85,5 +103,20 @@ impl PermitJob {
     pub(super) fn give_up(self) -> Responder {
         self.permits.end(self.responder.session(), self.id);
         self.responder
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_permit_that_is_asked_for_when_the_broker_stops_has_ended() {
+        let permits = Permits::default();
+        let (_, before) = permits.open(SessionId(1));
+        assert_eq!(before.try_recv(), Err(TryRecvError::Empty));
+        permits.end_all();
+        let (_, after) = permits.open(SessionId(2));
+        assert_eq!([before.try_recv(), after.try_recv()], [Err(TryRecvError::Disconnected); 2]);
     }
 }
