@@ -183,6 +183,11 @@ pub(crate) struct ServeArgs {
     #[arg(long, default_value = "2G", value_parser = bytes, value_name = "BYTES")]
     gpu_bytes: u64,
 
+    /// Bytes of page-locked host memory that tensors of all sessions pass through to and from GPUs; accepts K, M, G. Beyond
+    /// it copies are slower.
+    #[arg(long, default_value = "1G", value_parser = bytes, value_name = "BYTES")]
+    pinned_bytes: u64,
+
     /// Bytes of weights held for clients to attach; accepts K, M, G. Default: as much as there is memory. Weights that
     /// nobody holds give way to others.
     #[arg(long, value_parser = bytes, value_name = "BYTES")]
@@ -280,6 +285,7 @@ impl TryFrom<&ServeArgs> for BrokerConfig {
             threads: args.threads,
             device: args.device.clone(),
             gpu_bytes: args.gpu_bytes,
+            pinned_bytes: args.pinned_bytes,
             gpu_arena_bytes: Self::default().gpu_arena_bytes.min(args.gpu_bytes),
             gpu_order: match args.gpu_order {
                 Order::Events => GpuOrder::Events,

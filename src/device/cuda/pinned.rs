@@ -3,7 +3,7 @@ use std::sync::Arc;
 use super::api::note_failure;
 use super::context::Context;
 use super::device::CudaDevice;
-use crate::device::{DeviceError, Place, Region, RegionHandle};
+use crate::device::{DeviceError, LockShare, Place, Region, RegionHandle};
 
 /// The registered memory is page-locked for every context of the process.
 const PORTABLE: u32 = 1;
@@ -20,7 +20,7 @@ impl CudaDevice {
         let address = std::ptr::with_exposed_provenance_mut(region.address());
         // SAFETY: host memory, mapped while the region lives, which `Pinned` sees to.
         unsafe { self.context().current()?.cuMemHostRegister_v2(address, region.size_bytes(), PORTABLE) }?;
-        Ok(Pinned { region, context: Arc::clone(self.context()) })
+        Ok(Pinned { region, context: Arc::clone(self.context()), share: None })
     }
 }
 
@@ -30,9 +30,17 @@ impl CudaDevice {
 pub struct Pinned {
     region: Arc<dyn Region>,
     context: Arc<Context>,
+    /// Given back once the pages are unlocked.
+    share: Option<LockShare>,
 }
 
 impl Pinned {
+    /// The same, with what it takes of a budget.
+    pub(super) fn counted(mut self, share: Option<LockShare>) -> Self {
+        self.share = share;
+        self
+    }
+
     /// The region.
     #[must_use]
     pub fn region(&self) -> &Arc<dyn Region> {
