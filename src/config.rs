@@ -23,7 +23,8 @@ pub struct BrokerConfig {
     pub model_folders: Vec<PathBuf>,
     /// Whether the do-nothing VAE `builtin:hand-off` is served. Off by default.
     pub bench_models: bool,
-    /// Requests that may wait in one lane; more are refused as busy. Default 64.
+    /// Requests that may wait for their turn in one lane; more are refused as busy. Default 64. Those that had their turn and
+    /// wait for their input are bounded by [`session_in_flight`](Self::session_in_flight) alone.
     pub lane_capacity: usize,
     /// Requests one session may have in flight; more are refused as busy. Default 32.
     pub session_in_flight: usize,
@@ -63,6 +64,9 @@ pub struct BrokerConfig {
     pub gpu_arena_bytes: u64,
     /// Bytes of all tensor arenas on the GPU together. Default 2 GiB. A tensor beyond it is refused as out of memory.
     pub gpu_bytes: u64,
+    /// Bytes of host memory that the broker has page-locked at once, for tensors of all sessions that pass through it to and
+    /// from GPUs. Default 1 GiB. Beyond it such memory stays pageable: copies are slower, and `pages` of the rung says why.
+    pub pinned_bytes: u64,
     /// How GPU work of broker and clients is kept in order. Default: by events.
     pub gpu_order: GpuOrder,
     /// Bytes of weights held for clients to attach, on all devices together. Default `None`: as much as there is memory.
@@ -93,6 +97,7 @@ impl Default for BrokerConfig {
             device: "cpu".to_owned(),
             gpu_arena_bytes: 32 << 20,
             gpu_bytes: 2 << 30,
+            pinned_bytes: 1 << 30,
             gpu_order: GpuOrder::Events,
             weight_bytes: None,
             permit_patience: Duration::from_secs(600),
@@ -121,6 +126,12 @@ impl BrokerConfig {
         }
         if self.gpu_arena_bytes == 0 || self.gpu_arena_bytes > self.gpu_bytes {
             return refuse("GPU arena size", "it must be positive and at most the bytes of all arenas");
+        }
+        if self.input_patience.is_zero() {
+            return refuse("input patience", "an input needs some time to be written");
+        }
+        if self.permit_patience.is_zero() {
+            return refuse("permit patience", "a permit that has ended before it begins is of no use");
         }
         Ok(())
     }
@@ -194,5 +205,26 @@ pub fn rung_from_environment() -> Result<Option<Rung>, ConfigError> {
 impl From<ConfigError> for Error {
     fn from(error: ConfigError) -> Self {
         Self::caused(ErrorKind::Configuration, "correct the setting", error)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_setting_that_would_refuse_everything_is_refused_itself() {
+        let config = BrokerConfig::default;
+        assert_eq!(config().validate(), Ok(()));
+        let broken = [
+            ("lane capacity", BrokerConfig { lane_capacity: 0, ..config() }),
+            ("requests in flight", BrokerConfig { session_in_flight: 0, ..config() }),
+            ("sessions", BrokerConfig { max_sessions: 0, ..config() }),
+            ("input patience", BrokerConfig { input_patience: Duration::ZERO, ..config() }),
+            ("permit patience", BrokerConfig { permit_patience: Duration::ZERO, ..config() }),
+        ];
+        for (setting, config) in broken {
+            assert_eq!(config.validate().unwrap_err().setting, setting);
+        }
     }
 }

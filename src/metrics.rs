@@ -66,8 +66,9 @@ impl Metrics {
         self.rung_failures.get_or_create(&FailureLabels { rung: rung.name(), code }).inc();
     }
 
-    /// Everything in the text format of OpenMetrics, which Prometheus and its node_exporter read: where the two formats
-    /// differ (types of metrics), only what is in both is used.
+    /// Everything in the text format of OpenMetrics, which Prometheus reads. To a reader of its own older format, as in
+    /// node_exporter, the samples are the same and gauges are gauges, but counters have no type: it looks for a TYPE line
+    /// with `_total` in the name. No type of metric is used that it does not know.
     pub(crate) fn text(&self, now: Scrape) -> String {
         let mut registry = Registry::with_prefix(PREFIX);
         let counters = [
@@ -181,8 +182,12 @@ impl Scrape {
         registry.register_with_unit("arena", help, Unit::Bytes, self.arenas);
         registry.register("models_loaded", "Models whose weights are in memory", self.models);
         registry.register_with_unit("model", "Size of their weights", Unit::Bytes, self.model_bytes);
-        registry.register("lane_queued", "Requests that wait in a lane", self.lane_queued);
-        registry.register("lane_capacity", "Requests that may wait in a lane", self.lane_capacity);
+        registry.register(
+            "lane_queued",
+            "Requests that wait in a lane, for their turn or their input",
+            self.lane_queued,
+        );
+        registry.register("lane_capacity", "Requests that may wait in a lane for their turn", self.lane_capacity);
         registry.register("lane_busy", "Whether a request runs in a lane, 0 or 1", self.lane_running);
         registry.register("lane_completed", "Requests that a lane has run", self.lane_completed);
     }
@@ -208,7 +213,7 @@ mod tests {
                 }
                 ["#", "TYPE", name, named] => {
                     assert_eq!(name, family, "{line}");
-                    assert!(["gauge", "counter"].contains(&named), "not in both formats: {line}");
+                    assert!(["gauge", "counter"].contains(&named), "a type that only one format knows: {line}");
                     kind = named;
                 }
                 ["#", "UNIT", name, unit] => assert!(name == family && name.ends_with(&format!("_{unit}")), "{line}"),

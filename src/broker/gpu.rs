@@ -4,10 +4,12 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 
-use super::pool::{ArenaPool, Limits};
+use super::pool::{ArenaPool, Growth, Limits};
 use crate::config::BrokerConfig;
 use crate::device::cuda::{Driver, Fence};
-use crate::device::{CopyStream, CudaDevice, CudaSharing, Device, DeviceError, HostDevice, Order, PageLock, Region};
+use crate::device::{
+    CopyStream, CudaDevice, CudaSharing, Device, DeviceError, HostDevice, LockBudget, Order, PageLock, Region,
+};
 use crate::id::GpuUuid;
 use crate::protocol::Rung;
 
@@ -23,6 +25,7 @@ pub(super) struct BrokerGpu {
     uuid: GpuUuid,
     limits: Limits,
     arena_ids: Arc<AtomicU32>,
+    pinned: Arc<LockBudget>,
     plain: Pool,
     /// Made when the first client needs it.
     descriptors: Mutex<Option<Pool>>,
@@ -57,10 +60,18 @@ impl BrokerGpu {
             total: config.gpu_bytes,
             session: config.session_bytes,
             setting: "--gpu-bytes",
+            growth: Growth::Doubling,
         };
         let plain = Pool::open(uuid, CudaSharing::Ipc, limits, arena_ids)?;
         tracing::info!(gpu = %uuid, name = plain.device.gpu().name, "tensors are shared on this GPU");
-        Ok(Some(Self { uuid, limits, arena_ids: Arc::clone(arena_ids), plain, descriptors: Mutex::default() }))
+        Ok(Some(Self {
+            uuid,
+            limits,
+            arena_ids: Arc::clone(arena_ids),
+            pinned: Arc::new(LockBudget::new(config.pinned_bytes)),
+            plain,
+            descriptors: Mutex::default(),
+        }))
     }
 
     pub(super) fn uuid(&self) -> GpuUuid {
@@ -133,9 +144,9 @@ impl BrokerGpu {
         Ok(Marks { order: Arc::new(fence), page, events })
     }
 
-    /// Locks pages of host memory for copies of this GPU.
+    /// Locks pages of host memory for copies of this GPU, as many as all sessions together may have locked.
     pub(super) fn page_lock(&self) -> PageLock {
-        self.plain.device.page_lock()
+        self.plain.device.page_lock(Some(Arc::clone(&self.pinned)))
     }
 
     /// What is enqueued on `queue` from now on runs late enough for a probe to notice.

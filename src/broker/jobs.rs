@@ -165,11 +165,13 @@ impl Job for VaeWork {
 
     /// A call is ready when the client's GPU work that writes its input is done. The lane's stream could wait for that
     /// instead, but only without a bound: behind a client whose stream hangs, everybody's calls would stay on the GPU's
-    /// queue, where nobody can take them back.
+    /// queue, where nobody can take them back, and whatever waits for the whole GPU (freeing memory, for one) with them.
     ///
-    /// No thread waits for the GPU here all the same. The question is one look at an event, it is not even asked where
-    /// the mark is known to have passed, and between two looks the lane runs what is ready, or has nothing to do. What
-    /// is given up is that the call's first kernels could be launched while the client's last ones run.
+    /// The price: the call is enqueued, and its reply leaves, only after the host has seen the client's own work pass the
+    /// mark. The question is one look at an event, it is not even asked where the mark is known to have passed, and
+    /// between two looks the lane runs what is ready, or has nothing to do; but client and broker do not launch kernels at
+    /// the same time. What stays unsynchronised is the result: the reply leaves when the call's work is enqueued and its
+    /// mark recorded, and the client's stream waits for that.
     fn is_ready(&self) -> bool {
         match self {
             Self::Call(job) => job.input.is_written(),

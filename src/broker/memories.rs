@@ -173,14 +173,15 @@ impl Memories {
     }
 
     pub(super) fn reap(&self) {
-        self.host.reap();
-        if let Some(staging) = self.staging.get() {
-            staging.memory.reap();
-        }
+        // First what others wait for; unmapping the session's own memory takes longer.
         for gpu in self.gpus.read().iter() {
             if let Some(shared) = &gpu.shared {
                 shared.memory.reap();
             }
+        }
+        self.host.reap();
+        if let Some(staging) = self.staging.get() {
+            staging.memory.reap();
         }
     }
 

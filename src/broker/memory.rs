@@ -310,6 +310,11 @@ impl Held {
         }
     }
 
+    /// The lease ends with the session and not before: the client's GPU work may reach the slot at any time until then.
+    pub(super) fn keep_lease(&mut self) {
+        self.ends_lease = EndsLease::No;
+    }
+
     /// Passes the lease on to the client: the descriptor of what was written, on `stream` where that is GPU work.
     ///
     /// # Errors

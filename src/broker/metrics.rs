@@ -1,6 +1,6 @@
 use super::state::State;
 use crate::metrics::{LaneNow, Scrape};
-use crate::protocol::{SessionReport, Status};
+use crate::protocol::SessionReport;
 
 /// A device of a client's that the broker knows nothing of. Not its UUID: clients could fill a database with those they
 /// make up.
@@ -10,21 +10,21 @@ const OTHER_GPU: &str = "other_gpu";
 const HOST: &str = "cpu";
 
 impl State {
-    /// What `status` tells, as numbers for monitoring.
+    /// What `status` tells of this process, as numbers for monitoring. Asked for often, so it looks at no other process, as
+    /// the reports of weights do.
     pub(super) fn metrics_text(&self) -> String {
-        let Status { version, uptime_s, sessions, models, lanes, .. } = self.status();
         let gpu = self.gpu.as_ref().map(|gpu| (gpu.uuid().to_string(), gpu.arena_bytes()));
-        let scrape = Scrape::new(&version, uptime_s);
-        for session in &sessions {
+        let scrape = Scrape::new(env!("CARGO_PKG_VERSION"), self.clock.uptime_s());
+        for session in &self.session_reports() {
             add_session(&scrape, session, gpu.as_ref().map(|(uuid, _)| uuid.as_str()));
         }
         if let Some((uuid, bytes)) = &gpu {
             scrape.arenas(uuid, *bytes);
         }
-        for model in models.iter().filter(|model| model.loaded) {
+        for model in self.registry.known_reports().iter().filter(|model| model.loaded) {
             scrape.model(model.service, &model.device, model.bytes);
         }
-        for lane in &lanes {
+        for lane in &self.lane_reports() {
             let now = LaneNow {
                 queued: lane.queued,
                 capacity: lane.capacity,

@@ -1,10 +1,11 @@
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use super::gpu::{BrokerGpu, Marks};
 use super::memories::{Memories, SessionGpu, SharedGpu};
 use super::memory::{Handing, Held, SessionMemory, attach};
 use super::state::State;
-use crate::device::{CopyStream, DeviceError, Span};
+use crate::device::{CopyStream, DeviceError, Order, Span};
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::{GpuUuid, SessionId};
 use crate::protocol::{
@@ -16,6 +17,12 @@ use crate::transport::{Abilities, Attachment};
 
 /// More GPUs than any machine has, each demoted as often as there are rungs.
 const MAX_OPENED: usize = 64;
+
+/// How long a client's marked work of a probe may take. It takes milliseconds, and the session reads nothing meanwhile.
+const MARK_PATIENCE: Duration = Duration::from_secs(5);
+
+/// How often it is looked whether it is done.
+const MARK_TICK: Duration = Duration::from_millis(1);
 
 /// Places in the probed slot, in nonces: what each side writes plainly, what each writes marked, and scratch.
 const BROKERS_PLAIN: usize = 0;
@@ -128,7 +135,7 @@ impl GpuDoor {
     /// [`ErrorKind::Protocol`] where nothing was offered for this GPU; as [`GpuDoor::open`].
     pub(super) fn probed(&mut self, state: &State, memories: &Memories, probed: GpuProbed) -> Result<Step> {
         let offered = self.search.as_mut().filter(|search| search.situation.gpu == probed.gpu);
-        let Some(offered) = offered.and_then(|search| search.offered.take()) else {
+        let Some(mut offered) = offered.and_then(|search| search.offered.take()) else {
             return Err(Error::new(ErrorKind::Protocol, format!("no memory was offered for {}", probed.gpu), ""));
         };
         let failure = match probed.outcome {
@@ -279,22 +286,96 @@ fn read(slot: &Held, at: usize) -> Result<[u8; NONCE_BYTES], DeviceError> {
 }
 
 impl Offered {
-    fn judge(&self, findings: &GpuFindings) -> Result<GpuOrder, (FailureCode, String)> {
+    fn judge(&mut self, findings: &GpuFindings) -> Result<GpuOrder, (FailureCode, String)> {
         let unread = |error: DeviceError| (FailureCode::NonceMismatch, error.to_string());
         let found = read(&self.slot.slot, CLIENTS_PLAIN).map_err(unread)?;
         let marked = findings.marked.as_ref().zip(self.marks.as_ref()).and_then(|(marked, marks)| {
-            self.read_marked(marks, marked.sequence)
-                .inspect_err(|error| tracing::warn!(%error, "a client's mark cannot be waited for"))
-                .ok()
+            match self.read_marked(marks, marked.sequence) {
+                Ok(marked) => Some(marked),
+                Err(error) => {
+                    tracing::warn!(%error, "a client's mark cannot be waited for");
+                    None
+                }
+            }
         });
+        if findings.marked.is_some() && marked.is_none() {
+            // The client's copy may come yet, into nobody else's slot.
+            self.slot.slot.keep_lease();
+        }
         judge_gpu(&self.nonces, findings, &found, marked.as_ref()).map_err(|(code, what)| (code, what.to_owned()))
     }
 
-    /// What a stream that waits for the client's mark finds behind it.
-    fn read_marked(&self, marks: &Marks, sequence: u64) -> Result<[u8; NONCE_BYTES], DeviceError> {
+    /// What a stream that waits for the client's mark finds behind it. The mark must have passed by then: others wait for
+    /// the stream too, and a client's stream may stand still.
+    fn read_marked(&self, marks: &Marks, sequence: u64) -> Result<[u8; NONCE_BYTES]> {
+        if !passes_within(&*marks.order, sequence, MARK_PATIENCE)? {
+            let message = format!("GPU work before it was not done after {} s", MARK_PATIENCE.as_secs());
+            return Err(Error::new(ErrorKind::Timeout, message, ""));
+        }
         marks.order.wait(sequence, self.queue.handle())?;
         self.queue.copy(&place(&self.slot.slot, CLIENTS_MARKED)?, &place(&self.slot.slot, SCRATCH)?)?;
         self.queue.synchronize()?;
-        read(&self.slot.slot, SCRATCH)
+        Ok(read(&self.slot.slot, SCRATCH)?)
+    }
+}
+
+/// Whether the GPU passes a mark of the peer's in this time.
+fn passes_within(order: &dyn Order, sequence: u64, limit: Duration) -> Result<bool, DeviceError> {
+    let deadline = Instant::now() + limit;
+    loop {
+        if order.passed_peers(sequence)? {
+            return Ok(true);
+        }
+        if Instant::now() >= deadline {
+            return Ok(false);
+        }
+        std::thread::sleep(MARK_TICK);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::StreamRef;
+
+    /// Marks that pass up to this one, and that nobody may wait for.
+    #[derive(Debug)]
+    struct PassedUpTo(u64);
+
+    impl Order for PassedUpTo {
+        fn record(&self, _: StreamRef) -> Result<u64, DeviceError> {
+            unreachable!("nothing is marked")
+        }
+
+        fn wait(&self, _: u64, _: StreamRef) -> Result<(), DeviceError> {
+            unreachable!("nothing waits without a bound")
+        }
+
+        fn recorded(&self) -> u64 {
+            0
+        }
+
+        fn passed_own(&self, _: u64) -> Result<bool, DeviceError> {
+            Ok(true)
+        }
+
+        fn passed_peers(&self, sequence: u64) -> Result<bool, DeviceError> {
+            Ok(sequence <= self.0)
+        }
+
+        fn synchronize_peers(&self, _: u64) -> Result<(), DeviceError> {
+            unreachable!("nothing waits without a bound")
+        }
+
+        fn synchronize_own(&self, _: u64) -> Result<(), DeviceError> {
+            unreachable!("nothing waits without a bound")
+        }
+    }
+
+    #[test]
+    fn a_mark_that_does_not_pass_is_waited_for_no_longer_than_allowed() {
+        let order = PassedUpTo(1);
+        assert!(passes_within(&order, 1, Duration::ZERO).unwrap());
+        assert!(!passes_within(&order, 2, Duration::from_millis(5)).unwrap());
     }
 }

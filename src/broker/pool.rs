@@ -23,7 +23,21 @@ pub(super) struct Limits {
     pub(super) session: u64,
     /// The setting that raises the bound.
     pub(super) setting: &'static str,
+    pub(super) growth: Growth,
 }
+
+/// How much more than a tensor needs an arena has that is made for it, so that one that grows a little from call to call
+/// does not make an arena each time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Growth {
+    /// Up to a power of two.
+    Doubling,
+    /// Up to whole blocks: for memory that is used up from the start.
+    Blocks,
+}
+
+/// Of [`Growth::Blocks`].
+const BLOCK_BYTES: u64 = 2 << 20;
 
 /// Arenas on one device, and who may use which part of them.
 #[derive(Debug)]
@@ -129,9 +143,9 @@ impl ArenaPool {
         Self { device, limits, arena_ids, table: Mutex::default(), growth: Mutex::default() }
     }
 
-    /// A pool on another device, bounded as this one, with arenas of at least `arena` bytes.
+    /// A pool on another device, bounded as this one, with arenas of at least `arena` bytes and little more than is needed.
     pub(super) fn beside(&self, device: Arc<dyn Device>, arena: u64) -> Self {
-        Self::new(device, Limits { arena, ..self.limits }, Arc::clone(&self.arena_ids))
+        Self::new(device, Limits { arena, growth: Growth::Blocks, ..self.limits }, Arc::clone(&self.arena_ids))
     }
 
     /// A slot of at least `length` bytes, leased to the session and pinned.
@@ -181,8 +195,11 @@ impl ArenaPool {
         if needed > room {
             return Err(self.exhausted(length));
         }
-        // Rounded up, so that a tensor that grows a little from call to call does not make an arena each time.
-        let size = needed.checked_next_power_of_two().unwrap_or(needed).max(self.limits.arena).min(room);
+        let rounded = match self.limits.growth {
+            Growth::Doubling => needed.checked_next_power_of_two(),
+            Growth::Blocks => needed.checked_next_multiple_of(BLOCK_BYTES),
+        };
+        let size = rounded.unwrap_or(needed).max(self.limits.arena).min(room);
         let region = self.device.allocate(usize::try_from(size).map_err(|_| self.exhausted(length))?)?;
         // Before anything is in the arena: one that cannot be handed over is of no use.
         drop(region.export()?);
@@ -255,7 +272,9 @@ impl ArenaPool {
 
     /// Nobody uses the pool any more: arenas go as soon as no job uses them.
     pub(super) fn close(&self) {
-        self.table.lock().regions.clear();
+        let regions = std::mem::take(&mut self.table.lock().regions);
+        // Outside the table: unmapping and unlocking pages take the system's time.
+        drop(regions);
     }
 
     pub(super) fn region(&self, arena: ArenaId) -> Option<Arc<dyn Region>> {
@@ -274,3 +293,7 @@ impl ArenaPool {
         PoolCounts { leases, leased_bytes, arena_bytes: table.ledger.arena_bytes() }
     }
 }
+
+#[cfg(test)]
+#[path = "pool_tests.rs"]
+mod tests;

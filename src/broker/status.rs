@@ -12,10 +12,10 @@ impl State {
             pid: std::process::id(),
             uptime_s: self.clock.uptime_s(),
             address: self.address.clone(),
-            sessions: self.sessions.all().iter().filter_map(|link| session_report(link)).collect(),
+            sessions: self.session_reports(),
             models: self.registry.known_reports(),
             weights: self.weights.reports(self),
-            lanes: vec![self.vae_lane_report()],
+            lanes: self.lane_reports(),
             requests: self.metrics.requests.get(),
             faults: self.metrics.faults.get(),
             refused: self.metrics.refused.get(),
@@ -23,9 +23,13 @@ impl State {
         }
     }
 
-    fn vae_lane_report(&self) -> LaneReport {
+    pub(super) fn session_reports(&self) -> Vec<SessionReport> {
+        self.sessions.all().iter().filter_map(|link| session_report(link)).collect()
+    }
+
+    pub(super) fn lane_reports(&self) -> Vec<LaneReport> {
         let counts = self.vae_lane.counts();
-        LaneReport {
+        vec![LaneReport {
             service: Service::Vae,
             device: self.registry.device().to_owned(),
             queued: counts.queued as u64,
@@ -33,7 +37,7 @@ impl State {
             busy: counts.busy,
             completed: counts.completed,
             permitted: self.permits.holder(),
-        }
+        }]
     }
 }
 

@@ -68,7 +68,7 @@ impl GpuDevice {
     }
 
     pub(super) fn page_lock(&self) -> PageLock {
-        self.0.page_lock()
+        self.0.page_lock(None)
     }
 
     pub(super) fn ordinal(&self) -> i32 {

@@ -208,7 +208,8 @@ impl<'a> Input<'a> {
         Ok(Staged::in_slot(descriptor, slot, length))
     }
 
-    /// No GPU memory is shared: the tensor crosses through the host's.
+    /// No GPU memory is shared: the tensor crosses through the host's, in one piece: the broker sees it when all of it is
+    /// there.
     fn stage_through_host(
         &self,
         range: &GpuRange<'_>,

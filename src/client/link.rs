@@ -2,13 +2,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Sender, bounded};
+use crossbeam_channel::{Sender, unbounded};
 use parking_lot::{Mutex, RwLock};
 
 use super::connect::CallOptions;
 use super::janitor;
 use super::leases::Leases;
-use super::memory::ImportedMemory;
+use super::memory::{ImportedMemory, Retired};
 use super::open_gpu::{LinkGpu, demoted, open_gpu, travels_beside};
 use super::router::{Answer, Router, Turn};
 use super::session::{Negotiation, SessionInfo};
@@ -50,8 +50,8 @@ pub(super) struct Link {
     pub(super) memory: ImportedMemory,
     /// Attachments to be given back.
     detached: Mutex<Vec<AttachmentId>>,
-    /// Dropped to end the janitor.
-    end: Mutex<Option<Sender<()>>>,
+    /// What the janitor is to drop. Dropped itself to end the janitor.
+    retired: Mutex<Option<Sender<Retired>>>,
 }
 
 /// Reused from request to request.
@@ -73,7 +73,7 @@ impl Link {
         let deadline = Instant::now().checked_add(config.connect_timeout);
         let negotiation = Negotiation { connection: &*connection, reader: &mut reader, deadline };
         let session = negotiation.run(config, &memory).inspect_err(|_| connection.close())?;
-        let (end, ended) = bounded(1);
+        let (retired, to_drop) = unbounded();
         let link = Arc::new(Self {
             connection,
             address: address.to_owned(),
@@ -90,10 +90,10 @@ impl Link {
             opening: Mutex::default(),
             memory,
             detached: Mutex::default(),
-            end: Mutex::new(Some(end)),
+            retired: Mutex::new(Some(retired)),
         });
         let weak = Arc::downgrade(&link);
-        spawn("luna-janitor", move || janitor::run(&weak, &rings, &ended))?;
+        spawn("luna-janitor", move || janitor::run(&weak, &rings, &to_drop))?;
         Ok(link)
     }
 
@@ -429,8 +429,18 @@ impl Link {
             gpu.lose_owner();
         }
         self.connection.close();
-        self.memory.end();
+        self.end_memory();
         fault.into()
+    }
+
+    /// No arena is used any more. Unmapping one may wait for work on the GPU that has nothing to do with the session, so
+    /// the janitor does it: whoever is told that the session is over is told at once.
+    fn end_memory(&self) {
+        let arenas = self.memory.end();
+        if let Some(retired) = &*self.retired.lock() {
+            // A janitor that is gone leaves the arenas to be dropped here.
+            _ = retired.send(arenas);
+        }
     }
 
     /// Ends the session in order. Tensors already received stay readable.
@@ -447,9 +457,9 @@ impl Link {
             let fault = Fault::new(ErrorKind::ConnectionLost, "the client was closed", "connect again");
             self.router.lose(fault);
         }
-        self.memory.end();
+        self.end_memory();
         self.connection.close();
-        self.end.lock().take();
+        self.retired.lock().take();
     }
 }
 

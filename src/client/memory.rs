@@ -80,6 +80,10 @@ impl Home<'_> {
     }
 }
 
+/// Arenas of a session that is over.
+#[derive(Debug)]
+pub(super) struct Retired(#[expect(dead_code, reason = "held to be dropped")] Arenas);
+
 /// A session's memory as the client sees it: arenas mapped once, leases, and input slots kept for the next call.
 #[derive(Debug)]
 pub(super) struct ImportedMemory {
@@ -219,11 +223,16 @@ impl ImportedMemory {
         self.idle_inputs.lock().clear();
     }
 
-    /// The session is over: idle slots go, and nothing is given back any more.
-    pub(super) fn end(&self) {
+    /// The session is over: idle slots go, and nothing is given back any more. Dropping the arenas may wait for all GPU work
+    /// of this process.
+    #[must_use]
+    pub(super) fn end(&self) -> Retired {
         self.leases.end();
-        self.idle_inputs.lock().clear();
-        self.arenas.write().clear();
+        let idle = std::mem::take(&mut *self.idle_inputs.lock());
+        // Outside the lock. The arenas outlive the slots: nothing is unmapped here.
+        let arenas = std::mem::take(&mut *self.arenas.write());
+        drop(idle);
+        Retired(arenas)
     }
 }
 

@@ -106,7 +106,7 @@ impl Tensor {
 
     /// Copies a tensor in GPU memory, or on its way there, to memory of the caller's, on the range's stream. What the
     /// rung `peer` needs before the tensor is computed with, and [`Unshared::Staging`] before it is anything. The copy of
-    /// a staged tensor is done on return: it may be dropped at once.
+    /// a staged tensor is made in one piece and done on return: it may be dropped at once.
     ///
     /// [`Unshared::Staging`]: super::Unshared::Staging
     ///

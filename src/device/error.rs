@@ -93,6 +93,14 @@ pub enum DeviceError {
         /// The name asked for.
         name: String,
     },
+    /// More pages would be locked than allowed.
+    #[error("locking {size_bytes} bytes more would pass the limit of {limit} bytes for all sessions (--pinned-bytes)")]
+    LockLimit {
+        /// Bytes to be locked.
+        size_bytes: usize,
+        /// Most bytes that may be locked at once.
+        limit: u64,
+    },
     /// The CUDA driver refused a call, or the GPU failed at work enqueued before.
     #[error("{call} answers {code} {name}")]
     Cuda {
@@ -149,7 +157,7 @@ impl From<NoDriver> for DeviceError {
 impl DeviceError {
     pub(crate) fn kind(&self) -> ErrorKind {
         match self {
-            Self::OutOfMemory { .. } => ErrorKind::OutOfMemory,
+            Self::OutOfMemory { .. } | Self::LockLimit { .. } => ErrorKind::OutOfMemory,
             Self::Os { .. } | Self::Cuda { .. } => ErrorKind::Io,
             Self::WrongHandle { .. } | Self::NotHost | Self::ReadOnly | Self::NoDriver { .. } | Self::NoGpu { .. } => {
                 ErrorKind::Unsupported

@@ -26,7 +26,7 @@ pub use in_process::InProcessDevice;
 pub use order::{CopyStream, Order};
 pub use range::GpuRange;
 pub use span::{Element, Span};
-pub use staging::{PageLock, StagingDevice};
+pub use staging::{LockBudget, LockShare, PageLock, StagingDevice};
 
 use crate::id::GpuUuid;
 

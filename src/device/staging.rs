@@ -1,5 +1,6 @@
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 
@@ -8,6 +9,47 @@ use crate::service::Pages;
 
 /// Locks the pages of a host region for as long as the region that it answers lives.
 pub type PageLock = Box<dyn Fn(Arc<dyn Region>) -> Result<Arc<dyn Region>, DeviceError> + Send + Sync>;
+
+/// Bytes of host memory that may be page-locked at once: locked pages take memory from everybody, used or not.
+#[derive(Debug)]
+pub struct LockBudget {
+    limit: u64,
+    taken: AtomicU64,
+}
+
+/// Bytes of a budget, given back when dropped.
+#[derive(Debug)]
+pub struct LockShare {
+    budget: Arc<LockBudget>,
+    bytes: u64,
+}
+
+impl LockBudget {
+    /// Room for `limit` bytes.
+    #[must_use]
+    pub fn new(limit: u64) -> Self {
+        Self { limit, taken: AtomicU64::new(0) }
+    }
+
+    /// Takes room for a region.
+    ///
+    /// # Errors
+    /// [`DeviceError::LockLimit`] where there is too little left.
+    pub fn take(self: &Arc<Self>, size_bytes: usize) -> Result<LockShare, DeviceError> {
+        let (bytes, limit) = (size_bytes as u64, self.limit);
+        let more = |taken: u64| taken.checked_add(bytes).filter(|sum| *sum <= limit);
+        match self.taken.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more) {
+            Ok(_) => Ok(LockShare { budget: Arc::clone(self), bytes }),
+            Err(_) => Err(DeviceError::LockLimit { size_bytes, limit }),
+        }
+    }
+}
+
+impl Drop for LockShare {
+    fn drop(&mut self) {
+        self.budget.taken.fetch_sub(self.bytes, Ordering::Relaxed);
+    }
+}
 
 /// Shared host memory that tensors of a GPU pass through, page-locked where that can be had.
 ///
@@ -105,6 +147,19 @@ mod tests {
         staging.allocate(4096).unwrap();
         staging.allocate(4096).unwrap();
         assert!(matches!(staging.pages(), Some(Pages::Pageable(why)) if why.contains("801")));
+    }
+
+    #[test]
+    fn a_budget_is_given_out_once_and_given_back() {
+        let budget = Arc::new(LockBudget::new(100));
+        let first = budget.take(60).unwrap();
+        assert!(matches!(budget.take(41), Err(DeviceError::LockLimit { size_bytes: 41, limit: 100 })));
+        let second = budget.take(40).unwrap();
+        drop(first);
+        assert!(budget.take(usize::MAX).is_err());
+        let _third = budget.take(60).unwrap();
+        assert!(budget.take(1).is_err());
+        drop(second);
     }
 
     #[test]

@@ -6,4 +6,5 @@ mod queue;
 mod worker;
 
 pub use queue::{Entry, Next, Policy, Queue, Turn};
+pub(crate) use worker::comes_true_soon;
 pub use worker::{Job, Lane, LaneCounts, Refusal, StopSignal};

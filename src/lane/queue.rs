@@ -78,7 +78,7 @@ pub enum Next<J> {
     Later(Instant),
 }
 
-/// A bounded queue of jobs. One that is not ready when its turn comes keeps its place and holds nobody up.
+/// A bounded queue of jobs. One that is not ready when its turn comes keeps its place, holds nobody up and keeps nobody out.
 #[derive(Debug)]
 pub struct Queue<J> {
     policy: Policy,
@@ -94,7 +94,7 @@ pub struct Queue<J> {
 }
 
 impl<J> Queue<J> {
-    /// An empty queue that holds up to `capacity` jobs.
+    /// An empty queue that holds up to `capacity` jobs beside those that were set aside.
     #[must_use]
     pub fn new(policy: Policy, capacity: usize) -> Self {
         let (waiting, served) = (VecDeque::new(), HashMap::new());
@@ -120,7 +120,8 @@ impl<J> Queue<J> {
         self.waiting.is_empty()
     }
 
-    /// Most jobs that may wait.
+    /// Most jobs that may wait for their first turn. Those that were [set aside](Queue::set_aside) take nobody's place:
+    /// their callers' own limits bound them.
     #[must_use]
     pub fn capacity(&self) -> usize {
         self.capacity
@@ -131,7 +132,8 @@ impl<J> Queue<J> {
     /// # Errors
     /// The entry itself where the queue is full; nothing changes then.
     pub fn push(&mut self, entry: Entry<J>) -> Result<(), Entry<J>> {
-        if self.waiting.len() >= self.capacity {
+        let set_aside = self.waiting.iter().filter(|turn| turn.unready.is_some()).count();
+        if self.waiting.len() - set_aside >= self.capacity {
             return Err(entry);
         }
         self.arrivals += 1;
@@ -167,8 +169,8 @@ impl<J> Queue<J> {
         Some(Next::Run(turn))
     }
 
-    /// Takes a turn back into its place, as its job is not ready: jobs behind it go first until it is. Room is made for
-    /// it where the queue has filled up meanwhile.
+    /// Takes a turn back into its place, as its job is not ready: jobs behind it go first until it is. It no longer counts
+    /// against the capacity, so that there is always room for it.
     ///
     /// # Errors
     /// The entry itself where it was not ready for as long as the queue has patience.

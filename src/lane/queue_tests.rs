@@ -84,6 +84,26 @@ fn a_job_that_is_not_ready_keeps_its_place_and_holds_nobody_up() {
 }
 
 #[test]
+fn a_job_that_is_not_ready_takes_nobodys_place_in_a_full_queue() {
+    let mut now = Instant::now();
+    let mut queue = Queue::new(Policy::Fifo, 1);
+    queue.push(entry(1, 1)).unwrap();
+    for _ in 0..2 {
+        let unready = turn_of(&mut queue, 1, now);
+        queue.set_aside(unready, now).unwrap();
+        now += LONGEST_PAUSE;
+    }
+    queue.push(entry(2, 2)).unwrap();
+    assert_eq!(queue.push(entry(3, 3)), Err(entry(3, 3)));
+    // Neither does it while it is asked again.
+    let unready = turn_of(&mut queue, 1, now);
+    turn_of(&mut queue, 2, now);
+    queue.push(entry(3, 3)).unwrap();
+    queue.set_aside(unready, now).unwrap();
+    assert_eq!((queue.len(), queue.capacity()), (2, 1));
+}
+
+#[test]
 fn a_job_that_is_not_ready_is_asked_again_ever_less_often() {
     let mut now = Instant::now();
     let mut queue = Queue::new(Policy::Fifo, 4);

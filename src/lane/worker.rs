@@ -78,9 +78,9 @@ impl StopSignal<'_> {
 /// Numbers for `status`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LaneCounts {
-    /// Jobs waiting.
+    /// Jobs waiting, also one that is just being asked whether it is ready.
     pub queued: usize,
-    /// Most jobs that may wait.
+    /// Most jobs that may wait for their first turn.
     pub capacity: usize,
     /// Whether a job is running.
     pub busy: bool,
@@ -91,16 +91,32 @@ pub struct LaneCounts {
 #[derive(Debug)]
 struct State<J> {
     queue: Queue<J>,
-    running: Option<(SessionId, RequestId)>,
+    /// What the lane's thread has taken out of the queue.
+    taken: Option<Taken>,
     completed: u64,
     open: bool,
+}
+
+/// A job on the lane's thread.
+#[derive(Debug)]
+struct Taken {
+    session: SessionId,
+    request: RequestId,
+    stage: Stage,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Stage {
+    /// Asked whether it is ready: it waits still.
+    Asked,
+    Running,
 }
 
 #[derive(Debug)]
 struct Shared<J> {
     state: Mutex<State<J>>,
     arrival: Condvar,
-    /// Belongs to the running job; set and cleared under the lock of `state`.
+    /// Belongs to the job that is taken; set and cleared under the lock of `state`.
     cancelled: AtomicBool,
 }
 
@@ -121,7 +137,7 @@ impl<J: Job> Lane<J> {
         queue: Queue<J>,
         executor: impl FnOnce() -> J::Executor + Send + 'static,
     ) -> std::io::Result<Self> {
-        let state = State { queue, running: None, completed: 0, open: true };
+        let state = State { queue, taken: None, completed: 0, open: true };
         let shared =
             Arc::new(Shared { state: Mutex::new(state), arrival: Condvar::new(), cancelled: AtomicBool::new(false) });
         let worker = Arc::clone(&shared);
@@ -153,7 +169,7 @@ impl<J: Job> Lane<J> {
     /// Takes a job back: refused if it waits, told to stop if it runs.
     pub fn cancel(&self, session: SessionId, request: RequestId) {
         let mut state = self.shared.state.lock();
-        if state.running == Some((session, request)) {
+        if state.taken.as_ref().is_some_and(|taken| (taken.session, taken.request) == (session, request)) {
             self.shared.cancelled.store(true, Ordering::Relaxed);
         }
         let waiting = state.queue.cancel(session, request);
@@ -166,7 +182,7 @@ impl<J: Job> Lane<J> {
     /// Takes back all jobs of a session that is over.
     pub fn end_session(&self, session: SessionId) {
         let mut state = self.shared.state.lock();
-        if state.running.is_some_and(|(running, _)| running == session) {
+        if state.taken.as_ref().is_some_and(|taken| taken.session == session) {
             self.shared.cancelled.store(true, Ordering::Relaxed);
         }
         let waiting = state.queue.end_session(session);
@@ -196,10 +212,11 @@ impl<J: Job> Lane<J> {
     #[must_use]
     pub fn counts(&self) -> LaneCounts {
         let state = self.shared.state.lock();
+        let is_at = |stage| state.taken.as_ref().is_some_and(|taken| taken.stage == stage);
         LaneCounts {
-            queued: state.queue.len(),
+            queued: state.queue.len() + usize::from(is_at(Stage::Asked)),
             capacity: state.queue.capacity(),
-            busy: state.running.is_some(),
+            busy: is_at(Stage::Running),
             completed: state.completed,
         }
     }
@@ -218,7 +235,8 @@ impl<J: Job> Shared<J> {
         loop {
             match state.queue.pop(Instant::now()) {
                 Some(Next::Run(turn)) => {
-                    state.running = Some((turn.entry.session, turn.entry.request));
+                    let Entry { session, request, .. } = turn.entry;
+                    state.taken = Some(Taken { session, request, stage: Stage::Asked });
                     self.cancelled.store(false, Ordering::Relaxed);
                     return Some(Coming::Turn(turn));
                 }
@@ -239,6 +257,9 @@ impl<J: Job> Shared<J> {
             return self.put_off(turn);
         }
         let entry = turn.entry;
+        if let Some(taken) = &mut self.state.lock().taken {
+            taken.stage = Stage::Running;
+        }
         let stop = StopSignal { cancelled: &self.cancelled, deadline: entry.deadline };
         let outcome = catch_unwind(AssertUnwindSafe(|| entry.job.run(executor, &stop)));
         if outcome.is_err() {
@@ -246,14 +267,14 @@ impl<J: Job> Shared<J> {
             tracing::error!(session = %entry.session, request = %entry.request, "a job panicked");
         }
         let mut state = self.state.lock();
-        state.running = None;
+        state.taken = None;
         state.completed += 1;
     }
 
     /// Takes a job that is not ready back into the queue, unless nobody waits for it any more.
     fn put_off(&self, turn: Turn<J>) {
         let mut state = self.state.lock();
-        state.running = None;
+        state.taken = None;
         let refused = if self.cancelled.load(Ordering::Relaxed) {
             Some((turn.entry, Refusal::Cancelled))
         } else if !state.open {
@@ -278,14 +299,19 @@ enum Coming<J> {
 /// Whether the job is ready. At its first turn it is given a moment: most often what it waits for is about to happen, and
 /// setting it aside costs more.
 fn becomes_ready<J: Job>(turn: &Turn<J>) -> bool {
-    let spin = if turn.is_first() { SPIN } else { Duration::ZERO };
+    // One that panics here does so when it is run too, and is answered there.
+    let is_ready = || catch_unwind(AssertUnwindSafe(|| turn.entry.job.is_ready())).unwrap_or(true);
+    if turn.is_first() { comes_true_soon(is_ready) } else { is_ready() }
+}
+
+/// Whether the answer is yes, or becomes so within a moment.
+pub(crate) fn comes_true_soon(question: impl Fn() -> bool) -> bool {
     let began = Instant::now();
     loop {
-        // One that panics here does so when it is run too, and is answered there.
-        if catch_unwind(AssertUnwindSafe(|| turn.entry.job.is_ready())).unwrap_or(true) {
+        if question() {
             return true;
         }
-        if began.elapsed() >= spin {
+        if began.elapsed() >= SPIN {
             return false;
         }
         std::thread::yield_now();

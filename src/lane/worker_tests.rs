@@ -150,6 +150,25 @@ fn a_job_that_is_not_ready_waits_and_the_others_do_not() {
 }
 
 #[test]
+fn a_job_that_is_asked_whether_it_is_ready_waits_and_does_not_run() {
+    let lane = occupied(4);
+    lane.go.send(()).unwrap();
+    assert_eq!(lane.told.recv().unwrap(), (1, Ok(false)));
+    let ready = lane.submit_unready(1, 2, None);
+    while lane.lane.counts().completed == 0 {
+        std::thread::yield_now();
+    }
+    // In the queue or just being asked, which alternates: counted once either way.
+    let until = Instant::now() + Duration::from_millis(20);
+    while Instant::now() < until {
+        let LaneCounts { queued, busy, .. } = lane.lane.counts();
+        assert_eq!((queued, busy), (1, false));
+    }
+    ready.store(true, Ordering::Relaxed);
+    assert_eq!(lane.told.recv().unwrap(), (2, Ok(false)));
+}
+
+#[test]
 fn a_job_that_does_not_become_ready_is_refused_however_it_comes_to_that() {
     let lane = occupied_with(Queue::new(Policy::Fifo, 8).patience(Duration::from_millis(5)));
     lane.go.send(()).unwrap();

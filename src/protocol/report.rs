@@ -96,9 +96,9 @@ pub struct LaneReport {
     pub service: Service,
     /// Device it runs on.
     pub device: String,
-    /// Requests waiting.
+    /// Requests waiting, for their turn or for their input.
     pub queued: u64,
-    /// Most requests that may wait.
+    /// Most requests that may wait for their turn; those that wait for their input come on top.
     pub capacity: u64,
     /// Whether one is running.
     pub busy: bool,

@@ -2,12 +2,13 @@
 
 use std::io::{BufRead, BufReader, Lines};
 use std::process::{Child, ChildStdout, Command, Stdio};
+use std::time::Duration;
 
 use luna_broker::ErrorKind;
 use luna_broker::service::GpuOrder;
 
 use super::*;
-use crate::stalled::Stalled;
+use crate::stalled::{LONG, Stalled, meanwhile, patient_for};
 
 /// Tells the test that was started again, as the process to be killed, where the broker is.
 const VICTIM: &str = "LUNA_BROKER_TEST_VICTIM_AT";
@@ -114,19 +115,41 @@ fn a_broker_that_is_killed_leaves_its_clients_whole_and_the_next_one_serves_them
     });
 }
 
+#[test]
+fn a_client_is_told_at_once_that_its_broker_was_killed_whatever_its_streams_do() {
+    if let Some(socket) = Victim::is_this() {
+        let _broker = Broker::builder().config(on_the_gpu()).address(socket).start().unwrap();
+        Victim::say("serving");
+        Victim::wait_for_death();
+    }
+    Stage::new().alone(|| {
+        let place = Place::new();
+        let mut broker = Victim::start(&place.socket());
+        broker.await_word("serving");
+        let client = Client::connect(Some(&place.socket())).unwrap();
+        decode_checked(&client, &OwnLatent::new(0, 16));
+        let stream = Stalled::new();
+        broker.kill();
+        let caller = client.clone();
+        let lost = meanwhile(stream, move || caller.ping_with(&CallOptions::default())).unwrap_err();
+        assert_eq!(lost.kind(), ErrorKind::ConnectionLost, "{lost}");
+    });
+}
+
 /// A client that leaves, and is killed later, with `work` of its in flight on a stream that stands still.
-fn leaves_with(work: impl FnOnce(&Client, &OwnLatent, &Stalled) -> Tensor) {
+fn leaves_with<T>(work: impl FnOnce(&Client, &OwnLatent, &Stalled) -> T) {
     if let Some(socket) = Victim::is_this() {
         let client = Client::connect(Some(&socket)).unwrap();
         client.open_gpu("cuda:0").unwrap();
         let (latent, stream) = (OwnLatent::new(0, 128), Stalled::new());
-        let _image = work(&client, &latent, &stream);
+        let _kept = work(&client, &latent, &stream);
         client.close();
         Victim::say("left");
         Victim::wait_for_death();
     }
-    // Room for one picture of 12.6 MB with its latent.
-    let config = BrokerConfig { gpu_arena_bytes: 16 * MIB, gpu_bytes: 16 * MIB, ..on_the_gpu() };
+    // Room for one picture of 12 MiB with its latent of 256 KiB, and for no other latent.
+    let bytes = 12 * MIB + (384 << 10);
+    let config = BrokerConfig { gpu_arena_bytes: bytes, gpu_bytes: bytes, ..patient_for(LONG) };
     play(Stage::new(), config, |guest| {
         let mut victim = Victim::start(&guest.socket);
         victim.await_word("left");
@@ -162,9 +185,11 @@ fn a_slot_that_is_being_read_is_free_once_its_clients_process_is_gone_and_not_be
 
 #[test]
 fn a_slot_that_is_to_be_written_is_free_once_its_clients_process_is_gone_and_not_before() {
-    // The answer comes while the copy of the input, and so the decode, wait.
+    // The call is given up while the copy of its input waits, which nobody can take back.
     leaves_with(|client, latent, stream| {
         let vae = client.vae(HAND_OFF).unwrap();
-        vae.call(DECODE, stream.input(latent), &CallOptions::default()).unwrap().tensor
+        let short = CallOptions { timeout: Some(Duration::from_millis(20)), ..CallOptions::default() };
+        let late = vae.call(DECODE, stream.input(latent), &short).unwrap_err();
+        assert_eq!(late.kind(), ErrorKind::Timeout, "{late}");
     });
 }

@@ -2,6 +2,7 @@ use luna_broker::service::GpuOrder;
 
 use super::*;
 use crate::roles::Role;
+use crate::stalled::{LONG, ONE_WAITS, QUEUED, Stalled, lane, patient_for};
 
 /// What a picture holds at this moment, for whoever does not wait.
 fn read_at_once(image: &Tensor) -> Vec<u8> {
@@ -21,6 +22,46 @@ fn a_reply_comes_before_the_work_is_done_and_only_waiting_shows_the_result() {
         let image = decode(&client.vae(HAND_OFF).unwrap(), &latent);
         let early = read_at_once(&image);
         assert!(latent.check(&early).is_err(), "who does not wait reads what was there before");
+        latent.check(&image.to_vec().unwrap()).unwrap();
+    });
+}
+
+#[test]
+fn a_reply_from_the_lane_comes_before_the_work_on_a_written_input_is_done() {
+    let stage = Stage::new().set_for(Role::Broker, "SUBSTITUTE_CUDA_DELAY_MS", 40);
+    let stage = stage.only_on_the_substitute("the CPU reads device addresses");
+    play(stage, on_the_gpu(), |guest| {
+        let client = guest.connect();
+        let latent = OwnLatent::new(0, 16);
+        let mut built = client.empty_on_gpu(latent.meta, "cuda:0").unwrap();
+        built.write(&bytes_of(&latent.values)).unwrap();
+        let vae = client.vae(QUEUED).unwrap();
+        let image = vae.call(DECODE, Input::try_from(&built).unwrap(), &CallOptions::default()).unwrap().tensor;
+        let early = read_at_once(&image);
+        assert!(latent.check(&early).is_err(), "the broker does not wait for its work either");
+        latent.check(&image.to_vec().unwrap()).unwrap();
+    });
+}
+
+#[test]
+fn a_reply_from_the_lane_comes_after_the_input_is_written_and_before_the_work_on_it_is_done() {
+    let stage = Stage::new().set_for(Role::Broker, "SUBSTITUTE_CUDA_DELAY_MS", 40);
+    let stage = stage.only_on_the_substitute("the CPU reads device addresses");
+    play(stage, patient_for(LONG), |guest| {
+        let client = guest.connect();
+        client.open_gpu("cuda:0").unwrap();
+        let latent = OwnLatent::new(0, 16);
+        let mut stream = Stalled::new();
+        let (vae, input) = (client.vae(QUEUED).unwrap(), stream.input(&latent));
+        let image = std::thread::scope(|scope| {
+            let call = scope.spawn(|| vae.call(DECODE, input, &CallOptions::default()).unwrap().tensor);
+            eventually("the call to wait for its input", || lane(guest) == ONE_WAITS);
+            assert!(!call.is_finished(), "the reply says that the work is enqueued, which it is not yet");
+            stream.let_go();
+            call.join().unwrap()
+        });
+        let early = read_at_once(&image);
+        assert!(latent.check(&early).is_err(), "the broker does not wait for its work either");
         latent.check(&image.to_vec().unwrap()).unwrap();
     });
 }

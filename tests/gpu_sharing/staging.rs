@@ -266,6 +266,29 @@ fn what_passes_through_is_bounded_as_what_is_held() {
 }
 
 #[test]
+fn pages_beyond_the_brokers_limit_stay_pageable_and_it_is_said() {
+    // Room for one arena of one session.
+    play(apart("1"), BrokerConfig { pinned_bytes: 4 * MIB, ..on_the_gpu() }, |guest| {
+        let latent = OwnLatent::new(0, 16);
+        let brokers =
+            |at: usize| -> Pages { serde_json::from_value(guest.sessions()[at]["rungs"][1]["pages"].clone()).unwrap() };
+        let first = guest.connect();
+        round_trip(&first, &latent, 0);
+        let second = guest.connect();
+        round_trip(&second, &latent, 0);
+        assert_eq!(brokers(0), Pages::Locked);
+        assert!(matches!(brokers(1), Pages::Pageable(why) if why.contains("--pinned-bytes")));
+        assert_eq!(guest.brokers_registered(), 1);
+        first.close();
+        second.close();
+        eventually("the sessions' end", || guest.sessions().as_array().unwrap().is_empty());
+        let third = guest.connect();
+        round_trip(&third, &latent, 0);
+        assert_eq!((brokers(0), guest.brokers_registered()), (Pages::Locked, 1));
+    });
+}
+
+#[test]
 fn a_staged_result_is_read_after_its_client_has_left() {
     play(apart("1"), on_the_gpu(), |guest| {
         let client = guest.connect();
@@ -278,7 +301,7 @@ fn a_staged_result_is_read_after_its_client_has_left() {
         image.take(&staged);
         latent.check(&image.bytes()[..staged.meta().size_bytes().unwrap()]).unwrap();
         drop((client, staged));
-        assert_eq!(registered(), 0);
+        eventually("the client's pages to be unlocked", || registered() == 0);
     });
 }
 

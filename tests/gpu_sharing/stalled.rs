@@ -10,7 +10,7 @@ use luna_broker::device::cuda::CudaStream;
 use super::*;
 
 /// The do-nothing model that takes its turn in the lane.
-const QUEUED: &str = "builtin:hand-off-queued";
+pub(crate) const QUEUED: &str = "builtin:hand-off-queued";
 
 /// A stream on which everything enqueued from now on waits until it is let go.
 pub(crate) struct Stalled {
@@ -66,7 +66,7 @@ impl Stalled {
         Input::on_gpu(latent.meta, self.range(&latent.region, latent.meta.size_bytes().unwrap())).unwrap()
     }
 
-    fn let_go(&mut self) {
+    pub(crate) fn let_go(&mut self) {
         self.gate = None;
     }
 }
@@ -78,19 +78,24 @@ impl Drop for Stalled {
     }
 }
 
-fn patient_for(patience: Duration) -> BrokerConfig {
+pub(crate) fn patient_for(patience: Duration) -> BrokerConfig {
     BrokerConfig { input_patience: patience, ..on_the_gpu() }
 }
 
 /// More than any test takes.
-const LONG: Duration = Duration::from_secs(600);
-/// As good as none.
-const SHORT: Duration = Duration::from_millis(20);
+pub(crate) const LONG: Duration = Duration::from_secs(600);
+/// More than an input takes that nothing holds up.
+const SHORT: Duration = Duration::from_millis(500);
 
-/// Calls that wait in the lane; one that is just being asked whether it is ready is none of them.
-fn queued(guest: &Guest) -> u64 {
-    guest.status()["lanes"][0]["queued"].as_u64().unwrap()
+/// Calls that wait in the lane, and whether one runs, at one moment.
+pub(crate) fn lane(guest: &Guest) -> (u64, bool) {
+    let lane = &guest.status()["lanes"][0];
+    (lane["queued"].as_u64().unwrap(), lane["busy"].as_bool().unwrap())
 }
+
+const EMPTY: (u64, bool) = (0, false);
+/// One call waits for its input.
+pub(crate) const ONE_WAITS: (u64, bool) = (1, false);
 
 fn decode_through_the_lane(client: &Client, latent: &OwnLatent) {
     let image = decode(&client.vae(QUEUED).unwrap(), latent);
@@ -102,22 +107,70 @@ fn decode_through_the_lane(client: &Client, latent: &OwnLatent) {
 fn a_stream_that_stands_still_holds_up_its_own_call_alone() {
     play(Stage::new(), patient_for(LONG), |guest| {
         let (stalled, bystander) = (guest.connect(), guest.connect());
-        let (mine, theirs) = (OwnLatent::new(0, 16), OwnLatent::new(0, 16));
+        let (mut mine, theirs) = (OwnLatent::new(0, 16), OwnLatent::new(0, 16));
         decode_through_the_lane(&stalled, &mine);
+        // The slot of its next input still holds what was right for this one.
+        mine.renew();
         let mut stream = Stalled::new();
         let vae = stalled.vae(QUEUED).unwrap();
         let input = stream.input(&mine);
         let image = std::thread::scope(|scope| {
             let call = scope.spawn(|| vae.call(DECODE, input, &CallOptions::default()).unwrap().tensor);
-            eventually("the call's turn", || queued(guest) == 1);
+            eventually("the call's turn", || lane(guest) == ONE_WAITS);
             for _ in 0..20 {
                 decode_through_the_lane(&bystander, &theirs);
             }
-            assert!(!call.is_finished());
+            assert_eq!(lane(guest), ONE_WAITS);
             stream.let_go();
             call.join().unwrap()
         });
         mine.check(&image.to_vec().unwrap()).unwrap();
+    });
+}
+
+#[test]
+fn streams_that_stand_still_lock_nobody_out_of_a_full_lane() {
+    play(Stage::new(), BrokerConfig { lane_capacity: 1, ..patient_for(LONG) }, |guest| {
+        let stalled = [guest.connect(), guest.connect()];
+        let bystander = guest.connect();
+        let (mine, theirs) = (OwnLatent::new(0, 16), OwnLatent::new(0, 16));
+        let mut stream = Stalled::new();
+        let input = stream.input(&mine);
+        std::thread::scope(|scope| {
+            for (at, client) in (1..).zip(&stalled) {
+                let vae = client.vae(QUEUED).unwrap();
+                scope.spawn(move || vae.call(DECODE, input, &CallOptions::default()).unwrap());
+                eventually("the call's turn", || lane(guest) == (at, false));
+            }
+            for _ in 0..5 {
+                decode_through_the_lane(&bystander, &theirs);
+            }
+            stream.let_go();
+        });
+    });
+}
+
+#[test]
+fn a_call_that_needs_no_lane_waits_for_its_input_beside_the_sessions_other_requests() {
+    play(Stage::new(), patient_for(LONG), |guest| {
+        let client = guest.connect();
+        let mut latent = OwnLatent::new(0, 16);
+        decode_checked(&client, &latent);
+        latent.renew();
+        let mut stream = Stalled::new();
+        let vae = client.vae(HAND_OFF).unwrap();
+        let input = stream.input(&latent);
+        let short = CallOptions { timeout: Some(Duration::from_millis(20)), ..CallOptions::default() };
+        assert_eq!(vae.call(DECODE, input, &short).unwrap_err().kind(), ErrorKind::Timeout);
+        eventually("the call to be taken back", || lane(guest) == EMPTY);
+        let image = std::thread::scope(|scope| {
+            let call = scope.spawn(|| vae.call(DECODE, input, &CallOptions::default()).unwrap().tensor);
+            eventually("the call to wait", || lane(guest) == ONE_WAITS);
+            client.ping().unwrap();
+            stream.let_go();
+            call.join().unwrap()
+        });
+        latent.check(&image.to_vec().unwrap()).unwrap();
     });
 }
 
@@ -150,10 +203,10 @@ fn a_call_whose_input_does_not_come_ends_with_the_callers_patience_too() {
         decode_through_the_lane(&client, &latent);
         let vae = client.vae(QUEUED).unwrap();
         let mut stream = Stalled::new();
-        let options = CallOptions { timeout: Some(SHORT), ..CallOptions::default() };
+        let options = CallOptions { timeout: Some(Duration::from_millis(20)), ..CallOptions::default() };
         let late = vae.call(DECODE, stream.input(&latent), &options).unwrap_err();
         assert_eq!(late.kind(), ErrorKind::Timeout, "{late}");
-        eventually("the lane to be empty", || queued(guest) == 0);
+        eventually("the lane to be empty", || lane(guest) == EMPTY);
         stream.let_go();
         stream.stream.synchronize().unwrap();
         decode_through_the_lane(&client, &latent);
@@ -182,15 +235,46 @@ fn a_client_that_is_killed_before_its_input_is_written_leaves_the_lane_to_others
             .unwrap();
         let bystander = guest.connect();
         let latent = OwnLatent::new(0, 16);
-        eventually("the victim's call", || queued(guest) == 1);
+        eventually("the victim's call", || lane(guest) == ONE_WAITS);
         decode_through_the_lane(&bystander, &latent);
-        eventually("the next question to the victim's call", || queued(guest) == 1);
+        assert_eq!(lane(guest), ONE_WAITS);
         victim.kill().unwrap();
         victim.wait().unwrap();
-        eventually("the end of the victim's call", || queued(guest) == 0);
+        eventually("the end of the victim's call", || lane(guest) == EMPTY);
         eventually("the end of the victim's session", || guest.sessions().as_array().unwrap().len() == 1);
         decode_through_the_lane(&bystander, &latent);
         // Whether the victim's call was run is left open: a driver may count the marks of a dead process as passed, and
         // that may be seen before the end of the connection.
     });
+}
+
+/// What `work` answers, in a thread of its own, while the stream stands still.
+pub(crate) fn meanwhile<T: Send + 'static>(stream: Stalled, work: impl FnOnce() -> T + Send + 'static) -> T {
+    let thread = std::thread::spawn(work);
+    // A panic in here lets the stream go.
+    eventually("the end of what has nothing to do with the stream", || thread.is_finished());
+    drop(stream);
+    thread.join().unwrap()
+}
+
+/// A client with memory of the broker's open, by handle or by descriptor, that leaves while a stream of its stands still.
+fn leaves_at_once(stage: Stage, rung: Rung) {
+    play(stage, on_the_gpu(), |guest| {
+        let client = guest.connect();
+        decode_checked(&client, &OwnLatent::new(0, 16));
+        assert_eq!(rung_of(&client, gpu(0)).rung, rung);
+        let leaving = client.clone();
+        meanwhile(Stalled::new(), move || leaving.close());
+        eventually("the session's end", || guest.sessions().as_array().unwrap().is_empty());
+    });
+}
+
+#[test]
+fn a_client_leaves_at_once_whatever_its_streams_do() {
+    leaves_at_once(Stage::new(), Rung::CudaIpc);
+}
+
+#[test]
+fn a_client_with_descriptors_leaves_at_once_whatever_its_streams_do() {
+    leaves_at_once(Stage::new().set("SUBSTITUTE_CUDA_IPC", "refused"), Rung::CudaVmm);
 }

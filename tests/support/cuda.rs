@@ -111,6 +111,11 @@ pub fn registered() -> u64 {
     registered
 }
 
+/// Everything that the substitute driver has given to this process and not got back.
+pub fn live() -> u64 {
+    counters::<11>("substituteCudaLive").iter().sum()
+}
+
 /// Bytes that copies of this process took between host memory and a GPU's, on the substitute driver.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Transit {

@@ -13,6 +13,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
 
 use luna_broker::device::RegionHandle;
 use rustix::net::{
@@ -20,7 +21,7 @@ use rustix::net::{
 };
 use rustix::process::Signal;
 
-use crate::cuda::{SubstituteCuda, is_real};
+use crate::cuda::{SubstituteCuda, is_real, live};
 
 /// Names the role to a test that was started again.
 const VARIABLE: &str = "LUNA_BROKER_TEST_ROLE";
@@ -88,7 +89,10 @@ impl Stage {
     /// Plays one part, the broker's. Nothing of the driver's may be left when it ends.
     pub fn alone(self, play: impl FnOnce()) {
         match role() {
-            Some(_) => play(),
+            Some(_) => {
+                play();
+                self.clear();
+            }
             None => self.run([(Role::Broker, None)]),
         }
     }
@@ -96,12 +100,27 @@ impl Stage {
     /// Plays two parts, each in a process of its own. Nothing of the driver's may be left when they end.
     pub fn two(self, broker: impl FnOnce(Peer), client: impl FnOnce(Peer)) {
         match role() {
-            Some(Role::Broker) => broker(Peer::of_this_process()),
-            Some(Role::Client) => client(Peer::of_this_process()),
+            Some(Role::Broker) => {
+                broker(Peer::of_this_process());
+                self.clear();
+            }
+            Some(Role::Client) => {
+                client(Peer::of_this_process());
+                self.clear();
+            }
             None => {
                 let (left, right) = UnixStream::pair().unwrap();
                 self.run([(Role::Broker, Some(left)), (Role::Client, Some(right))]);
             }
+        }
+    }
+
+    /// Threads that give memory back when nobody waits for it any more have their time; what is left then is told by the
+    /// driver's account.
+    fn clear(&self) {
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while !is_real() && !self.is_unaccounted && live() > 0 && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(1));
         }
     }
 

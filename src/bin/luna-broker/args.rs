@@ -183,6 +183,11 @@ pub(crate) struct ServeArgs {
     #[arg(long, default_value = "2G", value_parser = bytes, value_name = "BYTES")]
     gpu_bytes: u64,
 
+    /// Bytes of page-locked host memory that tensors of all sessions pass through to and from GPUs; accepts K, M, G. Beyond
+    /// it copies are slower.
+    #[arg(long, default_value = "1G", value_parser = bytes, value_name = "BYTES")]
+    pinned_bytes: u64,
+
     /// Bytes of weights held for clients to attach; accepts K, M, G. Default: as much as there is memory. Weights that
     /// nobody holds give way to others.
     #[arg(long, value_parser = bytes, value_name = "BYTES")]
@@ -196,7 +201,7 @@ pub(crate) struct ServeArgs {
     #[arg(long, value_enum, default_value_t = Order::Events)]
     gpu_order: Order,
 
-    /// Requests that may wait in the VAE lane; more are refused as busy.
+    /// Requests that may wait for their turn in the VAE lane; more are refused as busy.
     #[arg(long, default_value_t = 64, value_name = "N")]
     lane_capacity: usize,
 
@@ -231,7 +236,7 @@ enum Weights {
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum Order {
-    /// By events: no thread waits for the GPU.
+    /// By events: a result crosses before the work on it is done, and streams wait.
     Events,
     /// Each side waits for its GPU work before it tells the other.
     Host,
@@ -280,6 +285,7 @@ impl TryFrom<&ServeArgs> for BrokerConfig {
             threads: args.threads,
             device: args.device.clone(),
             gpu_bytes: args.gpu_bytes,
+            pinned_bytes: args.pinned_bytes,
             gpu_arena_bytes: Self::default().gpu_arena_bytes.min(args.gpu_bytes),
             gpu_order: match args.gpu_order {
                 Order::Events => GpuOrder::Events,

@@ -3,7 +3,7 @@ use std::sync::Arc;
 use super::super::memories::Memories;
 use super::super::memory::{Handing, Held, SessionMemory};
 use super::super::open_gpu::GpuDoor;
-use super::super::pool::{ArenaPool, Limits};
+use super::super::pool::{ArenaPool, Growth, Limits};
 use super::super::responder::OpenSession;
 use super::Session;
 use crate::device::{Device, HostDevice, HostSharing, InProcessDevice};
@@ -87,6 +87,7 @@ impl Session {
             total: config.session_bytes,
             session: config.session_bytes,
             setting: "--session-bytes",
+            growth: Growth::Doubling,
         };
         let pool = Arc::new(ArenaPool::new(device, limits, Arc::clone(&self.state.arena_ids)));
         SessionMemory::new(self.link.id(), self.state.epoch, pool, handing)

@@ -8,6 +8,7 @@ use super::super::responder::Responder;
 use super::Session;
 use crate::device::CopyStream;
 use crate::error::{Error, Result};
+use crate::lane::comes_true_soon;
 use crate::model::HandOff;
 use crate::protocol::{Rung, SlotPlace, TensorSource, VaeRequest};
 use crate::tensor::TensorMeta;
@@ -26,7 +27,8 @@ impl Session {
             }
             Ok((prepared, queue)) => {
                 let job = prepared.with(responder);
-                if job.model.facts().runs_inline {
+                // One whose input does not come waits where it can be taken back, and this thread goes on reading.
+                if job.model.facts().runs_inline && comes_true_soon(|| job.input.is_written()) {
                     let mut vae = queue.map_or_else(HandOff::default, HandOff::on);
                     if let Some(Unfinished { responder, error }) = job.run_on(&mut vae, &|| false) {
                         responder.fail(error);

@@ -10,7 +10,7 @@ use super::ipc::{Allocated, Opened};
 use super::region::CudaRegion;
 use super::stream::{self, CopyWay, CudaStream};
 use super::vmm::{Mapped, ReadOnly};
-use crate::device::{Device, DeviceError, PageLock, Place, Region, RegionHandle, StreamRef};
+use crate::device::{Device, DeviceError, LockBudget, PageLock, Place, Region, RegionHandle, StreamRef};
 use crate::id::GpuUuid;
 
 /// How allocations of a GPU are shared.
@@ -135,11 +135,14 @@ impl CudaDevice {
         stream::delay(&self.context, stream, time)
     }
 
-    /// Locks pages for this GPU's copies, and those of the process's others.
+    /// Locks pages for this GPU's copies, and those of the process's others, within a budget where there is one.
     #[must_use]
-    pub fn page_lock(self: &Arc<Self>) -> PageLock {
+    pub fn page_lock(self: &Arc<Self>, within: Option<Arc<LockBudget>>) -> PageLock {
         let device = Arc::clone(self);
-        Box::new(move |region| Ok(Arc::new(device.pin(region)?)))
+        Box::new(move |region| {
+            let share = within.as_ref().map(|budget| budget.take(region.size_bytes())).transpose()?;
+            Ok(Arc::new(device.pin(region)?.counted(share)))
+        })
     }
 
     /// Maps memory that another process exported as a descriptor, for reading only.

@@ -3,7 +3,7 @@ use std::sync::Arc;
 use super::api::note_failure;
 use super::context::Context;
 use super::device::CudaDevice;
-use crate::device::{DeviceError, Place, Region, RegionHandle};
+use crate::device::{DeviceError, LockShare, Place, Region, RegionHandle};
 
 /// The registered memory is page-locked for every context of the process.
 const PORTABLE: u32 = 1;
@@ -20,18 +20,27 @@ impl CudaDevice {
         let address = std::ptr::with_exposed_provenance_mut(region.address());
         // SAFETY: host memory, mapped while the region lives, which `Pinned` sees to.
         unsafe { self.context().current()?.cuMemHostRegister_v2(address, region.size_bytes(), PORTABLE) }?;
-        Ok(Pinned { region, context: Arc::clone(self.context()) })
+        Ok(Pinned { region, context: Arc::clone(self.context()), share: None })
     }
 }
 
-/// A host region with its pages locked; dropping it waits for the GPU and unlocks them, before the region goes.
+/// A host region with its pages locked; dropping it unlocks them, before the region goes. It asks for no wait for the GPU,
+/// as no copy outlasts the borrow of a region's bytes; a driver may wait all the same.
 #[derive(Debug)]
 pub struct Pinned {
     region: Arc<dyn Region>,
     context: Arc<Context>,
+    /// Given back once the pages are unlocked.
+    share: Option<LockShare>,
 }
 
 impl Pinned {
+    /// The same, with what it takes of a budget.
+    pub(super) fn counted(mut self, share: Option<LockShare>) -> Self {
+        self.share = share;
+        self
+    }
+
     /// The region.
     #[must_use]
     pub fn region(&self) -> &Arc<dyn Region> {
@@ -80,9 +89,10 @@ unsafe impl Region for Pinned {
 
 impl Drop for Pinned {
     fn drop(&mut self) {
-        note_failure(self.context.synchronize());
         let address = std::ptr::with_exposed_provenance_mut(self.region.address());
-        // SAFETY: registered in `pin`, undone here alone; no copy is in flight.
+        // SAFETY: registered in `pin`, undone here alone. No copy is in flight: `read_range`, `write_range`, a region's
+        // `copy_in` and `copy_out`, and `CopyStream::copy` with host memory wait for their stream before they return, also
+        // after an error; libtorch's blocking copies do; and the caller of `CudaDevice::copy` promised to.
         note_failure(self.context.current().and_then(|cuda| unsafe { cuda.cuMemHostUnregister(address) }));
     }
 }

@@ -68,8 +68,9 @@ unsafe impl<M: Memory> Region for CudaRegion<M> {
         // is done.
         unsafe {
             let to = self.0.address() + offset as u64;
-            cuda.cuMemcpyHtoDAsync_v2(to, bytes.as_ptr().cast(), bytes.len(), stream)?;
-            cuda.cuStreamSynchronize(stream)
+            let enqueued = cuda.cuMemcpyHtoDAsync_v2(to, bytes.as_ptr().cast(), bytes.len(), stream);
+            // In any case: nothing may read `bytes` once this has returned.
+            enqueued.and(cuda.cuStreamSynchronize(stream))
         }
     }
 
@@ -83,8 +84,8 @@ unsafe impl<M: Memory> Region for CudaRegion<M> {
         // SAFETY: as in `copy_in`; `target` is borrowed exclusively.
         unsafe {
             let from = self.0.address() + offset as u64;
-            cuda.cuMemcpyDtoHAsync_v2(target.as_mut_ptr().cast(), from, target.len(), stream)?;
-            cuda.cuStreamSynchronize(stream)
+            let enqueued = cuda.cuMemcpyDtoHAsync_v2(target.as_mut_ptr().cast(), from, target.len(), stream);
+            enqueued.and(cuda.cuStreamSynchronize(stream))
         }
     }
 

@@ -76,18 +76,22 @@ impl CopyStream for CudaStream {
         let stream = self.stream.0;
         // SAFETY: both ranges lie in regions, of the kinds that their places say. Regions of GPU memory wait for the GPU
         // before they close, and a copy with host memory is waited for below.
-        unsafe {
+        let enqueued = unsafe {
             match (from.place(), to.place()) {
                 (Place::Gpu(_), Place::Gpu(_)) => {
                     return cuda.cuMemcpyDtoDAsync_v2(target_gpu, source_gpu, bytes, stream);
                 }
-                (Place::Host, Place::Gpu(_)) => cuda.cuMemcpyHtoDAsync_v2(target_gpu, source_host, bytes, stream)?,
-                (Place::Gpu(_), Place::Host) => cuda.cuMemcpyDtoHAsync_v2(target_host, source_gpu, bytes, stream)?,
-                (Place::Host, Place::Host) => std::ptr::copy(source_host.cast::<u8>(), target_host.cast(), bytes),
+                (Place::Host, Place::Gpu(_)) => cuda.cuMemcpyHtoDAsync_v2(target_gpu, source_host, bytes, stream),
+                (Place::Gpu(_), Place::Host) => cuda.cuMemcpyDtoHAsync_v2(target_host, source_gpu, bytes, stream),
+                (Place::Host, Place::Host) => {
+                    std::ptr::copy(source_host.cast::<u8>(), target_host.cast(), bytes);
+                    Ok(())
+                }
             }
-        }
+        };
         drop(cuda);
-        self.synchronize()
+        // In any case: nothing may use the host's side once this has returned.
+        enqueued.and(self.synchronize())
     }
 
     fn synchronize(&self) -> Result<(), DeviceError> {
