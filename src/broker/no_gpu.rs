@@ -45,6 +45,10 @@ impl BrokerGpu {
         match *self {}
     }
 
+    pub(super) fn memory_bytes(&self) -> u64 {
+        match *self {}
+    }
+
     pub(super) fn queue(&self) -> Result<Arc<dyn CopyStream>, DeviceError> {
         match *self {}
     }

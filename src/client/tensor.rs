@@ -27,8 +27,9 @@ pub(super) enum Storage {
     Staged(Lease, Arc<LinkGpu>),
     /// In memory of this process, where bytes crossed in frames.
     Received(PooledBytes),
-    /// In weights that nobody changes.
-    Attached { weights: Arc<Attached>, span: Span },
+    /// In weights that nobody changes. In this order: memory of a GPU is closed behind the work that uses it, and given back
+    /// after that.
+    Attached { span: Span, weights: Arc<Attached> },
 }
 
 impl Tensor {

@@ -28,6 +28,28 @@ impl WeightPlace {
     }
 }
 
+/// How many bytes of weights a machine has room for: what a GPU has, and of the host's memory so much that clients can
+/// still work beside them. A machine that does not tell has no bound.
+pub(in crate::broker) fn room_for_weights(gpu: Option<&BrokerGpu>) -> u64 {
+    let on_gpu = gpu.map_or(0, BrokerGpu::memory_bytes);
+    host_bytes().map_or(u64::MAX, |host| on_gpu.saturating_add(host / 4 * 3))
+}
+
+/// All of the host's memory, or what this process's control group may use of it.
+#[cfg(target_os = "linux")]
+fn host_bytes() -> Option<u64> {
+    use procfs::Current;
+    let installed = procfs::Meminfo::current().ok()?.mem_total;
+    let allowed = std::fs::read_to_string("/sys/fs/cgroup/memory.max").ok();
+    let allowed = allowed.and_then(|text| text.trim().parse::<u64>().ok());
+    Some(allowed.map_or(installed, |allowed| allowed.min(installed)))
+}
+
+#[cfg(not(target_os = "linux"))]
+fn host_bytes() -> Option<u64> {
+    None
+}
+
 /// Memory of a set that is being filled.
 #[derive(Debug)]
 pub(super) enum WeightDraft {

@@ -11,4 +11,5 @@ mod table;
 mod wanted;
 
 pub(super) use loading::Weights;
+pub(super) use memory::room_for_weights;
 pub(super) use table::Unloaded;
