@@ -1,8 +1,9 @@
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::thread::ThreadId;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Sender, unbounded};
+use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use parking_lot::{Mutex, RwLock};
 
 use super::connect::CallOptions;
@@ -25,6 +26,10 @@ use crate::transport::{Connection, FrameReader, FrameWriter, TransportError, Wai
 /// How often a waiting caller looks at its deadline and whether it was interrupted.
 const TICK: Duration = Duration::from_millis(100);
 
+/// How long the last user of a session waits for its arenas to be unmapped, so that a program that ends next leaves nothing
+/// to the driver. It takes a moment, unless GPU work is in flight.
+const FAREWELL: Duration = Duration::from_millis(500);
+
 /// More than any result: the client asked for it, so its size is no surprise.
 const MAX_PAYLOAD_BYTES: u64 = 1 << 40;
 
@@ -38,6 +43,8 @@ pub(super) struct Link {
     router: Router,
     next: AtomicU64,
     closing: AtomicBool,
+    /// The connection ended before the client closed it.
+    lost: AtomicBool,
     /// The process that opened the session.
     process: u32,
     pub(super) session: SessionInfo,
@@ -52,6 +59,9 @@ pub(super) struct Link {
     detached: Mutex<Vec<AttachmentId>>,
     /// What the janitor is to drop. Dropped itself to end the janitor.
     retired: Mutex<Option<Sender<Retired>>>,
+    /// Disconnected once the janitor has ended.
+    janitor_gone: Receiver<()>,
+    janitor: OnceLock<ThreadId>,
 }
 
 /// Reused from request to request.
@@ -74,6 +84,7 @@ impl Link {
         let negotiation = Negotiation { connection: &*connection, reader: &mut reader, deadline };
         let session = negotiation.run(config, &memory).inspect_err(|_| connection.close())?;
         let (retired, to_drop) = unbounded();
+        let (janitor_alive, janitor_gone) = bounded(0);
         let link = Arc::new(Self {
             connection,
             address: address.to_owned(),
@@ -82,6 +93,7 @@ impl Link {
             router: Router::default(),
             next: AtomicU64::new(1),
             closing: AtomicBool::new(false),
+            lost: AtomicBool::new(false),
             process: std::process::id(),
             session,
             forced: config.rung,
@@ -91,9 +103,17 @@ impl Link {
             memory,
             detached: Mutex::default(),
             retired: Mutex::new(Some(retired)),
+            janitor_gone,
+            janitor: OnceLock::new(),
         });
         let weak = Arc::downgrade(&link);
-        spawn("luna-janitor", move || janitor::run(&weak, &rings, &to_drop))?;
+        let janitor = spawn("luna-janitor", move || {
+            janitor::run(&weak, &rings, &to_drop);
+            // What was not taken goes before the word that nothing is left.
+            drop(to_drop);
+            drop(janitor_alive);
+        })?;
+        _ = link.janitor.set(janitor);
         Ok(link)
     }
 
@@ -424,6 +444,7 @@ impl Link {
             ),
             _ => error.into_fault(),
         };
+        self.lost.store(true, Ordering::Release);
         self.router.lose(fault.clone());
         for gpu in self.gpus.read().iter() {
             gpu.lose_owner();
@@ -465,7 +486,13 @@ impl Link {
 
 impl Drop for Link {
     fn drop(&mut self) {
+        let was_lost = self.lost.load(Ordering::Acquire);
         self.close();
+        let is_janitor = self.janitor.get() == Some(&std::thread::current().id());
+        // Who connects anew because the broker went away does not wait.
+        if !was_lost && !is_janitor && std::process::id() == self.process {
+            _ = self.janitor_gone.recv_timeout(FAREWELL);
+        }
     }
 }
 
@@ -481,9 +508,9 @@ fn handles_of(step: &GpuAnswer) -> usize {
     }
 }
 
-fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> Result<()> {
+fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> Result<ThreadId> {
     let thread = std::thread::Builder::new().name(name.to_owned()).spawn(run);
-    thread.map(|_| ()).map_err(|error| {
+    thread.map(|thread| thread.thread().id()).map_err(|error| {
         Error::new(ErrorKind::Io, format!("a thread could not be started: {error}"), "raise the limit of processes")
     })
 }
