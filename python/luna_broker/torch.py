@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from os import PathLike, fspath
 from threading import get_ident
@@ -50,7 +50,8 @@ def load_attached(
     """Gives `module` the tensors of attached weights in place of its own parameters and buffers, without a copy.
 
     Parameters may be on the meta device: see `skeleton`. What the module ties, stays tied. The parameters are frozen,
-    as everybody shares them. Where anything does not fit, `InvalidTensor` names it and the module is as it was.
+    as everybody shares them. Where anything does not fit, `InvalidTensor` names it; whatever is raised, the module has
+    its own parameters and buffers as before.
 
     `name_or_weights`: what `Client.attach` takes, or gives. `client`: who attaches; `None` for one that is made for it,
     with the default address. `prefix`: what the keys of the module's tensors begin with in the weights; other keys are
@@ -73,8 +74,12 @@ def load_attached(
     attached = weights._held()
     plan = _Plan(_slots(module), weights, prefix)
     plan.refuse_what_does_not_fit(strict)
-    plan.assign()
-    _audit(plan, attached)
+    try:
+        plan.assign()
+        _audit(plan, attached)
+    except BaseException:
+        plan.take_back()
+        raise
     _remember(module, weights, attached, check)
     return weights
 
@@ -195,6 +200,16 @@ class _Plan:
             for owner, name in slot.places:
                 setattr(owner, name, new)
 
+    def take_back(self) -> None:
+        """Gives the module what it had before `assign`, however far that came."""
+        for slot, _ in self.chosen:
+            for owner, name in slot.places:
+                # By the way it came, for what a module notes elsewhere, as recurrent ones do; then whatever that did.
+                with suppress(Exception):
+                    setattr(owner, name, slot.tensor)
+                tensors = owner._parameters if isinstance(slot.tensor, Parameter) else owner._buffers
+                tensors[name] = slot.tensor
+
     def _keys_differ(self) -> LunaBrokerError:
         if not self.chosen and self.unexpected == list(self.weights):
             alike = _prefix_that_fits(self.missing, self.weights)
@@ -276,7 +291,7 @@ def _audit(plan: _Plan, attached: Attached) -> None:
         if not _lies_in(getattr(owner, attribute), attached)
     ]
     if private:
-        message = f"the module made copies of what it was given: {_listed(private)}"
+        message = f"the module made copies of what it was given, and has its own again: {_listed(private)}"
         raise refusal(LunaBrokerError, message, "load it without load_attached: nothing would be shared")
 
 

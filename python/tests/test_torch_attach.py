@@ -311,8 +311,53 @@ def test_a_module_that_copies_what_it_is_given_is_found_out(client: Any, tmp_pat
             super().__setattr__(name, nn.Parameter(value.clone()) if isinstance(value, nn.Parameter) else value)
 
     path = write(nn.Linear(2, 2), tmp_path / "linear.safetensors")
-    with pytest.raises(luna_broker.LunaBrokerError, match="made copies .*weight, bias"):
-        load_attached(Hoarder(2, 2), path, client=client)
+    module = Hoarder(2, 2)
+    weight, bias = module.weight, module.bias
+    with pytest.raises(luna_broker.LunaBrokerError, match="made copies .*weight, bias") as refused:
+        load_attached(module, path, client=client)
+    assert module.weight is weight
+    assert module.bias is bias
+    assert weight.requires_grad
+    assert not module._forward_pre_hooks
+    assert attached_weights(module) == []
+    del refused
+    gc.collect()
+    client.unload(path)
+
+
+def test_a_module_that_refuses_what_it_is_given_has_its_own_again(client: Any, tied: Tied, file: Path) -> None:
+    class Picky(nn.LayerNorm):
+        def __setattr__(self, name: str, value: Any) -> None:
+            if name == "bias" and isinstance(value, nn.Parameter) and hasattr(self, "bias"):
+                raise RuntimeError("no other bias")
+            super().__setattr__(name, value)
+
+    module = Tied().eval()
+    module.inner[1] = Picky(6)
+    before = module.state_dict(keep_vars=True)
+    with pytest.raises(RuntimeError, match="no other bias"):
+        load_attached(module, file, client=client)
+    after = module.state_dict(keep_vars=True)
+    assert list(after) == list(before)
+    assert all(after[name] is before[name] for name in before)
+    assert module.head.weight is module.embed.weight
+    assert not module._forward_pre_hooks
+    assert attached_weights(module) == []
+
+
+def test_a_recurrent_module_computes_with_its_own_again(client: Any, tmp_path: Path) -> None:
+    class Picky(nn.LSTM):
+        def __setattr__(self, name: str, value: Any) -> None:
+            if name == "bias_hh_l0" and hasattr(self, name):
+                raise RuntimeError("no other bias")
+            super().__setattr__(name, value)
+
+    path = write(nn.LSTM(3, 4), tmp_path / "lstm.safetensors")
+    module = Picky(3, 4)
+    expected = module(torch.ones(2, 1, 3))[0]
+    with pytest.raises(RuntimeError, match="no other bias"):
+        load_attached(module, path, client=client)
+    assert torch.equal(module(torch.ones(2, 1, 3))[0], expected)
 
 
 def test_recurrent_modules_use_what_they_were_given(client: Any, tmp_path: Path) -> None:
