@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch.nn import Module, Parameter
 from torch.nn.parameter import is_lazy
+from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import Client, InvalidTensor, LunaBrokerError, Weights, connect
@@ -33,6 +34,13 @@ __all__ = ["attached_weights", "load_attached", "skeleton"]
 NAMED_KEYS = 8
 
 META = torch.device("meta")
+
+EVAL = "call module.eval() first; to train it, load it without load_attached"
+
+# Stored buffers that forwards of torch's own modules write to in training mode: of norms, and of spectral norms.
+WRITTEN_IN_TRAINING = frozenset(
+    {"running_mean", "running_var", "num_batches_tracked", "_u", "_v", "weight_u", "weight_v"}
+)
 
 DTypes = torch.dtype | str | dict[str, torch.dtype | str | None]
 
@@ -62,6 +70,11 @@ def load_attached(
     `weights.reattach()` makes the same module good again. A module that is used by methods other than its forward
     checks nothing then: call `weights.check()`.
 
+    Modules that keep running statistics, such as `BatchNorm2d`, write to them in training mode: then they, and each of
+    their forwards later on, are refused with `InvalidTensor`; `module.eval()` is what they want. Of other modules that
+    write to buffers of their own nothing is known here: on the CPU this process gets pages of its own, see
+    `Weights.diverged_bytes`.
+
     Returns the weights, which live as long as the module does.
     """
     if isinstance(name_or_weights, Weights):
@@ -80,7 +93,7 @@ def load_attached(
     except BaseException:
         plan.take_back()
         raise
-    _remember(module, weights, attached, check)
+    _remember(module, weights, attached, check, plan.written_in_training())
     return weights
 
 
@@ -188,6 +201,14 @@ class _Plan:
             _dtypes_differ,
             "have the broker convert: dtype=… of the module; or convert the module before: module.to(dtype)",
         )
+        writing = [
+            f"{name} ({type(owner).__name__})"
+            for slot, _ in self.chosen
+            for (owner, attribute), name in zip(slot.places, slot.names, strict=True)
+            if owner.training and _is_written_in_training(slot.tensor, attribute)
+        ]
+        if writing:
+            raise self._refusal("in training mode it would write to what everybody shares", writing, EVAL)
         self._refuse("devices differ", _devices_differ, "attach with device=… of the module, or move the module before")
 
     def assign(self) -> None:
@@ -199,6 +220,16 @@ class _Plan:
                 vars(new).update(vars(slot.tensor))
             for owner, name in slot.places:
                 setattr(owner, name, new)
+
+    def written_in_training(self) -> list[Module]:
+        """The modules that would write to what is shared, were they in training mode."""
+        owners = {
+            id(owner): owner
+            for slot, _ in self.chosen
+            for owner, name in slot.places
+            if _is_written_in_training(slot.tensor, name)
+        }
+        return list(owners.values())
 
     def take_back(self) -> None:
         """Gives the module what it had before `assign`, however far that came."""
@@ -232,6 +263,10 @@ class _Plan:
     def _refusal(self, what: str, keys: list[str], remedy: str) -> LunaBrokerError:
         message = f"{self.weights.name} does not fit the module: {what}: {_listed(keys)}; the module is as it was"
         return refusal(InvalidTensor, message, remedy)
+
+
+def _is_written_in_training(tensor: torch.Tensor, name: str) -> bool:
+    return name in WRITTEN_IN_TRAINING and not isinstance(tensor, Parameter)
 
 
 def _shapes_differ(have: torch.Tensor, given: torch.Tensor) -> str | None:
@@ -314,6 +349,30 @@ class _Check:
         return _Check, ()
 
 
+class _OnlyInEval:
+    """Refuses a forward that would write to shared statistics. A copy of the module has its own: it may."""
+
+    def __init__(self, name: str = "", span: tuple[int, int] = (0, 0)) -> None:
+        self._name = name
+        self._span = span
+
+    def __call__(self, module: Module, arguments: object) -> None:
+        if not module.training:
+            return
+        start, end = self._span
+        written = [
+            name
+            for name, tensor in module._buffers.items()
+            if name in WRITTEN_IN_TRAINING and tensor is not None and start <= tensor.data_ptr() < end
+        ]
+        if written:
+            message = f"{type(module).__name__} in training mode would write to {_listed(written)}, which is shared"
+            raise refusal(InvalidTensor, f"{message} as part of {self._name}; nothing was computed", EVAL)
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return _OnlyInEval, ()
+
+
 @dataclass
 class _Held:
     """Weights that a module has, and what ends its questions about them."""
@@ -321,14 +380,18 @@ class _Held:
     weights: Weights
     # What stays when the dictionary is closed: the module has its tensors still.
     attached: Attached
-    stop_asking: Callable[[], None]
+    hooks: list[RemovableHandle]
+
+    def stop_asking(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
 
 
 # The module has no attribute for them, as it would be copied with the module, weights and all.
 _HELD: weakref.WeakKeyDictionary[Module, list[_Held]] = weakref.WeakKeyDictionary()
 
 
-def _remember(module: Module, weights: Weights, attached: Attached, check: bool) -> None:
+def _remember(module: Module, weights: Weights, attached: Attached, check: bool, writers: list[Module]) -> None:
     kept = []
     for held in _HELD.get(module, []):
         is_used = held.attached is not attached and any(
@@ -338,9 +401,7 @@ def _remember(module: Module, weights: Weights, attached: Attached, check: bool)
             kept.append(held)
         else:
             held.stop_asking()
-    stop = module.register_forward_pre_hook(_Check(attached)).remove if check else _nothing
-    _HELD[module] = [*kept, _Held(weights, attached, stop)]
-
-
-def _nothing() -> None:
-    """There is no question to end."""
+    hooks = [writer.register_forward_pre_hook(_OnlyInEval(weights.name, attached.span)) for writer in writers]
+    if check:
+        hooks.append(module.register_forward_pre_hook(_Check(attached)))
+    _HELD[module] = [*kept, _Held(weights, attached, hooks)]
