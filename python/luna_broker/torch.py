@@ -22,7 +22,7 @@ import torch
 from torch.nn import Module, Parameter
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from . import Client, InvalidTensor, LunaBrokerError, Weights, connect
 from ._native import Attached
@@ -93,13 +93,19 @@ def load_attached(
     except BaseException:
         plan.take_back()
         raise
-    _remember(module, weights, attached, check, plan.written_in_training())
+    _remember(module, weights, attached, check, plan)
     return weights
 
 
 def attached_weights(module: Module) -> list[Weights]:
-    """The weights that `load_attached` gave to this very module, and that it still has."""
-    return [held.weights for held in _HELD.get(module, ())]
+    """The weights that `load_attached` gave to this very module, and that it still has.
+
+    Those whose memory none of its parameters and buffers lies in any more, after `.to()`, `.half()` or what else gave
+    it tensors of its own, are not among them. The module does not hold them from then on, or from its next forward.
+    """
+    for held in _HELD.get(module, []):
+        _forget_unless_used(module, held.attached)
+    return [held.weights for held in _HELD.get(module, []) if _witness(module, held.attached)]
 
 
 @contextmanager
@@ -162,6 +168,7 @@ class _Plan:
         self.prefix = prefix
         self.weights = weights
         self.chosen: list[tuple[_Slot, torch.Tensor]] = []
+        self.given: list[TensorWeakRef] = []
         self.missing: list[_Slot] = []
         self.left_on_meta: list[_Slot] = []
         self.untied: list[str] = []
@@ -213,11 +220,13 @@ class _Plan:
 
     def assign(self) -> None:
         for slot, tensor in self.chosen:
-            new = tensor
+            # An object of the module's own: it is gone when the module has it no more.
+            new = tensor.detach()
             if isinstance(slot.tensor, Parameter):
                 new = Parameter(tensor, requires_grad=False)
                 # What libraries note about a parameter stays with it.
                 vars(new).update(vars(slot.tensor))
+            self.given.append(TensorWeakRef(new))
             for owner, name in slot.places:
                 setattr(owner, name, new)
 
@@ -331,8 +340,34 @@ def _audit(plan: _Plan, attached: Attached) -> None:
 
 
 def _lies_in(tensor: torch.Tensor, attached: Attached) -> bool:
-    start, end = attached.span
-    return tensor.numel() == 0 or start <= tensor.data_ptr() < end
+    return tensor.numel() == 0 or _starts_in(tensor, attached.span)
+
+
+def _starts_in(tensor: torch.Tensor, span: tuple[int, int]) -> bool:
+    try:
+        return span[0] <= tensor.data_ptr() < span[1]
+    except (RuntimeError, ValueError):
+        # Made of other tensors, or not made yet: it has no memory.
+        return False
+
+
+_Place = tuple[weakref.ref[Module], str]
+
+
+def _witness(module: Module, attached: Attached) -> _Place | None:
+    """A place where the module has a tensor in the shared memory."""
+    span = attached.span
+    for owner in module.modules():
+        for name, tensor in (*owner._parameters.items(), *owner._buffers.items()):
+            if tensor is not None and _starts_in(tensor, span):
+                return weakref.ref(owner), name
+    return None
+
+
+def _bears_out(place: _Place, attached: Attached) -> bool:
+    owner, name = place[0](), place[1]
+    tensor = None if owner is None else owner._parameters.get(name, owner._buffers.get(name))
+    return tensor is not None and _starts_in(tensor, attached.span)
 
 
 class _Check:
@@ -340,9 +375,17 @@ class _Check:
 
     def __init__(self, attached: Attached | None = None) -> None:
         self._attached = attached
+        # Looking at one place is quick, at all of them is not.
+        self._place: _Place | None = None
 
     def __call__(self, module: Module, arguments: object) -> None:
-        if self._attached is not None:
+        if self._attached is None:
+            return
+        if self._place is None or not _bears_out(self._place, self._attached):
+            self._place = _witness(module, self._attached)
+        if self._place is None:
+            _forget_unless_used(module, self._attached)
+        else:
             self._attached.check()
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
@@ -359,11 +402,10 @@ class _OnlyInEval:
     def __call__(self, module: Module, arguments: object) -> None:
         if not module.training:
             return
-        start, end = self._span
         written = [
             name
             for name, tensor in module._buffers.items()
-            if name in WRITTEN_IN_TRAINING and tensor is not None and start <= tensor.data_ptr() < end
+            if name in WRITTEN_IN_TRAINING and tensor is not None and _starts_in(tensor, self._span)
         ]
         if written:
             message = f"{type(module).__name__} in training mode would write to {_listed(written)}, which is shared"
@@ -380,7 +422,15 @@ class _Held:
     weights: Weights
     # What stays when the dictionary is closed: the module has its tensors still.
     attached: Attached
+    # The tensors that the module was given, while they are anywhere.
+    given: list[TensorWeakRef]
     hooks: list[RemovableHandle]
+
+    @property
+    def is_used(self) -> bool:
+        """Whether the module may have them yet: `torch.func.functional_call` takes them out for a while."""
+        tensors = (tensor() for tensor in self.given)
+        return any(tensor is not None and _starts_in(tensor, self.attached.span) for tensor in tensors)
 
     def stop_asking(self) -> None:
         for hook in self.hooks:
@@ -391,17 +441,23 @@ class _Held:
 _HELD: weakref.WeakKeyDictionary[Module, list[_Held]] = weakref.WeakKeyDictionary()
 
 
-def _remember(module: Module, weights: Weights, attached: Attached, check: bool, writers: list[Module]) -> None:
-    kept = []
+def _remember(module: Module, weights: Weights, attached: Attached, check: bool, plan: _Plan) -> None:
     for held in _HELD.get(module, []):
-        is_used = held.attached is not attached and any(
-            slot.tensor.device != META and _lies_in(slot.tensor, held.attached) for slot in _slots(module)
-        )
-        if is_used:
-            kept.append(held)
-        else:
-            held.stop_asking()
-    hooks = [writer.register_forward_pre_hook(_OnlyInEval(weights.name, attached.span)) for writer in writers]
+        if held.attached is attached or not _witness(module, held.attached):
+            _forget(module, held)
+    only_in_eval = _OnlyInEval(weights.name, attached.span)
+    hooks = [writer.register_forward_pre_hook(only_in_eval) for writer in plan.written_in_training()]
     if check:
         hooks.append(module.register_forward_pre_hook(_Check(attached)))
-    _HELD[module] = [*kept, _Held(weights, attached, hooks)]
+    _HELD[module] = [*_HELD.get(module, []), _Held(weights, attached, plan.given, hooks)]
+
+
+def _forget_unless_used(module: Module, attached: Attached) -> None:
+    for held in _HELD.get(module, []):
+        if held.attached is attached and not held.is_used:
+            _forget(module, held)
+
+
+def _forget(module: Module, held: _Held) -> None:
+    held.stop_asking()
+    _HELD[module] = [other for other in _HELD.get(module, []) if other is not held]

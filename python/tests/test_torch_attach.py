@@ -505,6 +505,64 @@ def test_the_module_keeps_its_weights_held_and_no_longer(client: Any, file: Path
     assert not held()
 
 
+def of_other_type(module: nn.Module) -> None:
+    module.half()
+
+
+def replaced(module: nn.Module) -> None:
+    own = {name: nn.Parameter(tensor.detach().clone()) for name, tensor in module.named_parameters()}
+    own = {**own, **{name: tensor.clone() for name, tensor in module.named_buffers()}}
+    module.load_state_dict(own, strict=False, assign=True)
+    module.head.weight = module.embed.weight
+
+
+@pytest.mark.parametrize("change", [of_other_type, replaced])
+@pytest.mark.parametrize("asked", [True, False], ids=["asked", "forward"])
+def test_weights_that_the_module_gave_up_are_neither_checked_nor_held(
+    client: Any, file: Path, change: Callable[[nn.Module], None], asked: bool
+) -> None:
+    module = empty()
+    load_attached(module, file, client=client)
+    change(module)
+    if asked:
+        assert attached_weights(module) == []
+    else:
+        module(TOKENS)
+    gc.collect()
+    # Nobody is told that somebody uses them.
+    client.unload(file)
+    module(TOKENS)
+    assert attached_weights(module) == []
+    assert not module._forward_pre_hooks
+
+
+def test_one_tensor_that_is_left_is_checked_yet(client: Any, file: Path) -> None:
+    module = empty()
+    weights = load_attached(module, file, client=client)
+    module(TOKENS)
+    module.embed = nn.Embedding(10, 6)
+    module.head = nn.Linear(6, 10)
+    module.inner[0] = nn.Linear(6, 6)
+    module(TOKENS)
+    assert attached_weights(module) == [weights]
+    client.unload(file, force=True)
+    with pytest.raises(luna_broker.Stale):
+        module(TOKENS)
+
+
+def test_tensors_that_are_lent_out_for_a_call_are_not_given_up(client: Any, file: Path) -> None:
+    module = empty()
+    weights = load_attached(module, file, client=client)
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    own = {name: tensor.detach().clone() for name, tensor in tensors}
+    torch.func.functional_call(module, own, (TOKENS,))
+    assert attached_weights(module) == [weights]
+    client.unload(file, force=True)
+    torch.func.functional_call(module, own, (TOKENS,))
+    with pytest.raises(luna_broker.Stale):
+        module(TOKENS)
+
+
 def test_weights_given_anew_replace_the_old_ones_and_their_check(client: Any, tied: Tied, file: Path) -> None:
     module = empty()
     load_attached(module, file, client=client)
