@@ -4,7 +4,7 @@ from luna_broker.torch import load_attached, skeleton
 
 with skeleton():
     unet = UNet2DConditionModel(**config)
-load_attached(unet, "unet.safetensors", dtype=torch.float16)
+load_attached(unet, "unet.safetensors", dtype=torch.float16)    # on a GPU: device="cuda"
 unet(latent, timestep, context)
 """
 
@@ -24,7 +24,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
-from . import Client, InvalidTensor, LunaBrokerError, Weights, connect
+from . import Client, InvalidTensor, LunaBrokerError, Unsupported, Weights, connect
 from ._native import Attached
 from .errors import refusal
 
@@ -33,6 +33,7 @@ __all__ = ["attached_weights", "load_attached", "skeleton"]
 # What an error names of a long list; the rest is counted.
 NAMED_KEYS = 8
 
+CPU = torch.device("cpu")
 META = torch.device("meta")
 
 EVAL = "call module.eval() first; to train it, load it without load_attached"
@@ -52,6 +53,7 @@ def load_attached(
     client: Client | None = None,
     prefix: str = "",
     dtype: DTypes | None = None,
+    device: str | torch.device | None = None,
     strict: bool = True,
     check: bool = True,
 ) -> Weights:
@@ -64,11 +66,13 @@ def load_attached(
     `name_or_weights`: what `Client.attach` takes, or gives. `client`: who attaches; `None` for one that is made for it,
     with the default address. `prefix`: what the keys of the module's tensors begin with in the weights; other keys are
     not looked at. `dtype`: element types that the broker is to convert to, as for `Client.attach`; the module must want
-    the same. `strict`: whether the module and the weights must have the same keys; else what only one of them has is
-    left alone, unless it is on the meta device. `check`: whether each call of the module asks the broker first, in some
-    ten microseconds, whether the weights are still held, and raises `ConnectionLost` or `Stale` otherwise;
-    `weights.reattach()` makes the same module good again. A module that is used by methods other than its forward
-    checks nothing then: call `weights.check()`.
+    the same. `device`: `"cpu"`, `"cuda"` or `"cuda:N"`, where the weights are to be; buffers on the CPU that are not
+    among them are moved there, parameters elsewhere are refused. `None` for where the module is: in host memory if it
+    is on the meta device, and buffers are left where they are. `strict`: whether the module and the weights must have
+    the same keys; else what only one of them has is left alone, unless it is on the meta device. `check`: whether each
+    call of the module asks the broker first, in some ten microseconds, whether the weights are still held, and raises
+    `ConnectionLost` or `Stale` otherwise; `weights.reattach()` makes the same module good again. A module that is used
+    by methods other than its forward checks nothing then: call `weights.check()`.
 
     Modules that keep running statistics, such as `BatchNorm2d`, write to them in training mode: then they, and each of
     their forwards later on, are refused with `InvalidTensor`; `module.eval()` is what they want. Of other modules that
@@ -77,15 +81,21 @@ def load_attached(
 
     Returns the weights, which live as long as the module does.
     """
+    wanted = None if device is None else _usable(device)
     if isinstance(name_or_weights, Weights):
         if dtype is not None:
             raise TypeError("dtype: the weights are attached already; their types were chosen then")
         weights = name_or_weights
+        if wanted is not None and weights.device != str(wanted):
+            message = f"{weights.name} is on {weights.device} already, not on {wanted}; the module is as it was"
+            raise refusal(InvalidTensor, message, f"attach it with device={str(wanted)!r}, or leave out device")
     else:
         client = connect() if client is None else client
-        weights = client.attach(fspath(name_or_weights), dtype=dtype, device=_device_of(module))
+        weights = client.attach(
+            fspath(name_or_weights), dtype=dtype, device=str(wanted) if wanted else _device_of(module)
+        )
     attached = weights._held()
-    plan = _Plan(_slots(module), weights, prefix)
+    plan = _Plan(_slots(module), weights, prefix, wanted)
     plan.refuse_what_does_not_fit(strict)
     try:
         plan.assign()
@@ -143,6 +153,11 @@ class _Slot:
     names: list[str] = field(default_factory=list)
 
     @property
+    def is_movable(self) -> bool:
+        """Whether it may be put on a GPU unasked: a buffer as modules are built with."""
+        return self.tensor.device == CPU and not isinstance(self.tensor, Parameter)
+
+    @property
     def shown(self) -> str:
         return " = ".join(self.names)
 
@@ -164,13 +179,16 @@ def _slots(module: Module) -> list[_Slot]:
 class _Plan:
     """Which tensor of the weights goes where; nothing is changed before all of it fits."""
 
-    def __init__(self, slots: list[_Slot], weights: Weights, prefix: str) -> None:
+    def __init__(self, slots: list[_Slot], weights: Weights, prefix: str, device: torch.device | None) -> None:
         self.prefix = prefix
+        self.device = device
         self.weights = weights
         self.chosen: list[tuple[_Slot, torch.Tensor]] = []
         self.given: list[TensorWeakRef] = []
         self.missing: list[_Slot] = []
         self.left_on_meta: list[_Slot] = []
+        self.to_move: list[_Slot] = []
+        self.left_elsewhere: list[_Slot] = []
         self.untied: list[str] = []
         used: set[str] = set()
         for slot in slots:
@@ -185,6 +203,8 @@ class _Plan:
                 self.missing.append(slot)
             if slot.tensor.device == META:
                 self.left_on_meta.append(slot)
+            elif device not in (None, slot.tensor.device):
+                (self.to_move if slot.is_movable else self.left_elsewhere).append(slot)
         self.unexpected = [key for key in weights if key.startswith(prefix) and key not in used]
 
     def refuse_what_does_not_fit(self, strict: bool) -> None:
@@ -216,9 +236,22 @@ class _Plan:
         ]
         if writing:
             raise self._refusal("in training mode it would write to what everybody shares", writing, EVAL)
-        self._refuse("devices differ", _devices_differ, "attach with device=… of the module, or move the module before")
+        differ = [
+            f"{slot.shown} ({slot.tensor.device} in the module, {tensor.device} attached)"
+            for slot, tensor in self.chosen
+            if slot.tensor.device not in (META, tensor.device) and not (self.device and slot.is_movable)
+        ]
+        differ += [f"{slot.shown} ({slot.tensor.device}, and not attached)" for slot in self.left_elsewhere]
+        if differ:
+            there = repr(self.weights.device)
+            remedy = f"build it in luna_broker.torch.skeleton() and name device={there}, or move it first: .to({there})"
+            raise self._refusal("devices differ", differ, remedy)
 
     def assign(self) -> None:
+        moved = [(slot, slot.tensor.to(self.device)) for slot in self.to_move]
+        for slot, tensor in moved:
+            for owner, name in slot.places:
+                setattr(owner, name, tensor)
         for slot, tensor in self.chosen:
             # An object of the module's own: it is gone when the module has it no more.
             new = tensor.detach()
@@ -242,7 +275,7 @@ class _Plan:
 
     def take_back(self) -> None:
         """Gives the module what it had before `assign`, however far that came."""
-        for slot, _ in self.chosen:
+        for slot in [*self.to_move, *(slot for slot, _ in self.chosen)]:
             for owner, name in slot.places:
                 # By the way it came, for what a module notes elsewhere, as recurrent ones do; then whatever that did.
                 with suppress(Exception):
@@ -290,12 +323,6 @@ def _dtypes_differ(have: torch.Tensor, given: torch.Tensor) -> str | None:
     return None if have.dtype == given.dtype else f"{have.dtype} in the module, {given.dtype} attached"
 
 
-def _devices_differ(have: torch.Tensor, given: torch.Tensor) -> str | None:
-    if have.device in (META, given.device):
-        return None
-    return f"{have.device} in the module, {given.device} attached"
-
-
 def _same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two tensors are the same bit for bit: numbers that are none are equal to themselves."""
     if (one.shape, one.dtype) != (other.shape, other.dtype):
@@ -315,6 +342,22 @@ def _prefix_that_fits(missing: list[_Slot], weights: Weights) -> str | None:
 def _listed(names: list[str]) -> str:
     rest = len(names) - NAMED_KEYS
     return ", ".join(names[:NAMED_KEYS]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _usable(device: str | torch.device) -> torch.device:
+    """The device by its full name, if torch can use it."""
+    remedy = "use cpu, or a GPU that torch.cuda.device_count() counts: cuda, cuda:N"
+    try:
+        named = torch.device(device)
+    except RuntimeError:
+        raise refusal(Unsupported, f"there is no device {device!r}", remedy) from None
+    if named.type == "cpu":
+        return CPU
+    if named.type != "cuda":
+        raise refusal(Unsupported, f"weights on device {named} are not supported", remedy)
+    if not torch.cuda.is_available() or (named.index or 0) >= torch.cuda.device_count():
+        raise refusal(Unsupported, f"torch finds no GPU {named} in this process", remedy)
+    return torch.device("cuda", torch.cuda.current_device() if named.index is None else named.index)
 
 
 def _device_of(module: Module) -> str | None:
