@@ -10,6 +10,7 @@ unet(latent, timestep, context)
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -24,7 +25,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
-from . import Client, InvalidTensor, LunaBrokerError, Unsupported, Weights, connect
+from . import Client, ConnectionLost, InvalidTensor, LunaBrokerError, Unsupported, Weights, connect
 from ._native import Attached
 from .errors import refusal
 
@@ -63,16 +64,17 @@ def load_attached(
     as everybody shares them. Where anything does not fit, `InvalidTensor` names it; whatever is raised, the module has
     its own parameters and buffers as before.
 
-    `name_or_weights`: what `Client.attach` takes, or gives. `client`: who attaches; `None` for one that is made for it,
-    with the default address. `prefix`: what the keys of the module's tensors begin with in the weights; other keys are
-    not looked at. `dtype`: element types that the broker is to convert to, as for `Client.attach`; the module must want
-    the same. `device`: `"cpu"`, `"cuda"` or `"cuda:N"`, where the weights are to be; buffers on the CPU that are not
-    among them are moved there, parameters elsewhere are refused. `None` for where the module is: in host memory if it
-    is on the meta device, and buffers are left where they are. `strict`: whether the module and the weights must have
-    the same keys; else what only one of them has is left alone, unless it is on the meta device. `check`: whether each
-    call of the module asks the broker first, in some ten microseconds, whether the weights are still held, and raises
-    `ConnectionLost` or `Stale` otherwise; `weights.reattach()` makes the same module good again. A module that is used
-    by methods other than its forward checks nothing then: call `weights.check()`.
+    `name_or_weights`: what `Client.attach` takes, or gives. `client`: who attaches; `None` for one at the default
+    address, which all such calls of this process share. `prefix`: what the keys of the module's tensors begin with in
+    the weights; other keys are not looked at. `dtype`: element types that the broker is to convert to, as for
+    `Client.attach`; the module must want the same. `device`: `"cpu"`, `"cuda"` or `"cuda:N"`, where the weights are to
+    be; buffers on the CPU that are not among them are moved there, parameters elsewhere are refused. `None` for where
+    the module is: in host memory if it is on the meta device, and buffers are left where they are. `strict`: whether
+    the module and the weights must have the same keys; else what only one of them has is left alone, unless it is on
+    the meta device. `check`: whether each call of the module asks the broker first, in some ten microseconds, whether
+    the weights are still held, and raises `ConnectionLost` or `Stale` otherwise; `weights.reattach()` makes the same
+    module good again. A module that is used by methods other than its forward checks nothing then: call
+    `weights.check()`.
 
     Modules that keep running statistics, such as `BatchNorm2d`, write to them in training mode: then they, and each of
     their forwards later on, are refused with `InvalidTensor`; `module.eval()` is what they want. Of other modules that
@@ -90,10 +92,12 @@ def load_attached(
             message = f"{weights.name} is on {weights.device} already, not on {wanted}; the module is as it was"
             raise refusal(InvalidTensor, message, f"attach it with device={str(wanted)!r}, or leave out device")
     else:
-        client = connect() if client is None else client
-        weights = client.attach(
-            fspath(name_or_weights), dtype=dtype, device=str(wanted) if wanted else _device_of(module)
-        )
+        where = str(wanted) if wanted else _device_of(module)
+
+        def attach(by: Client) -> Weights:
+            return by.attach(fspath(name_or_weights), dtype=dtype, device=where)
+
+        weights = _by_default_client(attach) if client is None else attach(client)
     attached = weights._held()
     plan = _Plan(_slots(module), weights, prefix, wanted)
     plan.refuse_what_does_not_fit(strict)
@@ -105,6 +109,23 @@ def load_attached(
         raise
     _remember(module, weights, attached, check, plan)
     return weights
+
+
+# By process, as a forked child's copy is its parent's session, and by the address that was the default then.
+_DEFAULT_CLIENTS: dict[tuple[int, str | None], Client] = {}
+
+
+def _by_default_client(attach: Callable[[Client], Weights]) -> Weights:
+    key = (os.getpid(), os.environ.get("LUNA_BROKER"))
+    # No lock, which a fork could leave locked: of two threads that are first, one drops its client.
+    client = _DEFAULT_CLIENTS.get(key) or _DEFAULT_CLIENTS.setdefault(key, connect())
+    try:
+        return attach(client)
+    except ConnectionLost:
+        # Closed, or its broker is another one by now: either way a new one does, or says that nobody is there.
+        if _DEFAULT_CLIENTS.get(key) is client:
+            _DEFAULT_CLIENTS[key] = connect()
+        return attach(_DEFAULT_CLIENTS[key])
 
 
 def attached_weights(module: Module) -> list[Weights]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -162,6 +165,79 @@ def test_tied_stays_tied_by_whichever_key_the_file_has(
     load_attached(module, tmp_path / "tied.safetensors", client=client)
     assert module.head.weight is module.embed.weight
     assert torch.equal(module(TOKENS), tied(TOKENS))
+
+
+@pytest.fixture
+def by_default(start_broker: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A broker at the default address, whose sessions are those of the test."""
+    broker = start_broker()
+    monkeypatch.setenv("LUNA_BROKER", broker.address)
+    return broker
+
+
+def sessions(broker: Any) -> set[str]:
+    with luna_broker.connect(broker.address, name="asks") as client:
+        return {session["name"] for session in client.status()["sessions"]} - {"asks"}
+
+
+def default_client(broker: Any) -> Any:
+    return luna_broker.torch._DEFAULT_CLIENTS[os.getpid(), broker.address]
+
+
+def test_calls_without_a_client_share_one(by_default: Any, tied: Tied, file: Path) -> None:
+    before = sessions(by_default)
+    modules = [empty() for _ in range(3)]
+    for module in modules:
+        load_attached(module, file)
+        assert torch.equal(module(TOKENS), tied(TOKENS))
+    assert len(sessions(by_default) - before) == 1
+
+
+def test_a_default_client_that_was_closed_is_replaced(by_default: Any, tied: Tied, file: Path) -> None:
+    first, second = empty(), empty()
+    load_attached(first, file)
+    closed = default_client(by_default)
+    closed.close()
+    load_attached(second, file)
+    assert default_client(by_default) is not closed
+    assert torch.equal(second(TOKENS), tied(TOKENS))
+
+
+def test_the_default_client_outlives_its_broker_and_says_when_nobody_is_there(
+    by_default: Any, tied: Tied, file: Path
+) -> None:
+    load_attached(empty(), file)
+    by_default.kill()
+    with pytest.raises(luna_broker.ConnectionLost):
+        load_attached(empty(), file)
+    by_default.start()
+    module = empty()
+    load_attached(module, file)
+    assert torch.equal(module(TOKENS), tied(TOKENS))
+
+
+def test_a_forked_child_makes_a_default_client_of_its_own(by_default: Any, file: Path) -> None:
+    program = """
+import os, sys
+from luna_broker import torch as attached
+from torch import nn
+
+def load():
+    module = nn.Linear(6, 6)
+    attached.load_attached(module, sys.argv[1], prefix="inner.0.", strict=False)
+    return module, attached._DEFAULT_CLIENTS[os.getpid(), os.environ["LUNA_BROKER"]]
+
+module, client = load()
+child = os.fork()
+if not child:
+    _, own = load()
+    os._exit(0 if own.session.name != client.session.name else 3)
+assert os.waitpid(child, 0)[1] == 0
+attached.attached_weights(module)[0].check()
+assert load()[1] is client
+"""
+    ended = subprocess.run([sys.executable, "-c", program, file], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_what_differs_is_not_tied(client: Any, tied: Tied, tmp_path: Path) -> None:
