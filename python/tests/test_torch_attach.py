@@ -424,6 +424,25 @@ def test_a_skeleton_is_put_where_it_is_wanted_with_its_buffers(
     assert "ids" not in module.state_dict()
 
 
+def test_buffers_come_back_where_the_module_refuses_its_weights(elsewhere: Any, file: Path) -> None:
+    class Picky(nn.LayerNorm):
+        def __setattr__(self, name: str, value: Any) -> None:
+            if isinstance(value, Elsewhere):
+                raise RuntimeError("not there")
+            super().__setattr__(name, value)
+
+    module = empty()
+    with skeleton():
+        module.inner[1] = Picky(6)
+    module.ids = module.ids.as_subclass(Movable)
+    ids, scale = module.ids, module.scale
+    with pytest.raises(RuntimeError, match="not there"):
+        load_attached(module, file, client=elsewhere, device="cuda")
+    assert module.ids is ids
+    assert module.scale is scale
+    assert module.embed.weight.is_meta
+
+
 def test_stored_buffers_of_a_skeleton_are_attached_where_they_are_wanted(
     elsewhere: Any, tied: Tied, file: Path
 ) -> None:
