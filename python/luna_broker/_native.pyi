@@ -328,7 +328,8 @@ class Attached:
 class Permit:
     """A turn in one of the broker's lanes. Obtained from `Client.permit`; held inside a `with` block.
 
-    It ends with the block, with the process, and at the latest after the broker's `--permit-seconds`.
+    It ends with the block, with the process, and at the latest after the broker's `--permit-seconds`: see
+    `Client.permit`.
     """
 
     def __enter__(self) -> Permit:
@@ -379,9 +380,12 @@ class Client:
         stderr is a terminal and loading takes longer than half a second, `False` draws nothing. `timeout`: seconds;
         `None` for the client's.
 
-        Raises `ModelNotFound`, `InvalidModel`, `OutOfMemory`, `Unsupported` (an element type nothing is converted to; a
-        session that shares no memory with the broker), `Stale` (weights of that name are held here that were
-        unloaded by force: reattach or drop them first), `Timeout`.
+        Only files are converted and loaded onto a GPU. A published set is attached as it was published, and in host
+        memory: another `dtype` or `device` is `Unsupported`.
+
+        Raises `ModelNotFound`, `InvalidModel`, `OutOfMemory`, `Unsupported` (besides, an element type nothing is
+        converted to, and a session that shares no memory with the broker), `Stale` (weights of that name are held here
+        that were unloaded by force: reattach or drop them first), `Timeout`.
         """
 
     def publish(self, name: str, tensors: Mapping[str, Any], timeout: float | None = None) -> Weights:
@@ -390,6 +394,9 @@ class Client:
         torch tensors and parameters, on the CPU or on a GPU, and numpy arrays are copied into the broker's memory once,
         row by row, whatever their strides; with the views in their place, the caller's may go. What the broker has
         already is not sent. Nobody may write to the tensors meanwhile.
+
+        They lie in host memory, also those that come from a GPU, in the element types that they have: nobody can attach
+        them on a GPU or in another type. For that, save them to a file and attach that.
 
         Raises `InUse` where `name` is a file's, or that of other tensors that somebody has attached; `InvalidTensor`,
         `OutOfMemory`, `Unsupported`.
@@ -401,6 +408,10 @@ class Client:
         Of all processes that ask, and of the calls that the broker runs, one at a time has the lane, in the order in
         which they came. `bytes`: working memory that is going to be used; more than `--vae-budget` is refused with
         `OutOfMemory`, and is for tiles. `timeout`: seconds to wait for the turn; `None` for the client's.
+
+        A permit that is kept for longer than the broker's `--permit-seconds` expires: the lane goes on, and from then
+        others work at the same time. Nobody tells the block that holds it, and leaving it raises nothing; the broker's
+        log has a warning.
         """
 
     def verify(self, name: str | PathLike[str]) -> list[dict[str, Any]]:

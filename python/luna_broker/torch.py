@@ -4,15 +4,16 @@ from luna_broker.torch import load_attached, skeleton
 
 with skeleton():
     unet = UNet2DConditionModel(**config)
-load_attached(unet, "unet.safetensors", dtype=torch.float16)
+load_attached(unet, "unet.safetensors", dtype=torch.float16)    # on a GPU: device="cuda"
 unet(latent, timestep, context)
 """
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from os import PathLike, fspath
 from threading import get_ident
@@ -21,9 +22,10 @@ from typing import Any
 import torch
 from torch.nn import Module, Parameter
 from torch.nn.parameter import is_lazy
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
-from . import Client, InvalidTensor, LunaBrokerError, Weights, connect
+from . import Client, ConnectionLost, InvalidTensor, LunaBrokerError, Unsupported, Weights, connect
 from ._native import Attached
 from .errors import refusal
 
@@ -32,7 +34,15 @@ __all__ = ["attached_weights", "load_attached", "skeleton"]
 # What an error names of a long list; the rest is counted.
 NAMED_KEYS = 8
 
+CPU = torch.device("cpu")
 META = torch.device("meta")
+
+EVAL = "call module.eval() first; to train it, load it without load_attached"
+
+# Stored buffers that forwards of torch's own modules write to in training mode: of norms, and of spectral norms.
+WRITTEN_IN_TRAINING = frozenset(
+    {"running_mean", "running_var", "num_batches_tracked", "_u", "_v", "weight_u", "weight_v"}
+)
 
 DTypes = torch.dtype | str | dict[str, torch.dtype | str | None]
 
@@ -44,44 +54,89 @@ def load_attached(
     client: Client | None = None,
     prefix: str = "",
     dtype: DTypes | None = None,
+    device: str | torch.device | None = None,
     strict: bool = True,
     check: bool = True,
 ) -> Weights:
     """Gives `module` the tensors of attached weights in place of its own parameters and buffers, without a copy.
 
     Parameters may be on the meta device: see `skeleton`. What the module ties, stays tied. The parameters are frozen,
-    as everybody shares them. Where anything does not fit, `InvalidTensor` names it and the module is as it was.
+    as everybody shares them. Where anything does not fit, `InvalidTensor` names it; whatever is raised, the module has
+    its own parameters and buffers as before.
 
-    `name_or_weights`: what `Client.attach` takes, or gives. `client`: who attaches; `None` for one that is made for it,
-    with the default address. `prefix`: what the keys of the module's tensors begin with in the weights; other keys are
-    not looked at. `dtype`: element types that the broker is to convert to, as for `Client.attach`; the module must want
-    the same. `strict`: whether the module and the weights must have the same keys; else what only one of them has is
-    left alone, unless it is on the meta device. `check`: whether each call of the module asks the broker first, in some
-    ten microseconds, whether the weights are still held, and raises `ConnectionLost` or `Stale` otherwise;
-    `weights.reattach()` makes the same module good again. A module that is used by methods other than its forward
-    checks nothing then: call `weights.check()`.
+    `name_or_weights`: what `Client.attach` takes, or gives. `client`: who attaches; `None` for one at the default
+    address, which all such calls of this process share. `prefix`: what the keys of the module's tensors begin with in
+    the weights; other keys are not looked at. `dtype`: element types that the broker is to convert to, as for
+    `Client.attach`; the module must want the same. `device`: `"cpu"`, `"cuda"` or `"cuda:N"`, where the weights are to
+    be; buffers on the CPU that are not among them are moved there, parameters elsewhere are refused. `None` for where
+    the module is: in host memory if it is on the meta device, and buffers are left where they are. `strict`: whether
+    the module and the weights must have the same keys; else what only one of them has is left alone, unless it is on
+    the meta device. `check`: whether each call of the module asks the broker first, in some ten microseconds, whether
+    the weights are still held, and raises `ConnectionLost` or `Stale` otherwise; `weights.reattach()` makes the same
+    module good again. A module that is used by methods other than its forward checks nothing then: call
+    `weights.check()`.
+
+    Modules that keep running statistics, such as `BatchNorm2d`, write to them in training mode: then they, and each of
+    their forwards later on, are refused with `InvalidTensor`; `module.eval()` is what they want. Of other modules that
+    write to buffers of their own nothing is known here: on the CPU this process gets pages of its own, see
+    `Weights.diverged_bytes`.
 
     Returns the weights, which live as long as the module does.
     """
+    wanted = None if device is None else _usable(device)
     if isinstance(name_or_weights, Weights):
         if dtype is not None:
             raise TypeError("dtype: the weights are attached already; their types were chosen then")
         weights = name_or_weights
+        if wanted is not None and weights.device != str(wanted):
+            message = f"{weights.name} is on {weights.device} already, not on {wanted}; the module is as it was"
+            raise refusal(InvalidTensor, message, f"attach it with device={str(wanted)!r}, or leave out device")
     else:
-        client = connect() if client is None else client
-        weights = client.attach(fspath(name_or_weights), dtype=dtype, device=_device_of(module))
+        where = str(wanted) if wanted else _device_of(module)
+
+        def attach(by: Client) -> Weights:
+            return by.attach(fspath(name_or_weights), dtype=dtype, device=where)
+
+        weights = _by_default_client(attach) if client is None else attach(client)
     attached = weights._held()
-    plan = _Plan(_slots(module), weights, prefix)
+    plan = _Plan(_slots(module), weights, prefix, wanted)
     plan.refuse_what_does_not_fit(strict)
-    plan.assign()
-    _audit(plan, attached)
-    _remember(module, weights, attached, check)
+    try:
+        plan.assign()
+        _audit(plan, attached)
+    except BaseException:
+        plan.take_back()
+        raise
+    _remember(module, weights, attached, check, plan)
     return weights
 
 
+# By process, as a forked child's copy is its parent's session, and by the address that was the default then.
+_DEFAULT_CLIENTS: dict[tuple[int, str | None], Client] = {}
+
+
+def _by_default_client(attach: Callable[[Client], Weights]) -> Weights:
+    key = (os.getpid(), os.environ.get("LUNA_BROKER"))
+    # No lock, which a fork could leave locked: of two threads that are first, one drops its client.
+    client = _DEFAULT_CLIENTS.get(key) or _DEFAULT_CLIENTS.setdefault(key, connect())
+    try:
+        return attach(client)
+    except ConnectionLost:
+        # Closed, or its broker is another one by now: either way a new one does, or says that nobody is there.
+        if _DEFAULT_CLIENTS.get(key) is client:
+            _DEFAULT_CLIENTS[key] = connect()
+        return attach(_DEFAULT_CLIENTS[key])
+
+
 def attached_weights(module: Module) -> list[Weights]:
-    """The weights that `load_attached` gave to this very module, and that it still has."""
-    return [held.weights for held in _HELD.get(module, ())]
+    """The weights that `load_attached` gave to this very module, and that it still has.
+
+    Those whose memory none of its parameters and buffers lies in any more, after `.to()`, `.half()` or what else gave
+    it tensors of its own, are not among them. The module does not hold them from then on, or from its next forward.
+    """
+    for held in _HELD.get(module, []):
+        _forget_unless_used(module, held.attached)
+    return [held.weights for held in _HELD.get(module, []) if _witness(module, held.attached)]
 
 
 @contextmanager
@@ -119,6 +174,11 @@ class _Slot:
     names: list[str] = field(default_factory=list)
 
     @property
+    def is_movable(self) -> bool:
+        """Whether it may be put on a GPU unasked: a buffer as modules are built with."""
+        return self.tensor.device == CPU and not isinstance(self.tensor, Parameter)
+
+    @property
     def shown(self) -> str:
         return " = ".join(self.names)
 
@@ -140,12 +200,16 @@ def _slots(module: Module) -> list[_Slot]:
 class _Plan:
     """Which tensor of the weights goes where; nothing is changed before all of it fits."""
 
-    def __init__(self, slots: list[_Slot], weights: Weights, prefix: str) -> None:
+    def __init__(self, slots: list[_Slot], weights: Weights, prefix: str, device: torch.device | None) -> None:
         self.prefix = prefix
+        self.device = device
         self.weights = weights
         self.chosen: list[tuple[_Slot, torch.Tensor]] = []
+        self.given: list[TensorWeakRef] = []
         self.missing: list[_Slot] = []
         self.left_on_meta: list[_Slot] = []
+        self.to_move: list[_Slot] = []
+        self.left_elsewhere: list[_Slot] = []
         self.untied: list[str] = []
         used: set[str] = set()
         for slot in slots:
@@ -160,6 +224,8 @@ class _Plan:
                 self.missing.append(slot)
             if slot.tensor.device == META:
                 self.left_on_meta.append(slot)
+            elif device not in (None, slot.tensor.device):
+                (self.to_move if slot.is_movable else self.left_elsewhere).append(slot)
         self.unexpected = [key for key in weights if key.startswith(prefix) and key not in used]
 
     def refuse_what_does_not_fit(self, strict: bool) -> None:
@@ -183,17 +249,60 @@ class _Plan:
             _dtypes_differ,
             "have the broker convert: dtype=… of the module; or convert the module before: module.to(dtype)",
         )
-        self._refuse("devices differ", _devices_differ, "attach with device=… of the module, or move the module before")
+        writing = [
+            f"{name} ({type(owner).__name__})"
+            for slot, _ in self.chosen
+            for (owner, attribute), name in zip(slot.places, slot.names, strict=True)
+            if owner.training and _is_written_in_training(slot.tensor, attribute)
+        ]
+        if writing:
+            raise self._refusal("in training mode it would write to what everybody shares", writing, EVAL)
+        differ = [
+            f"{slot.shown} ({slot.tensor.device} in the module, {tensor.device} attached)"
+            for slot, tensor in self.chosen
+            if slot.tensor.device not in (META, tensor.device) and not (self.device and slot.is_movable)
+        ]
+        differ += [f"{slot.shown} ({slot.tensor.device}, and not attached)" for slot in self.left_elsewhere]
+        if differ:
+            there = repr(self.weights.device)
+            remedy = f"build it in luna_broker.torch.skeleton() and name device={there}, or move it first: .to({there})"
+            raise self._refusal("devices differ", differ, remedy)
 
     def assign(self) -> None:
+        moved = [(slot, slot.tensor.to(self.device)) for slot in self.to_move]
+        for slot, tensor in moved:
+            for owner, name in slot.places:
+                setattr(owner, name, tensor)
         for slot, tensor in self.chosen:
-            new = tensor
+            # An object of the module's own: it is gone when the module has it no more.
+            new = tensor.detach()
             if isinstance(slot.tensor, Parameter):
                 new = Parameter(tensor, requires_grad=False)
                 # What libraries note about a parameter stays with it.
                 vars(new).update(vars(slot.tensor))
+            self.given.append(TensorWeakRef(new))
             for owner, name in slot.places:
                 setattr(owner, name, new)
+
+    def written_in_training(self) -> list[Module]:
+        """The modules that would write to what is shared, were they in training mode."""
+        owners = {
+            id(owner): owner
+            for slot, _ in self.chosen
+            for owner, name in slot.places
+            if _is_written_in_training(slot.tensor, name)
+        }
+        return list(owners.values())
+
+    def take_back(self) -> None:
+        """Gives the module what it had before `assign`, however far that came."""
+        for slot in [*self.to_move, *(slot for slot, _ in self.chosen)]:
+            for owner, name in slot.places:
+                # By the way it came, for what a module notes elsewhere, as recurrent ones do; then whatever that did.
+                with suppress(Exception):
+                    setattr(owner, name, slot.tensor)
+                tensors = owner._parameters if isinstance(slot.tensor, Parameter) else owner._buffers
+                tensors[name] = slot.tensor
 
     def _keys_differ(self) -> LunaBrokerError:
         if not self.chosen and self.unexpected == list(self.weights):
@@ -219,6 +328,10 @@ class _Plan:
         return refusal(InvalidTensor, message, remedy)
 
 
+def _is_written_in_training(tensor: torch.Tensor, name: str) -> bool:
+    return name in WRITTEN_IN_TRAINING and not isinstance(tensor, Parameter)
+
+
 def _shapes_differ(have: torch.Tensor, given: torch.Tensor) -> str | None:
     if is_lazy(have):
         return "of the module's, no shape is known before its first call"
@@ -229,12 +342,6 @@ def _shapes_differ(have: torch.Tensor, given: torch.Tensor) -> str | None:
 
 def _dtypes_differ(have: torch.Tensor, given: torch.Tensor) -> str | None:
     return None if have.dtype == given.dtype else f"{have.dtype} in the module, {given.dtype} attached"
-
-
-def _devices_differ(have: torch.Tensor, given: torch.Tensor) -> str | None:
-    if have.device in (META, given.device):
-        return None
-    return f"{have.device} in the module, {given.device} attached"
 
 
 def _same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -258,6 +365,22 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:NAMED_KEYS]) + (f" and {rest} more" if rest > 0 else "")
 
 
+def _usable(device: str | torch.device) -> torch.device:
+    """The device by its full name, if torch can use it."""
+    remedy = "use cpu, or a GPU that torch.cuda.device_count() counts: cuda, cuda:N"
+    try:
+        named = torch.device(device)
+    except RuntimeError:
+        raise refusal(Unsupported, f"there is no device {device!r}", remedy) from None
+    if named.type == "cpu":
+        return CPU
+    if named.type != "cuda":
+        raise refusal(Unsupported, f"weights on device {named} are not supported", remedy)
+    if not torch.cuda.is_available() or (named.index or 0) >= torch.cuda.device_count():
+        raise refusal(Unsupported, f"torch finds no GPU {named} in this process", remedy)
+    return torch.device("cuda", torch.cuda.current_device() if named.index is None else named.index)
+
+
 def _device_of(module: Module) -> str | None:
     """The device that the module is on, as far as it is anywhere."""
     devices = {str(slot.tensor.device) for slot in _slots(module) if slot.is_stored and slot.tensor.device != META}
@@ -276,13 +399,39 @@ def _audit(plan: _Plan, attached: Attached) -> None:
         if not _lies_in(getattr(owner, attribute), attached)
     ]
     if private:
-        message = f"the module made copies of what it was given: {_listed(private)}"
+        message = f"the module made copies of what it was given, and has its own again: {_listed(private)}"
         raise refusal(LunaBrokerError, message, "load it without load_attached: nothing would be shared")
 
 
 def _lies_in(tensor: torch.Tensor, attached: Attached) -> bool:
-    start, end = attached.span
-    return tensor.numel() == 0 or start <= tensor.data_ptr() < end
+    return tensor.numel() == 0 or _starts_in(tensor, attached.span)
+
+
+def _starts_in(tensor: torch.Tensor, span: tuple[int, int]) -> bool:
+    try:
+        return span[0] <= tensor.data_ptr() < span[1]
+    except (RuntimeError, ValueError):
+        # Made of other tensors, or not made yet: it has no memory.
+        return False
+
+
+_Place = tuple[weakref.ref[Module], str]
+
+
+def _witness(module: Module, attached: Attached) -> _Place | None:
+    """A place where the module has a tensor in the shared memory."""
+    span = attached.span
+    for owner in module.modules():
+        for name, tensor in (*owner._parameters.items(), *owner._buffers.items()):
+            if tensor is not None and _starts_in(tensor, span):
+                return weakref.ref(owner), name
+    return None
+
+
+def _bears_out(place: _Place, attached: Attached) -> bool:
+    owner, name = place[0](), place[1]
+    tensor = None if owner is None else owner._parameters.get(name, owner._buffers.get(name))
+    return tensor is not None and _starts_in(tensor, attached.span)
 
 
 class _Check:
@@ -290,13 +439,44 @@ class _Check:
 
     def __init__(self, attached: Attached | None = None) -> None:
         self._attached = attached
+        # Looking at one place is quick, at all of them is not.
+        self._place: _Place | None = None
 
     def __call__(self, module: Module, arguments: object) -> None:
-        if self._attached is not None:
+        if self._attached is None:
+            return
+        if self._place is None or not _bears_out(self._place, self._attached):
+            self._place = _witness(module, self._attached)
+        if self._place is None:
+            _forget_unless_used(module, self._attached)
+        else:
             self._attached.check()
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return _Check, ()
+
+
+class _OnlyInEval:
+    """Refuses a forward that would write to shared statistics. A copy of the module has its own: it may."""
+
+    def __init__(self, name: str = "", span: tuple[int, int] = (0, 0)) -> None:
+        self._name = name
+        self._span = span
+
+    def __call__(self, module: Module, arguments: object) -> None:
+        if not module.training:
+            return
+        written = [
+            name
+            for name, tensor in module._buffers.items()
+            if name in WRITTEN_IN_TRAINING and tensor is not None and _starts_in(tensor, self._span)
+        ]
+        if written:
+            message = f"{type(module).__name__} in training mode would write to {_listed(written)}, which is shared"
+            raise refusal(InvalidTensor, f"{message} as part of {self._name}; nothing was computed", EVAL)
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return _OnlyInEval, ()
 
 
 @dataclass
@@ -306,26 +486,42 @@ class _Held:
     weights: Weights
     # What stays when the dictionary is closed: the module has its tensors still.
     attached: Attached
-    stop_asking: Callable[[], None]
+    # The tensors that the module was given, while they are anywhere.
+    given: list[TensorWeakRef]
+    hooks: list[RemovableHandle]
+
+    @property
+    def is_used(self) -> bool:
+        """Whether the module may have them yet: `torch.func.functional_call` takes them out for a while."""
+        tensors = (tensor() for tensor in self.given)
+        return any(tensor is not None and _starts_in(tensor, self.attached.span) for tensor in tensors)
+
+    def stop_asking(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
 
 
 # The module has no attribute for them, as it would be copied with the module, weights and all.
 _HELD: weakref.WeakKeyDictionary[Module, list[_Held]] = weakref.WeakKeyDictionary()
 
 
-def _remember(module: Module, weights: Weights, attached: Attached, check: bool) -> None:
-    kept = []
+def _remember(module: Module, weights: Weights, attached: Attached, check: bool, plan: _Plan) -> None:
     for held in _HELD.get(module, []):
-        is_used = held.attached is not attached and any(
-            slot.tensor.device != META and _lies_in(slot.tensor, held.attached) for slot in _slots(module)
-        )
-        if is_used:
-            kept.append(held)
-        else:
-            held.stop_asking()
-    stop = module.register_forward_pre_hook(_Check(attached)).remove if check else _nothing
-    _HELD[module] = [*kept, _Held(weights, attached, stop)]
+        if held.attached is attached or not _witness(module, held.attached):
+            _forget(module, held)
+    only_in_eval = _OnlyInEval(weights.name, attached.span)
+    hooks = [writer.register_forward_pre_hook(only_in_eval) for writer in plan.written_in_training()]
+    if check:
+        hooks.append(module.register_forward_pre_hook(_Check(attached)))
+    _HELD[module] = [*_HELD.get(module, []), _Held(weights, attached, plan.given, hooks)]
 
 
-def _nothing() -> None:
-    """There is no question to end."""
+def _forget_unless_used(module: Module, attached: Attached) -> None:
+    for held in _HELD.get(module, []):
+        if held.attached is attached and not held.is_used:
+            _forget(module, held)
+
+
+def _forget(module: Module, held: _Held) -> None:
+    held.stop_asking()
+    _HELD[module] = [other for other in _HELD.get(module, []) if other is not held]

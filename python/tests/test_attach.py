@@ -331,6 +331,15 @@ def test_published_tensors_may_lie_in_any_way(client: Any) -> None:
     client.unload("any layout")
 
 
+def test_published_sets_are_attached_as_they_were_published(client: Any) -> None:
+    with client.publish("typed", {"weight": torch.ones(2)}), client.attach("typed", dtype=torch.float32) as weights:
+        assert weights.device == "cpu"
+        with pytest.raises(luna_broker.Unsupported, match="published with .*float32") as refused:
+            client.attach("typed", dtype=torch.float16)
+        assert "publish it in that type" in refused.value.remedy
+    client.unload("typed")
+
+
 def test_published_names_are_taken_while_somebody_has_them(client: Any) -> None:
     with client.publish("taken", {"weight": torch.zeros(2)}) as weights:
         with client.publish("taken", {"weight": torch.zeros(2)}) as same:
