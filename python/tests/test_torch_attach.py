@@ -252,10 +252,11 @@ def test_what_differs_is_not_tied(client: Any, tied: Tied, tmp_path: Path) -> No
     assert torch.equal(module.head.weight, module.embed.weight + 1)
 
 
-def test_a_submodule_under_two_names_is_one(client: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["one", "two"])
+def test_a_submodule_under_two_names_is_one(client: Any, tmp_path: Path, name: str) -> None:
     shared = nn.Linear(3, 3)
     module = nn.ModuleDict({"one": shared, "two": shared})
-    save_file({"one.weight": torch.eye(3), "one.bias": torch.ones(3)}, tmp_path / "one.safetensors")
+    save_file({f"{name}.weight": torch.eye(3), f"{name}.bias": torch.ones(3)}, tmp_path / "one.safetensors")
     load_attached(module, tmp_path / "one.safetensors", client=client)
     assert module["two"] is module["one"]
     assert torch.equal(module["two"].weight, torch.eye(3))
@@ -811,3 +812,12 @@ def test_a_skeleton_has_values_where_no_file_has_them(tied: Tied) -> None:
     assert torch.equal(module.ids, tied.ids)
     assert not any(parameter.is_meta for parameter in Tied().parameters())
     assert all(parameter.requires_grad for parameter in module.parameters())
+
+
+def test_a_skeleton_keeps_tied_what_one_parameter_was_given_to() -> None:
+    with skeleton():
+        weight = nn.Parameter(torch.ones(3, 3))
+        module = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+        module[0].weight = module[1].weight = weight
+    assert module[0].weight is module[1].weight
+    assert module[0].weight.is_meta

@@ -8,7 +8,7 @@ use tch::{TchError, Tensor};
 use super::*;
 use crate::device::{Device, InProcessDevice};
 use crate::service::TileShape;
-use crate::tensor::Dims;
+use crate::tensor::{DType, Dims};
 
 /// A network that gives each latent element one pixel, and runs out of memory as often as told.
 #[derive(Debug)]
