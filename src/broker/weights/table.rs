@@ -78,7 +78,7 @@ impl Table {
         let fits = |known: &&Known| {
             known.state == WeightState::Ready
                 && known.set.place == wanted.place
-                && known.set.plan == wanted.plan
+                && known.set.plan.is_laid_out_like(&wanted.plan)
                 && known.files.contains(wanted.file.state())
         };
         self.sets.values().find(fits).map(|known| known.set.id)
@@ -86,7 +86,7 @@ impl Table {
 
     /// A set whose tensors are laid out like this, whatever they contain: they may be the same.
     pub(super) fn has_likeness(&self, plan: &WeightPlan, place: WeightPlace) -> bool {
-        self.whole().any(|known| known.set.place == place && known.set.plan == *plan)
+        self.whole().any(|known| known.set.place == place && known.set.plan.is_laid_out_like(plan))
     }
 
     /// The set with this content before casting, laid out like this.
@@ -98,7 +98,7 @@ impl Table {
     ) -> Option<WeightSetId> {
         let fits = |known: &&Known| {
             let set = &known.set;
-            set.source == source && set.place == place && set.plan == *plan
+            set.source == source && set.place == place && set.plan.is_laid_out_like(plan)
         };
         self.whole().find(fits).map(|known| known.set.id)
     }
