@@ -102,12 +102,12 @@ impl Session {
                 Action::Cancel(id) => {
                     self.state.vae_lane.cancel(self.link.id(), id);
                     self.state.weights.cancel(self.link.id(), id);
-                    // Its turn may have come in this moment.
-                    self.state.permits.recall(self.link.id(), id);
+                    // It may be granted in this moment.
+                    self.recall(id);
                 }
                 Action::Detach(attachments) => self.state.weights.detach(self.link.id(), &attachments),
                 Action::Abandon(draft) => self.state.weights.abandon(self.link.id(), draft),
-                Action::Recall(id) => self.state.permits.recall(self.link.id(), id),
+                Action::Recall(id) => self.recall(id),
                 Action::EndPermit(permit) => self.state.permits.end(self.link.id(), permit),
                 Action::Release(releases) => self.memories()?.release(&releases),
                 Action::Reject { id, releases, limit } => self.reject(id, &releases, limit)?,
@@ -117,6 +117,12 @@ impl Session {
                 Action::Leave => return Ok(()),
             }
         }
+    }
+
+    /// Takes back what a request was answered with.
+    fn recall(&self, id: RequestId) {
+        self.state.permits.recall(self.link.id(), id);
+        self.state.weights.recall(self.link.id(), id);
     }
 
     fn check_room(&self) -> Result<()> {

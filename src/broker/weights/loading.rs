@@ -171,6 +171,14 @@ impl Weights {
         }
     }
 
+    /// The client has given up a request that may have been answered with weights or a draft meanwhile.
+    pub(in crate::broker) fn recall(&self, session: SessionId, request: RequestId) {
+        let mut inner = self.inner.lock();
+        let Inner { table, drafts, .. } = &mut *inner;
+        table.recall(session, request);
+        drafts.recall(session, request, table);
+    }
+
     pub(in crate::broker) fn detach(&self, session: SessionId, attachments: &[AttachmentId]) {
         let mut inner = self.inner.lock();
         for attachment in attachments {

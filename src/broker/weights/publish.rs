@@ -13,7 +13,7 @@ use super::set::{WeightSet, wire_table};
 use super::table::Table;
 use crate::device::DeviceError;
 use crate::error::{Error, ErrorKind, Result};
-use crate::id::{ContentDigest, DraftId, SessionId};
+use crate::id::{ContentDigest, DraftId, RequestId, SessionId};
 use crate::model::weights::{WeightPlan, digest_region};
 use crate::protocol::{DraftOffer, Outcome, PublishRequest, WeightEntry};
 use crate::transport::Attachment;
@@ -34,6 +34,8 @@ pub(super) struct Drafts {
 #[derive(Debug)]
 pub(super) struct Draft {
     session: SessionId,
+    /// The request that it answers.
+    request: RequestId,
     name: String,
     plan: WeightPlan,
     content: ContentDigest,
@@ -43,8 +45,17 @@ pub(super) struct Draft {
 impl Drafts {
     /// Drops the drafts of a session and gives their room back.
     pub(super) fn end_session(&mut self, session: SessionId, table: &mut Table) {
+        self.end(table, |draft| draft.session == session);
+    }
+
+    /// Drops the draft that a request was answered with.
+    pub(super) fn recall(&mut self, session: SessionId, request: RequestId, table: &mut Table) {
+        self.end(table, |draft| draft.session == session && draft.request == request);
+    }
+
+    fn end(&mut self, table: &mut Table, is_meant: impl Fn(&Draft) -> bool) {
         self.open.retain(|_, draft| {
-            let stays = draft.session != session;
+            let stays = !is_meant(draft);
             if !stays {
                 table.unreserve(draft.plan.size_bytes);
             }
@@ -122,7 +133,7 @@ impl Weights {
         inner.drafts.next += 1;
         let draft = DraftId(inner.drafts.next);
         let offer = DraftOffer { draft, size_bytes: plan.size_bytes, handle };
-        inner.drafts.open.insert(draft, Draft { session, name, plan, content, memory });
+        inner.drafts.open.insert(draft, Draft { session, request: asker.request(), name, plan, content, memory });
         Ok(Step::Fill { offer, table, handles })
     }
 

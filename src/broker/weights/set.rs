@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use super::memory::{SealedWeights, WeightPlace};
 use crate::error::Result;
-use crate::id::{AttachmentId, ContentDigest, SessionId, WeightSetId};
+use crate::id::{AttachmentId, ContentDigest, RequestId, SessionId, WeightSetId};
 use crate::model::FileState;
 use crate::model::weights::WeightPlan;
 use crate::protocol::{WeightEntry, WeightState, encode_table};
@@ -24,6 +24,14 @@ pub(super) struct WeightSet {
     pub(super) memory: SealedWeights,
 }
 
+/// Who holds a set.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Holder {
+    pub(super) session: SessionId,
+    /// The request that this hold answers.
+    pub(super) request: RequestId,
+}
+
 /// A set that is known: where it comes from, and who uses it.
 #[derive(Debug)]
 pub(super) struct Known {
@@ -34,7 +42,7 @@ pub(super) struct Known {
     pub(super) published: BTreeSet<String>,
     /// Names it was asked for by; the first few.
     pub(super) names: BTreeSet<String>,
-    pub(super) holders: BTreeMap<AttachmentId, SessionId>,
+    pub(super) holders: BTreeMap<AttachmentId, Holder>,
     pub(super) last_used: Instant,
     pub(super) state: WeightState,
 }
@@ -86,14 +94,14 @@ impl Known {
 
     /// How often a session holds it.
     pub(super) fn count(&self, session: SessionId) -> usize {
-        self.holders.values().filter(|holder| **holder == session).count()
+        self.holders.values().filter(|holder| holder.session == session).count()
     }
 
     /// How often each session holds it.
     pub(super) fn by_session(&self) -> BTreeMap<SessionId, u64> {
         let mut counts = BTreeMap::new();
-        for session in self.holders.values() {
-            *counts.entry(*session).or_default() += 1;
+        for holder in self.holders.values() {
+            *counts.entry(holder.session).or_default() += 1;
         }
         counts
     }

@@ -4,10 +4,10 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::memory::{MemoryEnd, WeightPlace};
-use super::set::{Known, WeightSet};
+use super::set::{Holder, Known, WeightSet};
 use super::wanted::Wanted;
 use crate::error::{Error, ErrorKind, Result};
-use crate::id::{AttachmentId, ContentDigest, SessionId, WeightSetId};
+use crate::id::{AttachmentId, ContentDigest, RequestId, SessionId, WeightSetId};
 use crate::model::ModelFile;
 use crate::model::weights::WeightPlan;
 use crate::protocol::{Force, WeightState};
@@ -238,17 +238,17 @@ impl Table {
         Ok(())
     }
 
-    /// A hold of `session` on a set that it asked for as `name`.
+    /// A hold on a set that was asked for as `name`.
     ///
     /// # Errors
     /// [`ErrorKind::Stale`] where the set is gone, [`ErrorKind::Busy`] where the session holds too much.
     pub(super) fn attach(
         &mut self,
         id: WeightSetId,
-        session: SessionId,
+        holder: Holder,
         name: &str,
     ) -> Result<(AttachmentId, Arc<WeightSet>)> {
-        let held: usize = self.sets.values().map(|known| known.count(session)).sum();
+        let held: usize = self.sets.values().map(|known| known.count(holder.session)).sum();
         if held >= MAX_ATTACHMENTS {
             let message = format!("the session holds {MAX_ATTACHMENTS} attachments already");
             return Err(Error::new(ErrorKind::Busy, message, "drop those that are no longer needed"));
@@ -258,7 +258,7 @@ impl Table {
             Error::new(ErrorKind::Stale, format!("{name} was unloaded in this moment"), "attach it again")
         })?;
         self.next_attachment += 1;
-        known.holders.insert(attachment, session);
+        known.holders.insert(attachment, holder);
         if !known.published.contains(name) && known.names.len() < MAX_REMEMBERED {
             known.names.insert(name.to_owned());
         }
@@ -268,13 +268,26 @@ impl Table {
 
     /// Whether `session` holds a set by this attachment.
     pub(super) fn holds(&self, session: SessionId, attachment: AttachmentId) -> bool {
-        self.sets.values().any(|known| known.holders.get(&attachment) == Some(&session))
+        self.sets.values().any(|known| known.holders.get(&attachment).is_some_and(|holder| holder.session == session))
     }
 
     pub(super) fn detach(&mut self, session: SessionId, attachment: AttachmentId) {
         for known in self.sets.values_mut() {
-            if known.holders.get(&attachment) == Some(&session) {
+            if known.holders.get(&attachment).is_some_and(|holder| holder.session == session) {
                 known.holders.remove(&attachment);
+                known.last_used = Instant::now();
+            }
+        }
+        self.drop_forsaken();
+    }
+
+    /// Ends what a request of the session's was answered with.
+    pub(super) fn recall(&mut self, session: SessionId, request: RequestId) {
+        let meant = Holder { session, request };
+        for known in self.sets.values_mut() {
+            let before = known.holders.len();
+            known.holders.retain(|_, holder| *holder != meant);
+            if known.holders.len() < before {
                 known.last_used = Instant::now();
             }
         }
@@ -284,7 +297,7 @@ impl Table {
     /// Ends what a session holds in memory of this kind.
     pub(super) fn end_session(&mut self, session: SessionId, kind: MemoryEnd) {
         for known in self.sets.values_mut().filter(|known| known.set.memory.end == kind) {
-            known.holders.retain(|_, holder| *holder != session);
+            known.holders.retain(|_, holder| holder.session != session);
         }
         self.drop_forsaken();
     }
@@ -292,7 +305,7 @@ impl Table {
     /// Whether a session holds memory that must be kept until its process is gone.
     pub(super) fn holds_owned(&self, session: SessionId) -> bool {
         let mut owned = self.sets.values().filter(|known| known.set.memory.end == MemoryEnd::Owned);
-        owned.any(|known| known.holders.values().any(|holder| *holder == session))
+        owned.any(|known| known.holders.values().any(|holder| holder.session == session))
     }
 
     fn drop_forsaken(&mut self) {
