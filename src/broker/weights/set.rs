@@ -6,8 +6,8 @@ use std::time::Instant;
 use super::memory::{SealedWeights, WeightPlace};
 use crate::error::Result;
 use crate::id::{AttachmentId, ContentDigest, RequestId, SessionId, WeightSetId};
-use crate::model::FileState;
 use crate::model::weights::WeightPlan;
+use crate::model::{FileState, ModelError};
 use crate::protocol::{WeightEntry, WeightState, encode_table};
 
 /// One set of weights, complete and never changed.
@@ -47,6 +47,11 @@ pub(super) struct Known {
     pub(super) state: WeightState,
 }
 
+/// Whether a file is another one now, or gone. One that cannot be looked at for now is what it was.
+fn has_changed(file: &FileState) -> bool {
+    matches!(file.check_unchanged(), Err(ModelError::Changed { .. }))
+}
+
 /// The table of a plan as it crosses the wire.
 ///
 /// # Errors
@@ -77,7 +82,7 @@ impl Known {
 
     /// Whether the set comes from nowhere any more: every file that held it has changed, and nobody published it.
     pub(super) fn is_outdated(&self) -> bool {
-        self.published.is_empty() && self.files.iter().all(|file| file.check_unchanged().is_err())
+        self.published.is_empty() && self.files.iter().all(has_changed)
     }
 
     /// The name to speak of it by, with the sessions that hold it.
