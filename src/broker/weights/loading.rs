@@ -11,7 +11,7 @@ use super::handing::{Grant, Waiter};
 use super::memory::{MemoryEnd, WeightDraft, WeightPlace};
 use super::publish::{Drafts, Filled};
 use super::set::{WeightSet, wire_table};
-use super::table::{Table, Unloaded};
+use super::table::{Table, Unloaded, gone};
 use super::wanted::{Wanted, check_published};
 use crate::error::{Error, ErrorKind, Fault, Result};
 use crate::id::{AttachmentId, GpuUuid, RequestId, SessionId, WeightSetId};
@@ -94,24 +94,27 @@ impl Weights {
     fn find(&self, state: &State, asker: &Responder, request: &AttachRequest, place: WeightPlace) -> Result<Found> {
         let name = &request.name;
         let path = state.registry.locate(name).ok();
-        {
-            let mut inner = self.inner.lock();
+        let published = {
+            let inner = self.inner.lock();
             let session = asker.session();
             if !request.replaces.is_some_and(|old| inner.table.holds(session, old)) {
                 inner.table.check(session, Some((name, path.as_deref())))?;
             }
-            if let Some(known) = inner.table.published(&request.name) {
-                check_published(known, &request.name, &request.rule)?;
-                if known.set.place != place {
-                    return Err(Error::new(
-                        ErrorKind::Unsupported,
-                        format!("{} was published on {}", request.name, known.set.place.name()),
-                        "attach it there",
-                    ));
-                }
-                let id = known.set.id;
-                return Ok(Found::Set(inner.grant(id, asker, name)?));
+            inner.table.published(name).map(|known| Arc::clone(&known.set))
+        };
+        if let Some(set) = published {
+            // Looks at every key of the set, without the lock.
+            check_published(&set, name, &request.rule)?;
+            if set.place != place {
+                return Err(Error::new(
+                    ErrorKind::Unsupported,
+                    format!("{name} was published on {}", set.place.name()),
+                    "attach it there",
+                ));
             }
+            let mut inner = self.inner.lock();
+            let is_there = inner.table.published(name).is_some_and(|known| known.set.id == set.id);
+            return if is_there { Ok(Found::Set(inner.grant(set.id, asker, name)?)) } else { Err(gone(name)) };
         }
         // The header is read without the lock: others go on meanwhile.
         let wanted = Wanted::of_file(&state.registry, request, place)?;

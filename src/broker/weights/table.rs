@@ -44,6 +44,11 @@ pub(in crate::broker) enum Unloaded {
     Weights,
 }
 
+/// What was asked for as `name` went away between the look for it and the hold on it.
+pub(super) fn gone(name: &str) -> Error {
+    Error::new(ErrorKind::Stale, format!("{name} was unloaded in this moment"), "attach it again")
+}
+
 impl Table {
     /// An empty table of up to `limit` bytes of weights.
     pub(super) fn new(limit: u64) -> Self {
@@ -254,9 +259,7 @@ impl Table {
             return Err(Error::new(ErrorKind::Busy, message, "drop those that are no longer needed"));
         }
         let attachment = AttachmentId(self.next_attachment);
-        let known = self.sets.get_mut(&id).ok_or_else(|| {
-            Error::new(ErrorKind::Stale, format!("{name} was unloaded in this moment"), "attach it again")
-        })?;
+        let known = self.sets.get_mut(&id).ok_or_else(|| gone(name))?;
         self.next_attachment += 1;
         known.holders.insert(attachment, holder);
         if !known.published.contains(name) && known.names.len() < MAX_REMEMBERED {
@@ -325,7 +328,10 @@ impl Table {
             None => Ok(()),
             Some(known) => Err(Error::new(
                 ErrorKind::Stale,
-                format!("{} was unloaded by force; its tensors stay readable, but are counted no more", known.shown()),
+                format!(
+                    "{} was unloaded by force; its tensors stay readable, but nobody else gets them",
+                    known.shown()
+                ),
                 "reattach it, or drop its tensors and attach it again",
             )),
         }
