@@ -79,6 +79,7 @@ impl Table {
                 known.state = WeightState::Outdated;
             }
         }
+        self.forget_other_states(&wanted.file);
         self.drop_forsaken();
         let fits = |known: &&Known| {
             known.state == WeightState::Ready
@@ -185,8 +186,16 @@ impl Table {
         id
     }
 
+    /// A path means what is there now: sets that go on by other names or files are not called by it any more.
+    fn forget_other_states(&mut self, file: &ModelFile) {
+        for known in self.sets.values_mut().filter(|known| known.state == WeightState::Ready) {
+            known.files.retain(|one| one.path() != file.path() || one == file.state());
+        }
+    }
+
     /// Notes that a file holds this set.
     pub(super) fn add_file(&mut self, id: WeightSetId, file: &ModelFile) {
+        self.forget_other_states(file);
         if let Some(known) = self.sets.get_mut(&id) {
             known.files.retain(|one| one.path() != file.path());
             if known.files.len() == MAX_REMEMBERED {
