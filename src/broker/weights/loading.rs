@@ -1,5 +1,5 @@
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, SendError, Sender, unbounded};
@@ -25,11 +25,16 @@ const TELL_EVERY: Duration = Duration::from_millis(200);
 /// More sets than anybody waits for at once. Bounds what clients can have laid out that take their requests back.
 const MAX_LOADS: usize = 256;
 
+/// More looks at weights than anybody asks for at once.
+const MAX_VERIFIES: usize = 64;
+
 /// All weights of a broker, and the thread that loads them.
 #[derive(Debug)]
 pub(in crate::broker) struct Weights {
     pub(super) inner: Mutex<Inner>,
     jobs: Sender<Job>,
+    /// Looks at weights that wait or are under way.
+    verifies: AtomicUsize,
 }
 
 #[derive(Debug)]
@@ -72,7 +77,7 @@ impl Weights {
         let (jobs, taken) = unbounded();
         std::thread::Builder::new().name("luna-weights".to_owned()).spawn(move || work(&taken))?;
         let inner = Inner { table: Table::new(limit), loads: Vec::new(), drafts: Drafts::default() };
-        Ok(Self { inner: Mutex::new(inner), jobs })
+        Ok(Self { inner: Mutex::new(inner), jobs, verifies: AtomicUsize::new(0) })
     }
 
     /// Answers with the weights, now or when they are there.
@@ -238,6 +243,11 @@ impl Weights {
     }
 
     pub(in crate::broker) fn verify(&self, state: &Arc<State>, responder: Responder, name: String) {
+        if self.verifies.fetch_add(1, Ordering::Relaxed) >= MAX_VERIFIES {
+            self.verifies.fetch_sub(1, Ordering::Relaxed);
+            let message = format!("{MAX_VERIFIES} looks at weights are waited for already");
+            return responder.fail(Error::new(ErrorKind::Busy, message, "ask again in a while"));
+        }
         self.send(Job::Verify { state: Arc::clone(state), name, responder });
     }
 
@@ -308,7 +318,11 @@ impl Job {
             }
             Self::Publish(filled) => filled.complete(),
             Self::Verify { state, name, responder } => {
-                responder.settle(caught(|| verify(&state, &name)).map(Outcome::Verified));
+                // Nobody hears it whose session is over.
+                if !responder.is_over() {
+                    responder.settle(caught(|| verify(&state, &name)).map(Outcome::Verified));
+                }
+                state.weights.verifies.fetch_sub(1, Ordering::Relaxed);
             }
         }
     }
