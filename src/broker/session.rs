@@ -242,6 +242,9 @@ impl Session {
     }
 
     fn submit(&self, session: SessionId, request: RequestId, deadline: Option<Instant>, job: VaeWork) {
+        if self.state.permits.is_held_by(session) {
+            return job.give_up().fail(waits_for_itself());
+        }
         self.state.vae_lane.submit(Entry { session, request, deadline, job });
     }
 
@@ -267,6 +270,12 @@ impl Session {
             Err(error) => responder.fail(error),
         }
     }
+}
+
+/// What answers a session that asks the lane for something while the lane is its own.
+fn waits_for_itself() -> Error {
+    let message = "the session has the lane by a permit, and what it asks for would wait for the end of that";
+    Error::new(ErrorKind::Unsupported, message, "give the permit back first, or ask in a session of its own")
 }
 
 fn allocate(memory: &Arc<SessionMemory>, size_bytes: u64, kept: bool) -> Result<Outcome> {
