@@ -11,7 +11,7 @@ mod copy;
 mod digest;
 pub(crate) mod parallel;
 
-pub use cast::CastRule;
+pub use cast::{CastRule, CastRuleError, MAX_PREFIXES};
 pub use copy::copy_dense;
 pub use digest::digest_tensors;
 pub(crate) use digest::{Digested, digest_of};

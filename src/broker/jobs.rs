@@ -160,6 +160,17 @@ impl VaeExecutor {
     }
 }
 
+impl VaeWork {
+    /// It will not run: what is left is the duty to answer.
+    pub(super) fn give_up(self) -> Responder {
+        match self {
+            Self::Call(job) => job.responder,
+            Self::Load { responder, .. } | Self::Unload { responder, .. } => responder,
+            Self::Permit(job) => job.give_up(),
+        }
+    }
+}
+
 impl Job for VaeWork {
     type Executor = VaeExecutor;
 
@@ -200,11 +211,7 @@ impl Job for VaeWork {
     }
 
     fn refuse(self, why: Refusal) {
-        let responder = match self {
-            Self::Call(job) => job.responder,
-            Self::Load { responder, .. } | Self::Unload { responder, .. } => responder,
-            Self::Permit(job) => job.give_up(),
-        };
+        let responder = self.give_up();
         let fault = refusal(why, responder.client());
         responder.fail(fault);
     }

@@ -16,7 +16,7 @@ use crate::protocol::Outcome;
 pub(super) struct Permits {
     next: AtomicU64,
     open: Mutex<Open>,
-    holder: Mutex<Option<SessionId>>,
+    holder: Mutex<Option<(SessionId, PermitId)>>,
 }
 
 #[derive(Debug, Default)]
@@ -80,7 +80,13 @@ impl Permits {
 
     /// The session that has the lane by a permit now.
     pub(super) fn holder(&self) -> Option<SessionId> {
-        *self.holder.lock()
+        (*self.holder.lock()).map(|(session, _)| session)
+    }
+
+    /// Whether the session has the lane and has not given it back: what it asks of the lane would wait for itself.
+    pub(super) fn is_held_by(&self, session: SessionId) -> bool {
+        let holder = *self.holder.lock();
+        holder.is_some_and(|(its, permit)| its == session && self.open.lock().permits.contains_key(&permit))
     }
 }
 
@@ -94,7 +100,7 @@ impl PermitJob {
             return responder.fail(Fault::new(ErrorKind::ShuttingDown, message, "ask again once the broker is back"));
         }
         let session = responder.session();
-        *permits.holder.lock() = Some(session);
+        *permits.holder.lock() = Some((session, id));
         responder.started();
         responder.answer(Outcome::Permitted { permit: id });
         if ended.recv_timeout(patience) == Err(RecvTimeoutError::Timeout) {

@@ -102,12 +102,12 @@ impl Session {
                 Action::Cancel(id) => {
                     self.state.vae_lane.cancel(self.link.id(), id);
                     self.state.weights.cancel(self.link.id(), id);
-                    // Its turn may have come in this moment.
-                    self.state.permits.recall(self.link.id(), id);
+                    // It may be granted in this moment.
+                    self.recall(id);
                 }
                 Action::Detach(attachments) => self.state.weights.detach(self.link.id(), &attachments),
                 Action::Abandon(draft) => self.state.weights.abandon(self.link.id(), draft),
-                Action::Recall(id) => self.state.permits.recall(self.link.id(), id),
+                Action::Recall(id) => self.recall(id),
                 Action::EndPermit(permit) => self.state.permits.end(self.link.id(), permit),
                 Action::Release(releases) => self.memories()?.release(&releases),
                 Action::Reject { id, releases, limit } => self.reject(id, &releases, limit)?,
@@ -117,6 +117,12 @@ impl Session {
                 Action::Leave => return Ok(()),
             }
         }
+    }
+
+    /// Takes back what a request was answered with.
+    fn recall(&self, id: RequestId) {
+        self.state.permits.recall(self.link.id(), id);
+        self.state.weights.recall(self.link.id(), id);
     }
 
     fn check_room(&self) -> Result<()> {
@@ -236,6 +242,9 @@ impl Session {
     }
 
     fn submit(&self, session: SessionId, request: RequestId, deadline: Option<Instant>, job: VaeWork) {
+        if self.state.permits.is_held_by(session) {
+            return job.give_up().fail(waits_for_itself());
+        }
         self.state.vae_lane.submit(Entry { session, request, deadline, job });
     }
 
@@ -261,6 +270,12 @@ impl Session {
             Err(error) => responder.fail(error),
         }
     }
+}
+
+/// What answers a session that asks the lane for something while the lane is its own.
+fn waits_for_itself() -> Error {
+    let message = "the session has the lane by a permit, and what it asks for would wait for the end of that";
+    Error::new(ErrorKind::Unsupported, message, "give the permit back first, or ask in a session of its own")
 }
 
 fn allocate(memory: &Arc<SessionMemory>, size_bytes: u64, kept: bool) -> Result<Outcome> {

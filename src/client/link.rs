@@ -57,6 +57,8 @@ pub(super) struct Link {
     pub(super) memory: ImportedMemory,
     /// Attachments to be given back.
     detached: Mutex<Vec<AttachmentId>>,
+    /// Held while they are being given back. Whoever notes another one does not wait for that.
+    detaching: Mutex<()>,
     /// What the janitor is to drop. Dropped itself to end the janitor.
     retired: Mutex<Option<Sender<Retired>>>,
     /// Disconnected once the janitor has ended.
@@ -102,6 +104,7 @@ impl Link {
             opening: Mutex::default(),
             memory,
             detached: Mutex::default(),
+            detaching: Mutex::default(),
             retired: Mutex::new(Some(retired)),
             janitor_gone,
             janitor: OnceLock::new(),
@@ -384,7 +387,7 @@ impl Link {
     /// A draft will not be filled.
     pub(super) fn abandon(&self, draft: DraftId) {
         // A connection that is gone has dropped it already.
-        if !self.router.is_lost() {
+        if self.is_mine() && !self.router.is_lost() {
             _ = self.send(&ClientMessage::Abandon { draft });
         }
     }
@@ -392,7 +395,7 @@ impl Link {
     /// A turn in a lane is given back.
     pub(super) fn end_permit(&self, permit: PermitId) {
         // A connection that is gone has given it back already.
-        if !self.router.is_lost() {
+        if self.is_mine() && !self.router.is_lost() {
             _ = self.send(&ClientMessage::EndPermit { permit });
         }
     }
@@ -407,11 +410,12 @@ impl Link {
         self.write(&mut writer.frame, message, &[])
     }
 
-    /// Gives back attachments. Under the lock until they are on their way, so that no request overtakes them.
+    /// Gives back attachments. One at a time until they are on their way, so that no request overtakes them.
     fn send_detached(&self) -> Result<()> {
-        let mut detached = self.detached.lock();
+        let _detaching = self.detaching.lock();
+        let detached = std::mem::take(&mut *self.detached.lock());
         // A connection that is gone has given everything back already.
-        match std::mem::take(&mut *detached) {
+        match detached {
             given if given.is_empty() || self.router.is_lost() => Ok(()),
             given => self.send(&ClientMessage::Detach(given)),
         }
@@ -464,10 +468,14 @@ impl Link {
         }
     }
 
+    /// Whether this process opened the session. A forked child has a copy of this value, but the session is its parent's.
+    fn is_mine(&self) -> bool {
+        std::process::id() == self.process
+    }
+
     /// Ends the session in order. Tensors already received stay readable.
     pub(super) fn close(&self) {
-        // A forked child has a copy of this value, but the session is its parent's.
-        if std::process::id() != self.process {
+        if !self.is_mine() {
             return;
         }
         if !self.router.is_lost() {

@@ -24,6 +24,12 @@ pub enum CodecError {
         /// Length of the message.
         length: usize,
     },
+    /// A table has more entries than tables have.
+    #[error("a table of {count} tensors; {} are the most", super::MAX_TABLE_ENTRIES)]
+    TooMany {
+        /// Entries of the table.
+        count: usize,
+    },
     /// The bytes are not a message of this protocol version.
     #[error("not a message of this protocol: {0}")]
     Malformed(#[from] rmp_serde::decode::Error),

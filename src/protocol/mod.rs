@@ -28,6 +28,6 @@ pub use negotiate::{
 pub use report::{HolderReport, LaneReport, ModelReport, SessionReport, Status, WeightReport, WeightState};
 pub use session::{Action, Phase, ProtocolError, SessionMachine};
 pub use weights::{
-    AttachRequest, AttachedWeights, DraftOffer, MAX_TABLE_BYTES, PublishRequest, VerifyReport, WeightEntry,
-    decode_table, encode_table,
+    AttachRequest, AttachedWeights, DraftOffer, MAX_TABLE_BYTES, MAX_TABLE_ENTRIES, PublishRequest, VerifyReport,
+    WeightEntry, decode_table, encode_table,
 };

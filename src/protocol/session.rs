@@ -90,7 +90,8 @@ pub enum Action {
     Abandon(DraftId),
     /// End a permit.
     EndPermit(PermitId),
-    /// Take back the permit that answered this request: the client has given it up and does not look at the answer.
+    /// Take back the permit, the weights or the draft that answered this request: the client has given it up and does not
+    /// look at the answer.
     Recall(RequestId),
     /// The arena's name can go.
     Opened(ArenaId),

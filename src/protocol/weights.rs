@@ -5,8 +5,12 @@ use super::message::{ArenaHandle, GpuTarget};
 use crate::id::{AttachmentId, ContentDigest, DraftId, WeightSetId};
 use crate::tensor::{CastRule, DType, Dims, TensorMeta};
 
-/// The longest table of tensors: half a million tensors with long names.
+/// The longest table of tensors: as many as there may be, with long names.
 pub const MAX_TABLE_BYTES: usize = 64 << 20;
+
+/// Fifty times as many as the largest models have. An entry takes a few bytes in a table and some hundred once it is read:
+/// the bytes alone are no bound of the memory.
+pub const MAX_TABLE_ENTRIES: usize = 1 << 18;
 
 /// A wish to map all tensors of a file, or of a published set.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -97,8 +101,9 @@ pub struct VerifyReport {
 /// The bytes of a table.
 ///
 /// # Errors
-/// [`CodecError::TooLong`].
+/// [`CodecError::TooLong`], [`CodecError::TooMany`].
 pub fn encode_table(entries: &[WeightEntry]) -> Result<Vec<u8>, CodecError> {
+    check_count(entries.len())?;
     let mut bytes = Vec::new();
     codec::append_all(&entries, &mut bytes)?;
     if bytes.len() > MAX_TABLE_BYTES {
@@ -110,12 +115,26 @@ pub fn encode_table(entries: &[WeightEntry]) -> Result<Vec<u8>, CodecError> {
 /// The table in `bytes`.
 ///
 /// # Errors
-/// As [`codec::decode`].
+/// As [`codec::decode`]; [`CodecError::TooMany`], before anything is read.
 pub fn decode_table(bytes: &[u8]) -> Result<Vec<WeightEntry>, CodecError> {
     if bytes.len() > MAX_TABLE_BYTES {
         return Err(CodecError::TooLong { length: bytes.len() });
     }
+    check_count(claimed_entries(bytes))?;
     codec::decode_all(bytes)
+}
+
+fn check_count(count: usize) -> Result<(), CodecError> {
+    if count > MAX_TABLE_ENTRIES { Err(CodecError::TooMany { count }) } else { Ok(()) }
+}
+
+/// The entries that a table says it has; none for what is not a table, which the decoder finds.
+fn claimed_entries(bytes: &[u8]) -> usize {
+    match *bytes {
+        [0xdc, high, low, ..] => usize::from(u16::from_be_bytes([high, low])),
+        [0xdd, a, b, c, d, ..] => u32::from_be_bytes([a, b, c, d]) as usize,
+        _ => 0,
+    }
 }
 
 #[cfg(test)]
@@ -136,6 +155,18 @@ mod tests {
         assert_eq!(decode_table(&bytes).unwrap(), entries);
         assert!(decode_table(&bytes[..bytes.len() - 1]).is_err());
         assert!(decode_table(&[&bytes[..], &[0]].concat()).is_err());
+    }
+
+    #[test]
+    fn a_table_of_too_many_tensors_is_not_read() {
+        let entry = WeightEntry { key: String::new(), dtype: DType::U8, shape: Dims::of([1]), offset: 0 };
+        let most = encode_table(&vec![entry.clone(); MAX_TABLE_ENTRIES]).unwrap();
+        assert_eq!(decode_table(&most).unwrap().len(), MAX_TABLE_ENTRIES);
+        let many = vec![entry; MAX_TABLE_ENTRIES + 1];
+        assert!(matches!(encode_table(&many), Err(CodecError::TooMany { .. })));
+        let mut bytes = Vec::new();
+        codec::append_all(&many, &mut bytes).unwrap();
+        assert!(matches!(decode_table(&bytes), Err(CodecError::TooMany { .. })));
     }
 
     #[test]

@@ -2,16 +2,55 @@ use serde::{Deserialize, Serialize};
 
 use super::DType;
 
+/// More than anybody writes down. Each is held against every key of a set.
+pub const MAX_PREFIXES: usize = 256;
+
 /// Which element types the tensors of a set are wanted in, by the beginnings of their keys. The longest beginning that
 /// fits a key counts; the empty one fits every key.
 ///
 /// Only floating-point tensors are ever converted, rounding to the nearest, and only to one of 16 bits or more; integers
 /// and booleans stay as they are.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Default, Serialize, Deserialize)]
-#[serde(transparent)]
+#[serde(try_from = "Entries", into = "Entries")]
 pub struct CastRule {
     /// Sorted by prefix, each once.
-    entries: Vec<(String, Option<DType>)>,
+    entries: Entries,
+}
+
+/// A rule as it crosses the wire.
+type Entries = Vec<(String, Option<DType>)>;
+
+/// Why what a peer sent is no rule.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum CastRuleError {
+    /// It is longer than any that is used.
+    #[error("a rule of {count} beginnings of keys; {MAX_PREFIXES} are the most")]
+    TooLong {
+        /// Beginnings of keys.
+        count: usize,
+    },
+    /// Two sides that hold the same rule must find the same in it.
+    #[error("a rule whose beginnings of keys are not sorted, each once")]
+    Unsorted,
+}
+
+impl TryFrom<Entries> for CastRule {
+    type Error = CastRuleError;
+
+    fn try_from(entries: Entries) -> Result<Self, CastRuleError> {
+        if entries.len() > MAX_PREFIXES {
+            return Err(CastRuleError::TooLong { count: entries.len() });
+        }
+        let is_sorted = entries.is_sorted_by(|(one, _), (other, _)| one < other);
+        if is_sorted { Ok(Self { entries }) } else { Err(CastRuleError::Unsorted) }
+    }
+}
+
+impl From<CastRule> for Entries {
+    fn from(rule: CastRule) -> Self {
+        rule.entries
+    }
 }
 
 impl CastRule {
@@ -84,6 +123,18 @@ mod tests {
         let one = CastRule::stored().with("a", Some(DType::F16)).with("b", None);
         let two = CastRule::stored().with("b", Some(DType::F32)).with("a", Some(DType::F16)).with("b", None);
         assert_eq!(one, two);
+    }
+
+    #[test]
+    fn a_rule_of_a_peers_is_sorted_each_once_and_short() {
+        let entries = |prefixes: &[&str]| prefixes.iter().map(|&prefix| (prefix.to_owned(), None)).collect::<Entries>();
+        assert_eq!(CastRule::try_from(entries(&["a", "b"])), Ok(CastRule::stored().with("b", None).with("a", None)));
+        for wrong in [entries(&["b", "a"]), entries(&["a", "a"])] {
+            assert_eq!(CastRule::try_from(wrong), Err(CastRuleError::Unsorted));
+        }
+        let many = |count: usize| (0..count).map(|at| (format!("{at:09}"), None)).collect::<Entries>();
+        assert!(CastRule::try_from(many(MAX_PREFIXES)).is_ok());
+        assert_eq!(CastRule::try_from(many(257)), Err(CastRuleError::TooLong { count: 257 }));
     }
 
     #[test]

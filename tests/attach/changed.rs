@@ -59,6 +59,10 @@ fn one_of_two_equal_files_may_change() {
     assert_eq!(first(&client.attach(names[0]).unwrap(), "t1"), 1000.0);
     assert!(scene.bystander.status().unwrap().weights.iter().all(|set| set.state == WeightState::Ready));
     assert_eq!(first(&held[1], "t1"), 1000.0);
+    // The path means the new set alone.
+    assert_eq!(scene.bystander.verify(names[1]).unwrap().len(), 1);
+    eventually("an unload of the new set", || scene.bystander.unload(names[1]).is_ok());
+    held[0].check().unwrap();
     scene.check_bystander();
 }
 

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use luna_broker::ErrorKind;
 use luna_broker::client::AttachOptions;
-use luna_broker::protocol::WeightState;
+use luna_broker::protocol::{Force, WeightState};
 
 use crate::file::{bytes, first, floats, sparse, write};
 use crate::leases::only;
@@ -74,6 +74,24 @@ fn who_gives_up_waiting_leaves_the_broker_as_it_was() {
     assert_eq!(two.attach(path).unwrap().content(), weights.content());
     assert_eq!(scene.broker.said().matches("weights loaded").count(), 1);
     eventually("nothing is held by those who gave up", || only(&scene).holders.len() == 1);
+    scene.check_bystander();
+}
+
+#[test]
+fn who_is_told_how_far_a_reattach_is_may_look_at_the_weights() {
+    let scene = Scene::new(&[]);
+    let path = sparse(&scene.place, "large.safetensors", 4 * GIB);
+    let path = path.to_str().unwrap();
+    let weights = client_at(&scene.place).attach(path).unwrap();
+    scene.bystander.unload_with(path, Force::Yes).unwrap();
+    let heard = Cell::new(0);
+    let progress = |_: u64, _: u64| {
+        assert_eq!(weights.check().unwrap_err().kind(), ErrorKind::Stale);
+        heard.set(heard.get() + 1);
+    };
+    weights.reattach_with(&AttachOptions { progress: Some(&progress), ..AttachOptions::default() }).unwrap();
+    assert!(heard.get() > 0);
+    weights.check().unwrap();
     scene.check_bystander();
 }
 

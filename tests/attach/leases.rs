@@ -2,10 +2,13 @@
 
 use std::time::{Duration, Instant};
 
-use luna_broker::protocol::WeightReport;
+use luna_broker::id::RequestId;
+use luna_broker::protocol::{AttachRequest, ClientMessage, Operation, WeightReport};
+use luna_broker::tensor::CastRule;
 
 use crate::file::counted;
 use crate::obey::{holder, worker};
+use crate::raw::{Raw, request};
 use crate::scene::Scene;
 use crate::support::eventually;
 
@@ -113,4 +116,20 @@ fn a_tensor_outlives_the_broker() {
     assert_eq!(one.ask("mapped").split(',').count(), 1);
     one.ask("forget");
     assert_eq!(one.ask("mapped"), "", "unmapped with the last tensor");
+}
+
+#[test]
+fn weights_that_crossed_a_cancellation_are_held_by_nobody() {
+    let scene = Scene::new(&[]);
+    let path = counted(&scene.place, "model.safetensors", 1, 16);
+    let name = path.to_str().unwrap().to_owned();
+    let (raw, _memory) = Raw::shared(&scene.place.socket());
+    // The answer stays unread, as with a client that has just given up and says no more.
+    let attach = AttachRequest { name, rule: CastRule::stored(), gpu: None, replaces: None };
+    raw.send(&request(5, Operation::Attach(attach)));
+    let is_held = || scene.bystander.status().unwrap().weights.iter().any(|set| !set.holders.is_empty());
+    eventually("the hold", is_held);
+    raw.send(&ClientMessage::Cancel { id: RequestId(5) });
+    eventually("its end", || !is_held());
+    scene.check_bystander();
 }

@@ -136,6 +136,27 @@ fn a_permit_is_ended_by_its_own_session_alone() {
 }
 
 #[test]
+fn who_has_the_lane_does_not_wait_for_itself() {
+    let scene = Scene::new(&[]);
+    let client = client_at(&scene.place);
+    let options = client.default_options();
+    let model = client.vae(QUEUED).unwrap();
+    let permit = client.permit(Service::Vae, 1, &options).unwrap();
+    let latent = Latent::new(8, 8, 3.0);
+    let errors = [
+        client.permit(Service::Vae, 1, &options).map(|_| ()).unwrap_err(),
+        model.decode(latent.input()).map(|_| ()).unwrap_err(),
+    ];
+    for error in errors {
+        assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
+        assert!(error.remedy().contains("permit"), "{}", error.remedy());
+    }
+    drop(permit);
+    latent.check(&model.decode(latent.input()).unwrap()).unwrap();
+    lane_is_free(&scene);
+}
+
+#[test]
 fn a_permit_that_is_kept_too_long_lets_the_lane_go_on() {
     let scene = Scene::new(&["--permit-seconds", "1"]);
     let (mut one, mut two) = (worker(&scene, "one"), worker(&scene, "two"));

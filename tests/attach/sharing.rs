@@ -74,6 +74,23 @@ fn a_set_is_told_by_its_content_and_element_types_alone() {
 }
 
 #[test]
+fn what_is_the_same_once_cast_is_loaded_once_from_each_file() {
+    let scene = Scene::new(&[]);
+    let path = counted(&scene.place, "model.safetensors", 1, 100);
+    let half = scene.place.file("half.safetensors");
+    let bytes = floats(0.0, 100).into_iter().flat_map(|value| half::f16::from_f32(value).to_le_bytes()).collect();
+    crate::file::write(&half, &[("t0", safetensors::Dtype::F16, vec![100], bytes)]);
+    let client = client_at(&scene.place);
+    let names = [path.to_str().unwrap(), half.to_str().unwrap()];
+    let held: Vec<_> = names.iter().map(|name| attach_as(&client, name, CastRule::all(DType::F16))).collect();
+    assert_eq!(held[0].content(), held[1].content());
+    let again = names.map(|name| attach_as(&client, name, CastRule::all(DType::F16)));
+    assert_eq!(only(&scene).holders[0].attachments, (held.len() + again.len()) as u64);
+    assert_eq!(scene.broker.said().matches("weights loaded").count(), names.len());
+    scene.check_bystander();
+}
+
+#[test]
 fn a_file_of_a_model_folder_is_found_by_its_name() {
     let folder = tempfile::tempdir().unwrap();
     let scene = Scene::new(&["--models", folder.path().to_str().unwrap()]);

@@ -4,7 +4,7 @@ use super::super::gpu::BrokerGpu;
 use super::super::jobs::VaeWork;
 use super::super::responder::Responder;
 use super::super::weights::Unloaded;
-use super::Session;
+use super::{Session, waits_for_itself};
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::GpuUuid;
 use crate::protocol::{Force, GpuTarget, MAX_TABLE_BYTES, Outcome, PublishRequest, Rung, decode_table};
@@ -13,6 +13,10 @@ use crate::transport::{Connection, TransportError};
 impl Session {
     /// Unloads weights and the model of that name.
     pub(super) fn unload(&self, responder: Responder, deadline: Option<Instant>, name: &str, force: Force) {
+        // Before anything is unloaded.
+        if self.state.permits.is_held_by(responder.session()) && self.state.registry.resolve(name).is_ok() {
+            return responder.fail(waits_for_itself());
+        }
         let weights = match self.state.weights.unload(&self.state, name, force) {
             Ok(weights) => weights,
             Err(error) => return responder.fail(error),

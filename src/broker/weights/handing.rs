@@ -4,7 +4,7 @@ use super::super::memory::attach;
 use super::super::outbox::Payload;
 use super::super::responder::Responder;
 use super::loading::{Inner, Weights};
-use super::set::WeightSet;
+use super::set::{Holder, WeightSet};
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::{AttachmentId, WeightSetId};
 use crate::protocol::{AttachedWeights, Outcome};
@@ -36,7 +36,8 @@ impl Inner {
         if asker.is_over() {
             return Err(Error::new(ErrorKind::ConnectionLost, "the session has ended", "connect again"));
         }
-        let (attachment, set) = self.table.attach(id, asker.session(), name)?;
+        let (attachment, set) =
+            self.table.attach(id, Holder { session: asker.session(), request: asker.request() }, name)?;
         Ok(Grant { attachment, set })
     }
 }

@@ -1,5 +1,5 @@
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, SendError, Sender, unbounded};
@@ -11,7 +11,7 @@ use super::handing::{Grant, Waiter};
 use super::memory::{MemoryEnd, WeightDraft, WeightPlace};
 use super::publish::{Drafts, Filled};
 use super::set::{WeightSet, wire_table};
-use super::table::{Table, Unloaded};
+use super::table::{Table, Unloaded, gone};
 use super::wanted::{Wanted, check_published};
 use crate::error::{Error, ErrorKind, Fault, Result};
 use crate::id::{AttachmentId, GpuUuid, RequestId, SessionId, WeightSetId};
@@ -25,11 +25,16 @@ const TELL_EVERY: Duration = Duration::from_millis(200);
 /// More sets than anybody waits for at once. Bounds what clients can have laid out that take their requests back.
 const MAX_LOADS: usize = 256;
 
+/// More looks at weights than anybody asks for at once.
+const MAX_VERIFIES: usize = 64;
+
 /// All weights of a broker, and the thread that loads them.
 #[derive(Debug)]
 pub(in crate::broker) struct Weights {
     pub(super) inner: Mutex<Inner>,
     jobs: Sender<Job>,
+    /// Looks at weights that wait or are under way.
+    verifies: AtomicUsize,
 }
 
 #[derive(Debug)]
@@ -72,7 +77,7 @@ impl Weights {
         let (jobs, taken) = unbounded();
         std::thread::Builder::new().name("luna-weights".to_owned()).spawn(move || work(&taken))?;
         let inner = Inner { table: Table::new(limit), loads: Vec::new(), drafts: Drafts::default() };
-        Ok(Self { inner: Mutex::new(inner), jobs })
+        Ok(Self { inner: Mutex::new(inner), jobs, verifies: AtomicUsize::new(0) })
     }
 
     /// Answers with the weights, now or when they are there.
@@ -94,24 +99,27 @@ impl Weights {
     fn find(&self, state: &State, asker: &Responder, request: &AttachRequest, place: WeightPlace) -> Result<Found> {
         let name = &request.name;
         let path = state.registry.locate(name).ok();
-        {
-            let mut inner = self.inner.lock();
+        let published = {
+            let inner = self.inner.lock();
             let session = asker.session();
             if !request.replaces.is_some_and(|old| inner.table.holds(session, old)) {
                 inner.table.check(session, Some((name, path.as_deref())))?;
             }
-            if let Some(known) = inner.table.published(&request.name) {
-                check_published(known, &request.name, &request.rule)?;
-                if known.set.place != place {
-                    return Err(Error::new(
-                        ErrorKind::Unsupported,
-                        format!("{} was published on {}", request.name, known.set.place.name()),
-                        "attach it there",
-                    ));
-                }
-                let id = known.set.id;
-                return Ok(Found::Set(inner.grant(id, asker, name)?));
+            inner.table.published(name).map(|known| Arc::clone(&known.set))
+        };
+        if let Some(set) = published {
+            // Looks at every key of the set, without the lock.
+            check_published(&set, name, &request.rule)?;
+            if set.place != place {
+                return Err(Error::new(
+                    ErrorKind::Unsupported,
+                    format!("{name} was published on {}", set.place.name()),
+                    "attach it there",
+                ));
             }
+            let mut inner = self.inner.lock();
+            let is_there = inner.table.published(name).is_some_and(|known| known.set.id == set.id);
+            return if is_there { Ok(Found::Set(inner.grant(set.id, asker, name)?)) } else { Err(gone(name)) };
         }
         // The header is read without the lock: others go on meanwhile.
         let wanted = Wanted::of_file(&state.registry, request, place)?;
@@ -171,6 +179,14 @@ impl Weights {
         }
     }
 
+    /// The client has given up a request that may have been answered with weights or a draft meanwhile.
+    pub(in crate::broker) fn recall(&self, session: SessionId, request: RequestId) {
+        let mut inner = self.inner.lock();
+        let Inner { table, drafts, .. } = &mut *inner;
+        table.recall(session, request);
+        drafts.recall(session, request, table);
+    }
+
     pub(in crate::broker) fn detach(&self, session: SessionId, attachments: &[AttachmentId]) {
         let mut inner = self.inner.lock();
         for attachment in attachments {
@@ -227,6 +243,11 @@ impl Weights {
     }
 
     pub(in crate::broker) fn verify(&self, state: &Arc<State>, responder: Responder, name: String) {
+        if self.verifies.fetch_add(1, Ordering::Relaxed) >= MAX_VERIFIES {
+            self.verifies.fetch_sub(1, Ordering::Relaxed);
+            let message = format!("{MAX_VERIFIES} looks at weights are waited for already");
+            return responder.fail(Error::new(ErrorKind::Busy, message, "ask again in a while"));
+        }
         self.send(Job::Verify { state: Arc::clone(state), name, responder });
     }
 
@@ -297,7 +318,11 @@ impl Job {
             }
             Self::Publish(filled) => filled.complete(),
             Self::Verify { state, name, responder } => {
-                responder.settle(caught(|| verify(&state, &name)).map(Outcome::Verified));
+                // Nobody hears it whose session is over.
+                if !responder.is_over() {
+                    responder.settle(caught(|| verify(&state, &name)).map(Outcome::Verified));
+                }
+                state.weights.verifies.fetch_sub(1, Ordering::Relaxed);
             }
         }
     }

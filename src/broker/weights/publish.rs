@@ -13,8 +13,8 @@ use super::set::{WeightSet, wire_table};
 use super::table::Table;
 use crate::device::DeviceError;
 use crate::error::{Error, ErrorKind, Result};
-use crate::id::{ContentDigest, DraftId, SessionId};
-use crate::model::weights::{WeightPlan, digest_region};
+use crate::id::{ContentDigest, DraftId, RequestId, SessionId};
+use crate::model::weights::{PlannedTensor, WeightPlan, digest_region};
 use crate::protocol::{DraftOffer, Outcome, PublishRequest, WeightEntry};
 use crate::transport::Attachment;
 
@@ -34,19 +34,32 @@ pub(super) struct Drafts {
 #[derive(Debug)]
 pub(super) struct Draft {
     session: SessionId,
+    /// The request that it answers.
+    request: RequestId,
     name: String,
     plan: WeightPlan,
     content: ContentDigest,
     memory: WeightDraft,
+    /// Bytes of the memory, and of what describes it.
+    reserved: u64,
 }
 
 impl Drafts {
     /// Drops the drafts of a session and gives their room back.
     pub(super) fn end_session(&mut self, session: SessionId, table: &mut Table) {
+        self.end(table, |draft| draft.session == session);
+    }
+
+    /// Drops the draft that a request was answered with.
+    pub(super) fn recall(&mut self, session: SessionId, request: RequestId, table: &mut Table) {
+        self.end(table, |draft| draft.session == session && draft.request == request);
+    }
+
+    fn end(&mut self, table: &mut Table, is_meant: impl Fn(&Draft) -> bool) {
         self.open.retain(|_, draft| {
-            let stays = draft.session != session;
+            let stays = !is_meant(draft);
             if !stays {
-                table.unreserve(draft.plan.size_bytes);
+                table.unreserve(draft.reserved);
             }
             stays
         });
@@ -111,18 +124,23 @@ impl Weights {
             return Err(Error::new(ErrorKind::Busy, message, "finish publishing one of them first"));
         }
         let size_bytes = usize::try_from(plan.size_bytes).unwrap_or(usize::MAX);
-        inner.table.reserve(plan.size_bytes, &name)?;
+        let described = table.len() + plan.tensors.len() * size_of::<PlannedTensor>();
+        let reserved = plan.size_bytes.saturating_add(described as u64);
+        inner.table.reserve(reserved, &name)?;
         let allocated = WeightDraft::allocate(place, None, size_bytes).and_then(|memory| {
             let handle = memory.region().export()?;
             Ok((memory, handle))
         });
-        let (memory, handle) = allocated.inspect_err(|_| inner.table.unreserve(plan.size_bytes))?;
+        let (memory, handle) = allocated.inspect_err(|_| inner.table.unreserve(reserved))?;
         let mut handles = Vec::new();
         let handle = attach(handle, &mut handles);
         inner.drafts.next += 1;
         let draft = DraftId(inner.drafts.next);
         let offer = DraftOffer { draft, size_bytes: plan.size_bytes, handle };
-        inner.drafts.open.insert(draft, Draft { session, name, plan, content, memory });
+        inner
+            .drafts
+            .open
+            .insert(draft, Draft { session, request: asker.request(), name, plan, content, memory, reserved });
         Ok(Step::Fill { offer, table, handles })
     }
 
@@ -133,7 +151,7 @@ impl Weights {
         if drafts.open.get(&draft).is_some_and(|one| one.session == session)
             && let Some(draft) = drafts.open.remove(&draft)
         {
-            table.unreserve(draft.plan.size_bytes);
+            table.unreserve(draft.reserved);
         }
     }
 
@@ -174,7 +192,7 @@ pub(super) struct Filled {
 impl Filled {
     pub(super) fn complete(self) {
         let Self { state, draft, responder } = self;
-        let (bytes, name) = (draft.plan.size_bytes, draft.name.clone());
+        let (bytes, name) = (draft.reserved, draft.name.clone());
         let weights = &state.weights;
         let sealed = caught(|| seal(&state, draft));
         let mut inner = weights.inner.lock();
@@ -193,7 +211,7 @@ impl Filled {
 
     /// Nobody will complete it.
     pub(super) fn give_up(self, why: Error) {
-        self.state.weights.inner.lock().table.unreserve(self.draft.plan.size_bytes);
+        self.state.weights.inner.lock().table.unreserve(self.draft.reserved);
         self.responder.fail(why);
     }
 }

@@ -5,9 +5,9 @@ use std::time::Instant;
 
 use super::memory::{SealedWeights, WeightPlace};
 use crate::error::Result;
-use crate::id::{AttachmentId, ContentDigest, SessionId, WeightSetId};
-use crate::model::FileState;
+use crate::id::{AttachmentId, ContentDigest, RequestId, SessionId, WeightSetId};
 use crate::model::weights::WeightPlan;
+use crate::model::{FileState, ModelError};
 use crate::protocol::{WeightEntry, WeightState, encode_table};
 
 /// One set of weights, complete and never changed.
@@ -24,6 +24,14 @@ pub(super) struct WeightSet {
     pub(super) memory: SealedWeights,
 }
 
+/// Who holds a set.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Holder {
+    pub(super) session: SessionId,
+    /// The request that this hold answers.
+    pub(super) request: RequestId,
+}
+
 /// A set that is known: where it comes from, and who uses it.
 #[derive(Debug)]
 pub(super) struct Known {
@@ -34,9 +42,14 @@ pub(super) struct Known {
     pub(super) published: BTreeSet<String>,
     /// Names it was asked for by; the first few.
     pub(super) names: BTreeSet<String>,
-    pub(super) holders: BTreeMap<AttachmentId, SessionId>,
+    pub(super) holders: BTreeMap<AttachmentId, Holder>,
     pub(super) last_used: Instant,
     pub(super) state: WeightState,
+}
+
+/// Whether a file is another one now, or gone. One that cannot be looked at for now is what it was.
+fn has_changed(file: &FileState) -> bool {
+    matches!(file.check_unchanged(), Err(ModelError::Changed { .. }))
 }
 
 /// The table of a plan as it crosses the wire.
@@ -69,7 +82,7 @@ impl Known {
 
     /// Whether the set comes from nowhere any more: every file that held it has changed, and nobody published it.
     pub(super) fn is_outdated(&self) -> bool {
-        self.published.is_empty() && self.files.iter().all(|file| file.check_unchanged().is_err())
+        self.published.is_empty() && self.files.iter().all(has_changed)
     }
 
     /// The name to speak of it by, with the sessions that hold it.
@@ -86,14 +99,14 @@ impl Known {
 
     /// How often a session holds it.
     pub(super) fn count(&self, session: SessionId) -> usize {
-        self.holders.values().filter(|holder| **holder == session).count()
+        self.holders.values().filter(|holder| holder.session == session).count()
     }
 
     /// How often each session holds it.
     pub(super) fn by_session(&self) -> BTreeMap<SessionId, u64> {
         let mut counts = BTreeMap::new();
-        for session in self.holders.values() {
-            *counts.entry(*session).or_default() += 1;
+        for holder in self.holders.values() {
+            *counts.entry(holder.session).or_default() += 1;
         }
         counts
     }

@@ -4,10 +4,10 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::memory::{MemoryEnd, WeightPlace};
-use super::set::{Known, WeightSet};
+use super::set::{Holder, Known, WeightSet};
 use super::wanted::Wanted;
 use crate::error::{Error, ErrorKind, Result};
-use crate::id::{AttachmentId, ContentDigest, SessionId, WeightSetId};
+use crate::id::{AttachmentId, ContentDigest, RequestId, SessionId, WeightSetId};
 use crate::model::ModelFile;
 use crate::model::weights::WeightPlan;
 use crate::protocol::{Force, WeightState};
@@ -44,6 +44,11 @@ pub(in crate::broker) enum Unloaded {
     Weights,
 }
 
+/// What was asked for as `name` went away between the look for it and the hold on it.
+pub(super) fn gone(name: &str) -> Error {
+    Error::new(ErrorKind::Stale, format!("{name} was unloaded in this moment"), "attach it again")
+}
+
 impl Table {
     /// An empty table of up to `limit` bytes of weights.
     pub(super) fn new(limit: u64) -> Self {
@@ -74,11 +79,12 @@ impl Table {
                 known.state = WeightState::Outdated;
             }
         }
+        self.forget_other_states(&wanted.file);
         self.drop_forsaken();
         let fits = |known: &&Known| {
             known.state == WeightState::Ready
                 && known.set.place == wanted.place
-                && known.set.plan == wanted.plan
+                && known.set.plan.is_laid_out_like(&wanted.plan)
                 && known.files.contains(wanted.file.state())
         };
         self.sets.values().find(fits).map(|known| known.set.id)
@@ -86,7 +92,7 @@ impl Table {
 
     /// A set whose tensors are laid out like this, whatever they contain: they may be the same.
     pub(super) fn has_likeness(&self, plan: &WeightPlan, place: WeightPlace) -> bool {
-        self.whole().any(|known| known.set.place == place && known.set.plan == *plan)
+        self.whole().any(|known| known.set.place == place && known.set.plan.is_laid_out_like(plan))
     }
 
     /// The set with this content before casting, laid out like this.
@@ -98,7 +104,7 @@ impl Table {
     ) -> Option<WeightSetId> {
         let fits = |known: &&Known| {
             let set = &known.set;
-            set.source == source && set.place == place && set.plan == *plan
+            set.source == source && set.place == place && set.plan.is_laid_out_like(plan)
         };
         self.whole().find(fits).map(|known| known.set.id)
     }
@@ -180,8 +186,16 @@ impl Table {
         id
     }
 
+    /// A path means what is there now: sets that go on by other names or files are not called by it any more.
+    fn forget_other_states(&mut self, file: &ModelFile) {
+        for known in self.sets.values_mut().filter(|known| known.state == WeightState::Ready) {
+            known.files.retain(|one| one.path() != file.path() || one == file.state());
+        }
+    }
+
     /// Notes that a file holds this set.
     pub(super) fn add_file(&mut self, id: WeightSetId, file: &ModelFile) {
+        self.forget_other_states(file);
         if let Some(known) = self.sets.get_mut(&id) {
             known.files.retain(|one| one.path() != file.path());
             if known.files.len() == MAX_REMEMBERED {
@@ -238,27 +252,25 @@ impl Table {
         Ok(())
     }
 
-    /// A hold of `session` on a set that it asked for as `name`.
+    /// A hold on a set that was asked for as `name`.
     ///
     /// # Errors
     /// [`ErrorKind::Stale`] where the set is gone, [`ErrorKind::Busy`] where the session holds too much.
     pub(super) fn attach(
         &mut self,
         id: WeightSetId,
-        session: SessionId,
+        holder: Holder,
         name: &str,
     ) -> Result<(AttachmentId, Arc<WeightSet>)> {
-        let held: usize = self.sets.values().map(|known| known.count(session)).sum();
+        let held: usize = self.sets.values().map(|known| known.count(holder.session)).sum();
         if held >= MAX_ATTACHMENTS {
             let message = format!("the session holds {MAX_ATTACHMENTS} attachments already");
             return Err(Error::new(ErrorKind::Busy, message, "drop those that are no longer needed"));
         }
         let attachment = AttachmentId(self.next_attachment);
-        let known = self.sets.get_mut(&id).ok_or_else(|| {
-            Error::new(ErrorKind::Stale, format!("{name} was unloaded in this moment"), "attach it again")
-        })?;
+        let known = self.sets.get_mut(&id).ok_or_else(|| gone(name))?;
         self.next_attachment += 1;
-        known.holders.insert(attachment, session);
+        known.holders.insert(attachment, holder);
         if !known.published.contains(name) && known.names.len() < MAX_REMEMBERED {
             known.names.insert(name.to_owned());
         }
@@ -268,13 +280,26 @@ impl Table {
 
     /// Whether `session` holds a set by this attachment.
     pub(super) fn holds(&self, session: SessionId, attachment: AttachmentId) -> bool {
-        self.sets.values().any(|known| known.holders.get(&attachment) == Some(&session))
+        self.sets.values().any(|known| known.holders.get(&attachment).is_some_and(|holder| holder.session == session))
     }
 
     pub(super) fn detach(&mut self, session: SessionId, attachment: AttachmentId) {
         for known in self.sets.values_mut() {
-            if known.holders.get(&attachment) == Some(&session) {
+            if known.holders.get(&attachment).is_some_and(|holder| holder.session == session) {
                 known.holders.remove(&attachment);
+                known.last_used = Instant::now();
+            }
+        }
+        self.drop_forsaken();
+    }
+
+    /// Ends what a request of the session's was answered with.
+    pub(super) fn recall(&mut self, session: SessionId, request: RequestId) {
+        let meant = Holder { session, request };
+        for known in self.sets.values_mut() {
+            let before = known.holders.len();
+            known.holders.retain(|_, holder| *holder != meant);
+            if known.holders.len() < before {
                 known.last_used = Instant::now();
             }
         }
@@ -284,7 +309,7 @@ impl Table {
     /// Ends what a session holds in memory of this kind.
     pub(super) fn end_session(&mut self, session: SessionId, kind: MemoryEnd) {
         for known in self.sets.values_mut().filter(|known| known.set.memory.end == kind) {
-            known.holders.retain(|_, holder| *holder != session);
+            known.holders.retain(|_, holder| holder.session != session);
         }
         self.drop_forsaken();
     }
@@ -292,7 +317,7 @@ impl Table {
     /// Whether a session holds memory that must be kept until its process is gone.
     pub(super) fn holds_owned(&self, session: SessionId) -> bool {
         let mut owned = self.sets.values().filter(|known| known.set.memory.end == MemoryEnd::Owned);
-        owned.any(|known| known.holders.values().any(|holder| *holder == session))
+        owned.any(|known| known.holders.values().any(|holder| holder.session == session))
     }
 
     fn drop_forsaken(&mut self) {
@@ -312,7 +337,10 @@ impl Table {
             None => Ok(()),
             Some(known) => Err(Error::new(
                 ErrorKind::Stale,
-                format!("{} was unloaded by force; its tensors stay readable, but are counted no more", known.shown()),
+                format!(
+                    "{} was unloaded by force; its tensors stay readable, but nobody else gets them",
+                    known.shown()
+                ),
                 "reattach it, or drop its tensors and attach it again",
             )),
         }

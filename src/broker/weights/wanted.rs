@@ -2,7 +2,7 @@ use std::sync::Arc;
 
 use super::super::registry::Registry;
 use super::memory::WeightPlace;
-use super::set::Known;
+use super::set::WeightSet;
 use crate::error::{Error, ErrorKind, Result};
 use crate::model::weights::WeightPlan;
 use crate::model::{ModelError, ModelFile};
@@ -42,8 +42,8 @@ impl Wanted {
 ///
 /// # Errors
 /// [`ErrorKind::Unsupported`] naming the first tensor that is not.
-pub(super) fn check_published(known: &Known, name: &str, rule: &CastRule) -> Result<()> {
-    let differs = known.set.plan.tensors.iter().find(|one| rule.wanted(&one.key, one.meta.dtype) != one.meta.dtype);
+pub(super) fn check_published(set: &WeightSet, name: &str, rule: &CastRule) -> Result<()> {
+    let differs = set.plan.tensors.iter().find(|one| rule.wanted(&one.key, one.meta.dtype) != one.meta.dtype);
     match differs {
         None => Ok(()),
         Some(tensor) => Err(Error::new(

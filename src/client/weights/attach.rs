@@ -11,7 +11,7 @@ use super::attached::Weights;
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::{AttachmentId, GpuUuid};
 use crate::protocol::{AttachRequest, AttachedWeights, Operation, Outcome, Rung, WeightEntry, decode_table};
-use crate::tensor::CastRule;
+use crate::tensor::{CastRule, MAX_PREFIXES};
 use crate::transport::Attachment;
 
 /// How weights are wanted, and how the call waits.
@@ -79,6 +79,10 @@ pub(super) fn hand(
     options: &AttachOptions<'_>,
     replaces: Option<AttachmentId>,
 ) -> Result<Handed> {
+    if options.rule.entries().len() > MAX_PREFIXES {
+        let message = format!("a rule speaks of {MAX_PREFIXES} beginnings of keys at the most");
+        return Err(Error::new(ErrorKind::Unsupported, message, "attach fewer element types at a time"));
+    }
     let started = Instant::now();
     let call = |left| CallOptions { timeout: left, interrupted: options.interrupted, ..CallOptions::default() };
     let gpu = options.gpu.map(|gpu| link.open_gpu(gpu, &call(options.timeout))).transpose()?;

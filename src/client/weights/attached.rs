@@ -35,6 +35,8 @@ pub(in crate::client) struct Attached {
     tensors: BTreeMap<String, WeightEntry>,
     map: WeightMap,
     hold: Mutex<Hold>,
+    /// Held while the weights are reattached, which takes its time: `hold` stays free for whoever looks at it.
+    reattaching: Mutex<()>,
 }
 
 impl fmt::Debug for Attached {
@@ -88,6 +90,7 @@ impl Weights {
             tensors,
             map,
             hold: Mutex::new(hold),
+            reattaching: Mutex::default(),
         };
         Ok(Self { attached: Arc::new(attached) })
     }
@@ -207,9 +210,13 @@ impl Weights {
 
 impl Attached {
     fn reattach(&self, link: Arc<Link>, options: &AttachOptions<'_>) -> Result<()> {
-        let mut hold = self.hold.lock();
+        let _reattaching = self.reattaching.lock();
         let options = AttachOptions { rule: self.rule.clone(), gpu: self.gpu, ..options.clone() };
-        let replaces = Arc::ptr_eq(&link, &hold.link).then_some(hold.attachment);
+        let replaces = {
+            let hold = self.hold.lock();
+            Arc::ptr_eq(&link, &hold.link).then_some(hold.attachment)
+        };
+        // Without the lock: whoever is told how far it is may ask whether the weights are still held.
         let Handed { link, weights, entries, handle, .. } = hand(link, &self.name, &options, replaces)?;
         // Whichever of the two is dropped is given back: the old one only once the new one has taken its place.
         let new = Hold { link, attachment: weights.attachment };
@@ -223,8 +230,11 @@ impl Attached {
                 "attach it anew, and build what uses it anew",
             ));
         }
+        let mut hold = self.hold.lock();
         self.map.replace(&weights.handle, handle)?;
-        *hold = new;
+        let old = std::mem::replace(&mut *hold, new);
+        drop(hold);
+        drop(old);
         Ok(())
     }
 }

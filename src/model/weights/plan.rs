@@ -56,6 +56,17 @@ impl WeightPlan {
         lay_out(described.collect(), alignment)
     }
 
+    /// Whether a region that is filled by one plan is laid out as by the other, whatever the sources' element types.
+    #[must_use]
+    pub fn is_laid_out_like(&self, other: &Self) -> bool {
+        let is_like = |(one, two): (&PlannedTensor, &PlannedTensor)| {
+            one.key == two.key && one.meta == two.meta && one.offset == two.offset
+        };
+        self.size_bytes == other.size_bytes
+            && self.tensors.len() == other.tensors.len()
+            && self.tensors.iter().zip(&other.tensors).all(is_like)
+    }
+
     /// The tensor called `key`.
     #[must_use]
     pub fn tensor(&self, key: &str) -> Option<&PlannedTensor> {
