@@ -81,7 +81,7 @@ fn who_publishes_something_else_than_announced_publishes_nothing() {
 
 #[test]
 fn memory_that_is_claimed_and_not_filled_is_not_read() {
-    let scene = Scene::new(&[]);
+    let scene = Scene::new(&["--weight-bytes", "99999G"]);
     let (mut raw, _memory) = publisher(&scene);
     let table = encode_table(&[entry("t0", DType::F32, &[1 << 40])]).unwrap();
     let Operation::Publish(request) = request("name").0 else { unreachable!() };

@@ -23,7 +23,7 @@ fn shared_bytes() -> u64 {
 
 #[test]
 fn ten_gigabytes_of_nothing_take_seconds_and_no_memory() {
-    let scene = Scene::new(&[]);
+    let scene = Scene::new(&["--weight-bytes", "99999G"]);
     let path = sparse(&scene.place, "large.safetensors", 10 * GIB);
     let client = client_at(&scene.place);
     let before = shared_bytes();
@@ -49,7 +49,7 @@ fn ten_gigabytes_of_nothing_take_seconds_and_no_memory() {
 
 #[test]
 fn who_gives_up_waiting_leaves_the_broker_as_it_was() {
-    let scene = Scene::new(&[]);
+    let scene = Scene::new(&["--weight-bytes", "99999G"]);
     let path = sparse(&scene.place, "large.safetensors", 10 * GIB);
     let path = path.to_str().unwrap();
     let (one, two) = (client_at(&scene.place), client_at(&scene.place));
@@ -79,7 +79,7 @@ fn who_gives_up_waiting_leaves_the_broker_as_it_was() {
 
 #[test]
 fn who_is_told_how_far_a_reattach_is_may_look_at_the_weights() {
-    let scene = Scene::new(&[]);
+    let scene = Scene::new(&["--weight-bytes", "99999G"]);
     let path = sparse(&scene.place, "large.safetensors", 4 * GIB);
     let path = path.to_str().unwrap();
     let weights = client_at(&scene.place).attach(path).unwrap();
@@ -97,7 +97,7 @@ fn who_is_told_how_far_a_reattach_is_may_look_at_the_weights() {
 
 #[test]
 fn who_dies_waiting_holds_nothing_and_loads_that_nobody_waits_for_are_not_begun() {
-    let scene = Scene::new(&[]);
+    let scene = Scene::new(&["--weight-bytes", "99999G"]);
     let first = "first.safetensors";
     let paths = [(first, 10 * GIB), ("second.safetensors", 9 * GIB)];
     let paths = paths.map(|(name, size_bytes)| sparse(&scene.place, name, size_bytes));
@@ -121,7 +121,7 @@ fn who_dies_waiting_holds_nothing_and_loads_that_nobody_waits_for_are_not_begun(
 #[test]
 fn ten_thousand_tensors_are_ten_thousand_views() {
     const COUNT: usize = 10_000;
-    let scene = Scene::new(&[]);
+    let scene = Scene::new(&["--weight-bytes", "99999G"]);
     let path = scene.place.file("many.safetensors");
     let keys: Vec<String> = (0..COUNT).map(|at| format!("model.diffusion_model.blocks.{at}.weight")).collect();
     let tensors: Vec<_> = keys
