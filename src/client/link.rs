@@ -10,18 +10,21 @@ use super::connect::CallOptions;
 use super::janitor;
 use super::leases::Leases;
 use super::memory::{ImportedMemory, Retired};
-use super::open_gpu::{LinkGpu, demoted, open_gpu, travels_beside};
+use super::open_gpu::{LinkGpu, travels_beside};
 use super::router::{Answer, Router, Turn};
 use super::session::{Negotiation, SessionInfo};
 use crate::config::ClientConfig;
 use crate::error::{Error, ErrorKind, Fault, Result};
-use crate::id::{AttachmentId, DraftId, GpuUuid, PermitId, RequestId};
+use crate::id::{AttachmentId, RequestId};
 use crate::protocol::{
-    ArenaPlace, ClientMessage, DeviceRung, GpuAnswer, Operation, Outcome, ProtocolError, Release, Reply, Request, Rung,
-    RungFailure, ServerMessage, codec,
+    ArenaPlace, ClientMessage, GpuAnswer, Operation, Outcome, ProtocolError, Release, Reply, Request, Rung,
+    ServerMessage, codec,
 };
 use crate::service::GpuOrder;
 use crate::transport::{Connection, FrameReader, FrameWriter, TransportError, Wait, begin_frame, finish_frame};
+
+mod giving_back;
+mod gpus;
 
 /// How often a waiting caller looks at its deadline and whether it was interrupted.
 const TICK: Duration = Duration::from_millis(100);
@@ -301,105 +304,6 @@ impl Link {
         Ok(opened)
     }
 
-    /// What was settled for a GPU.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Protocol`] before anything was.
-    fn gpu(&self, gpu: GpuUuid) -> Result<Arc<LinkGpu>> {
-        let gpus = self.gpus.read();
-        let newest = gpus.iter().rev().find(|one| one.gpu == gpu).cloned();
-        newest.ok_or_else(|| Error::new(ErrorKind::Protocol, format!("{gpu} is not open in this session"), ""))
-    }
-
-    /// How tensors of a GPU cross; found out with the first of them.
-    ///
-    /// # Errors
-    /// As [`open_gpu`].
-    pub(super) fn open_gpu(&self, gpu: GpuUuid, options: &CallOptions<'_>) -> Result<Arc<LinkGpu>> {
-        if let Ok(open) = self.gpu(gpu) {
-            return Ok(open);
-        }
-        let _opening = self.opening.lock();
-        match self.gpu(gpu) {
-            Ok(open) => Ok(open),
-            Err(_) => self.settle_gpu(gpu, None, options),
-        }
-    }
-
-    /// `worn` no longer works: the next rung for its GPU.
-    ///
-    /// # Errors
-    /// As [`open_gpu`].
-    pub(super) fn demote_gpu(&self, worn: &LinkGpu, why: &Error, options: &CallOptions<'_>) -> Result<Arc<LinkGpu>> {
-        let _opening = self.opening.lock();
-        match self.gpu(worn.gpu) {
-            // Another call met the same failure first.
-            Ok(open) if open.rung.rung != worn.rung.rung => Ok(open),
-            _ => {
-                tracing::warn!(gpu = %worn.gpu, rung = %worn.rung.rung, error = %why, "GPU memory no longer opens: taking the next rung");
-                self.settle_gpu(worn.gpu, Some(demoted(worn, why)), options)
-            }
-        }
-    }
-
-    fn settle_gpu(&self, gpu: GpuUuid, failed: Option<RungFailure>, options: &CallOptions<'_>) -> Result<Arc<LinkGpu>> {
-        let opened = Arc::new(open_gpu(self, gpu, self.gpu_order, failed, options)?);
-        self.gpus.write().push(Arc::clone(&opened));
-        Ok(opened)
-    }
-
-    /// Rungs of the GPUs in use now.
-    pub(super) fn gpu_rungs(&self) -> Vec<DeviceRung> {
-        let gpus = self.gpus.read();
-        let newest = |at: usize, gpu: &Arc<LinkGpu>| gpus.iter().skip(at + 1).all(|later| later.gpu != gpu.gpu);
-        gpus.iter().enumerate().filter(|(at, gpu)| newest(*at, gpu)).map(|(_, gpu)| self.told(gpu)).collect()
-    }
-
-    /// A GPU's rung, with what is known by now of the host memory that its tensors pass through.
-    pub(super) fn told(&self, gpu: &LinkGpu) -> DeviceRung {
-        DeviceRung { pages: self.memory.pages().filter(|_| !gpu.is_shared()), ..gpu.rung.clone() }
-    }
-
-    /// Whether tensors of GPUs that share no memory pass through memory of their own.
-    pub(super) fn has_staging(&self) -> bool {
-        self.session.host_rung() == Rung::Shm
-    }
-
-    /// Gives back what came with an answer that nobody waits for.
-    fn dispose(&self, answer: &Answer) {
-        if let Outcome::Tensor { descriptor, .. } | Outcome::Allocated { descriptor } = &answer.reply.outcome {
-            self.memory.leases.give_back(descriptor.lease);
-        }
-        match answer.reply.outcome {
-            Outcome::Attached(ref weights) => self.detach(weights.attachment),
-            Outcome::Draft(ref offer) => self.abandon(offer.draft),
-            Outcome::Permitted { permit } => self.end_permit(permit),
-            _ => {}
-        }
-    }
-
-    /// Weights are no longer used by this process. Noted here, said by the next message.
-    pub(super) fn detach(&self, attachment: AttachmentId) {
-        self.detached.lock().push(attachment);
-        self.memory.leases.ring();
-    }
-
-    /// A draft will not be filled.
-    pub(super) fn abandon(&self, draft: DraftId) {
-        // A connection that is gone has dropped it already.
-        if self.is_mine() && !self.router.is_lost() {
-            _ = self.send(&ClientMessage::Abandon { draft });
-        }
-    }
-
-    /// A turn in a lane is given back.
-    pub(super) fn end_permit(&self, permit: PermitId) {
-        // A connection that is gone has given it back already.
-        if self.is_mine() && !self.router.is_lost() {
-            _ = self.send(&ClientMessage::EndPermit { permit });
-        }
-    }
-
     fn cancel(&self, id: RequestId) {
         // A connection that is gone needs no cancelling.
         _ = self.send(&ClientMessage::Cancel { id });
@@ -408,30 +312,6 @@ impl Link {
     fn send(&self, message: &ClientMessage) -> Result<()> {
         let mut writer = self.writer.lock();
         self.write(&mut writer.frame, message, &[])
-    }
-
-    /// Gives back attachments. One at a time until they are on their way, so that no request overtakes them.
-    fn send_detached(&self) -> Result<()> {
-        let _detaching = self.detaching.lock();
-        let detached = std::mem::take(&mut *self.detached.lock());
-        // A connection that is gone has given everything back already.
-        match detached {
-            given if given.is_empty() || self.router.is_lost() => Ok(()),
-            given => self.send(&ClientMessage::Detach(given)),
-        }
-    }
-
-    /// Gives back leases that no request has taken along, and attachments.
-    pub(super) fn release_now(&self) {
-        _ = self.send_detached();
-        loop {
-            let mut released = Vec::new();
-            self.memory.leases.take_released(&mut released);
-            // A connection that is gone has given everything back already.
-            if released.is_empty() || self.router.is_lost() || self.send(&ClientMessage::Release(released)).is_err() {
-                return;
-            }
-        }
     }
 
     /// Notes why the connection is gone and tells everybody.
