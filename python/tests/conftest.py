@@ -146,3 +146,18 @@ def expected_marks(latent: Any) -> Any:
     """The first sixteen elements of a latent, row-major, whatever its strides."""
     first = latent.reshape(-1)[:16]
     return first.float() if isinstance(first, torch.Tensor) else first.astype("float32")
+
+
+@pytest.fixture
+def tied() -> Any:
+    from modules import Tied
+
+    torch.manual_seed(2)
+    return Tied().eval()
+
+
+@pytest.fixture
+def file(tied: Any, tmp_path: Path) -> Path:
+    from modules import write
+
+    return write(tied, tmp_path / "tied.safetensors")

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from modules import text_encoder, unet
 from safetensors.torch import save_file
-from test_torch_attach import text_encoder, unet
 
 PROGRAM = """
 import ctypes, mmap, sys
 import torch, luna_broker
 from luna_broker.torch import load_attached, skeleton
 sys.path.insert(0, {here!r})
-from test_torch_attach import run_text_encoder, run_unet, text_encoder, unet
+from modules import run_text_encoder, run_unet, text_encoder, unet
 
 build, run = {{"unet": (unet, run_unet), "text": (text_encoder, run_text_encoder)}}[{model!r}]
 client = luna_broker.connect({socket!r})

@@ -282,6 +282,10 @@ impl ArenaPool {
     }
 
     /// Bytes of all arenas.
+    #[cfg_attr(
+        not(all(feature = "cuda", unix)),
+        expect(dead_code, reason = "only GPUs' arenas are counted by themselves")
+    )]
     pub(super) fn arena_bytes(&self) -> u64 {
         self.table.lock().ledger.arena_bytes()
     }

@@ -83,6 +83,7 @@ impl GpuWeights {
         match *self {}
     }
 
+    #[cfg(unix)]
     pub(super) fn replace(&self, _: RegionHandle) -> Result<(), DeviceError> {
         match *self {}
     }

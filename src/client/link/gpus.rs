@@ -6,7 +6,6 @@ use super::Link;
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::GpuUuid;
 use crate::protocol::{DeviceRung, Rung, RungFailure};
-use crate::transport::Connection;
 
 impl Link {
     /// What was settled for a GPU.

@@ -6,7 +6,6 @@ use super::super::link::Link;
 use super::super::router::Answer;
 use super::attach::{AttachOptions, take};
 use super::attached::Weights;
-use crate::device::Span;
 use crate::error::{Error, ErrorKind, Result};
 use crate::protocol::{ArenaHandle, Operation, Outcome, PublishRequest, WeightEntry, decode_table, encode_table};
 use crate::tensor::{TensorMeta, digest_tensors};
@@ -100,7 +99,7 @@ fn copy_in(
     attached: Option<Attachment>,
     size_bytes: u64,
 ) -> Result<()> {
-    use crate::device::{DraftRegion, Region};
+    use crate::device::{DraftRegion, Region, Span};
     let (ArenaHandle::Attached, Some(Attachment::Fd(fd))) = (handle, attached) else {
         return Err(Error::new(ErrorKind::Protocol, "the broker did not hand over memory to publish in", ""));
     };
