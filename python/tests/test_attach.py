@@ -424,7 +424,12 @@ def test_what_progress_raises_ends_the_call_and_leaves_the_client_usable(start_b
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="needs SIGSTOP to hold a broker still")
-def test_other_threads_run_while_one_attaches_and_ctrl_c_ends_it(start_broker: Any, file: Path) -> None:
+def test_other_threads_run_while_one_attaches_and_ctrl_c_ends_it(
+    start_broker: Any, file: Path, request: pytest.FixtureRequest
+) -> None:
+    # A shell that starts its jobs in the background has them ignore what a terminal's Ctrl-C sends.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     broker = start_broker()
     client = luna_broker.connect(broker.address)
     os.kill(broker.pid, signal.SIGSTOP)
