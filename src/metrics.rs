@@ -103,6 +103,19 @@ pub(crate) struct LaneNow {
     pub(crate) completed: u64,
 }
 
+/// Weights that clients map at one moment.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct WeightsNow {
+    /// Sets of tensors.
+    pub(crate) sets: u64,
+    /// Their size.
+    pub(crate) bytes: u64,
+    /// What copies for each session would take beyond that.
+    pub(crate) saved_bytes: u64,
+    /// Sessions that hold a set, once for each set.
+    pub(crate) holds: u64,
+}
+
 /// A broker's state at one moment. Made anew for each text, so that what is gone leaves no series behind.
 #[derive(Debug, Default)]
 pub(crate) struct Scrape {
@@ -116,6 +129,11 @@ pub(crate) struct Scrape {
     arenas: Family<DeviceLabels, Count>,
     models: Family<ServiceLabels, Count>,
     model_bytes: Family<ServiceLabels, Count>,
+    weight_sets: Family<DeviceLabels, Count>,
+    weights: Family<DeviceLabels, Count>,
+    weights_saved: Family<DeviceLabels, Count>,
+    weight_holds: Family<DeviceLabels, Count>,
+    permits_expired: Counter,
     lane_queued: Family<ServiceLabels, Count>,
     lane_capacity: Family<ServiceLabels, Count>,
     lane_running: Family<ServiceLabels, Count>,
@@ -159,6 +177,20 @@ impl Scrape {
         self.model_bytes.get_or_create(&labels).inc_by(bytes);
     }
 
+    /// Weights that clients map, on `device`.
+    pub(crate) fn weights(&self, device: &str, now: &WeightsNow) {
+        let labels = DeviceLabels { device: device.into() };
+        self.weight_sets.get_or_create(&labels).inc_by(now.sets);
+        self.weights.get_or_create(&labels).inc_by(now.bytes);
+        self.weights_saved.get_or_create(&labels).inc_by(now.saved_bytes);
+        self.weight_holds.get_or_create(&labels).inc_by(now.holds);
+    }
+
+    /// Permits that were not given back in time.
+    pub(crate) fn permits_expired(&self, count: u64) {
+        self.permits_expired.inc_by(count);
+    }
+
     /// A lane.
     pub(crate) fn lane(&self, service: Service, device: &str, now: &LaneNow) {
         let labels = ServiceLabels { service: service.name(), device: device.into() };
@@ -182,6 +214,13 @@ impl Scrape {
         registry.register_with_unit("arena", help, Unit::Bytes, self.arenas);
         registry.register("models_loaded", "Models whose weights are in memory", self.models);
         registry.register_with_unit("model", "Size of their weights", Unit::Bytes, self.model_bytes);
+        registry.register("weight_sets", "Sets of weights for clients to map", self.weight_sets);
+        registry.register_with_unit("weights", "Size of these sets", Unit::Bytes, self.weights);
+        let help = "What sessions beyond the first of each set would take with copies of their own";
+        registry.register_with_unit("weights_saved", help, Unit::Bytes, self.weights_saved);
+        registry.register("weight_holders", "Sessions that hold a set, once for each set", self.weight_holds);
+        let help = "Permits whose holders did not give the lane back in time";
+        registry.register("expired_permits", help, self.permits_expired);
         registry.register(
             "lane_queued",
             "Requests that wait in a lane, for their turn or their input",
@@ -261,11 +300,16 @@ mod tests {
         scrape.arenas("cpu", 24);
         scrape.model(Service::Vae, "cpu", 300);
         scrape.model(Service::Vae, "cpu", 5);
+        scrape.weights("cpu", &WeightsNow { sets: 1, bytes: 70, saved_bytes: 140, holds: 3 });
+        scrape.weights("cpu", &WeightsNow { sets: 1, bytes: 7, saved_bytes: 0, holds: 1 });
         scrape.lane(Service::Vae, "cpu", &LaneNow { queued: 3, capacity: 64, running: 1, completed: 9 });
         let found = samples(&Metrics::default().text(scrape));
         let of = |name: &str| found[&format!("luna_broker_{name}")];
         assert_eq!((of("leases"), of("input_slots"), of("leased_bytes")), (3.0, 1.0, 150.0));
         assert_eq!((of(r#"arena_bytes{device="cpu"}"#), of("quarantined_sessions")), (1024.0, 1.0));
+        let weights = |name: &str| of(&format!(r#"{name}{{device="cpu"}}"#));
+        assert_eq!((weights("weight_sets"), weights("weights_bytes")), (2.0, 77.0));
+        assert_eq!((weights("weights_saved_bytes"), weights("weight_holders")), (140.0, 4.0));
         let vae = |name: &str| of(&format!(r#"{name}{{service="vae",device="cpu"}}"#));
         assert_eq!((vae("models_loaded"), vae("model_bytes")), (2.0, 305.0));
         assert_eq!((vae("lane_queued"), vae("lane_capacity"), vae("lane_busy")), (3.0, 64.0, 1.0));

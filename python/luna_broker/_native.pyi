@@ -380,8 +380,8 @@ class Client:
         stderr is a terminal and loading takes longer than half a second, `False` draws nothing. `timeout`: seconds;
         `None` for the client's.
 
-        Only files are converted and loaded onto a GPU. A published set is attached as it was published, and in host
-        memory: another `dtype` or `device` is `Unsupported`.
+        A published set is converted, and put onto a GPU, with the first request for that; what comes of it exists once,
+        is published under the same name, and stays where the set it was made of gives way to others.
 
         Raises `ModelNotFound`, `InvalidModel`, `OutOfMemory`, `Unsupported` (besides, an element type nothing is
         converted to, and a session that shares no memory with the broker), `Stale` (weights of that name are held here
@@ -395,8 +395,8 @@ class Client:
         row by row, whatever their strides; with the views in their place, the caller's may go. What the broker has
         already is not sent. Nobody may write to the tensors meanwhile.
 
-        They lie in host memory, also those that come from a GPU, in the element types that they have: nobody can attach
-        them on a GPU or in another type. For that, save them to a file and attach that.
+        They lie in host memory, also those that come from a GPU, in the element types that they have. `attach` gives them
+        on the broker's GPU or in other types where that is asked for.
 
         Raises `InUse` where `name` is a file's, or that of other tensors that somebody has attached; `InvalidTensor`,
         `OutOfMemory`, `Unsupported`.

@@ -331,12 +331,16 @@ def test_published_tensors_may_lie_in_any_way(client: Any) -> None:
     client.unload("any layout")
 
 
-def test_published_sets_are_attached_as_they_were_published(client: Any) -> None:
-    with client.publish("typed", {"weight": torch.ones(2)}), client.attach("typed", dtype=torch.float32) as weights:
-        assert weights.device == "cpu"
-        with pytest.raises(luna_broker.Unsupported, match="published with .*float32") as refused:
-            client.attach("typed", dtype=torch.float16)
-        assert "publish it in that type" in refused.value.remedy
+def test_published_sets_are_attached_in_the_types_that_are_asked_for(client: Any) -> None:
+    given = torch.linspace(0, 1, 1000)
+    with client.publish("typed", {"a.weight": given, "b.weight": given}):
+        with client.attach("typed", dtype={"a.": torch.bfloat16}) as weights:
+            assert torch.equal(weights["a.weight"], given.to(torch.bfloat16))
+            assert torch.equal(weights["b.weight"], given)
+            with client.attach("typed", dtype={"a.": torch.bfloat16}) as again:
+                assert again.digest == weights.digest
+        with pytest.raises(luna_broker.Unsupported, match="CUDA|GPU"):
+            client.attach("typed", device="cuda:0")
     client.unload("typed")
 
 

@@ -24,6 +24,8 @@ impl State {
         for model in self.registry.known_reports().iter().filter(|model| model.loaded) {
             scrape.model(model.service, &model.device, model.bytes);
         }
+        self.weights.each_set(|device, now| scrape.weights(device, now));
+        scrape.permits_expired(self.permits.expired());
         for lane in &self.lane_reports() {
             let now = LaneNow {
                 queued: lane.queued,

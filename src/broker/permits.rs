@@ -17,6 +17,7 @@ pub(super) struct Permits {
     next: AtomicU64,
     open: Mutex<Open>,
     holder: Mutex<Option<(SessionId, PermitId)>>,
+    expired: AtomicU64,
 }
 
 #[derive(Debug, Default)]
@@ -78,6 +79,11 @@ impl Permits {
         *self.open.lock() = Open { is_closed: true, ..Open::default() };
     }
 
+    /// Permits that were not given back in time.
+    pub(super) fn expired(&self) -> u64 {
+        self.expired.load(Ordering::Relaxed)
+    }
+
     /// The session that has the lane by a permit now.
     pub(super) fn holder(&self) -> Option<SessionId> {
         (*self.holder.lock()).map(|(session, _)| session)
@@ -105,6 +111,7 @@ impl PermitJob {
         responder.answer(Outcome::Permitted { permit: id });
         if ended.recv_timeout(patience) == Err(RecvTimeoutError::Timeout) {
             tracing::warn!(%session, ?patience, "a permit was not given back in time; the lane goes on");
+            permits.expired.fetch_add(1, Ordering::Relaxed);
         }
         *permits.holder.lock() = None;
         permits.end(session, id);

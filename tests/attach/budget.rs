@@ -105,3 +105,26 @@ fn what_a_session_may_attach_has_a_bound() {
     drop(client_at(&scene.place).attach(path).unwrap());
     scene.check_bystander();
 }
+
+#[test]
+fn a_file_that_holds_the_same_as_before_needs_no_room_of_its_own() {
+    // One set and a little.
+    let scene = Scene::new(&["--weight-bytes", "300K"]);
+    let path = counted(&scene.place, "model.safetensors", 1, LENGTH);
+    let path = path.to_str().unwrap();
+    let client = client_at(&scene.place);
+    let held = client.attach(path).unwrap();
+    // Written anew, and copied: other files with the same in them.
+    crate::file::write_counted(path.as_ref(), 1, LENGTH, 0.0);
+    let copy = scene.place.file("copy.safetensors");
+    std::fs::copy(path, &copy).unwrap();
+    for other in [path, copy.to_str().unwrap()] {
+        assert_eq!(client.attach(other).unwrap().content(), held.content());
+    }
+    // What is as large and contains something else still finds no room.
+    crate::file::write_counted(&copy, 1, LENGTH, 1.0);
+    let error = client.attach(copy.to_str().unwrap()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::OutOfMemory, "{error}");
+    assert_eq!(client.attach(path).unwrap().content(), held.content());
+    scene.check_bystander();
+}

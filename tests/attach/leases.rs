@@ -10,7 +10,7 @@ use crate::file::counted;
 use crate::obey::{holder, worker};
 use crate::raw::{Raw, request};
 use crate::scene::Scene;
-use crate::support::eventually;
+use crate::support::{eventually, sample};
 
 /// The time in which a dead client's hold must be gone.
 const REAPED: Duration = Duration::from_secs(1);
@@ -40,6 +40,10 @@ fn status_tells_who_holds_what_and_what_sharing_saves() {
     assert_eq!(holders(&set), [(scene.bystander.session().name.as_str(), 2), ("one", 1), ("two", 1)]);
     assert_eq!(set.saved_bytes, 2 * set.bytes, "two of three sessions need no copy of their own");
     assert!(set.holders.iter().all(|holder| holder.diverged_bytes == Some(0)), "{set:#?}");
+    let metrics = scene.bystander.metrics().unwrap();
+    let cpu = |name: &str| sample(&metrics, &format!(r#"{name}{{device="cpu"}}"#)).unwrap();
+    assert_eq!((cpu("weight_sets"), cpu("weight_holders")), (1.0, 3.0), "{metrics}");
+    assert_eq!((cpu("weights_bytes"), cpu("weights_saved_bytes")), (set.bytes as f64, 2.0 * set.bytes as f64));
     drop(three);
     // A clone and a tensor of it hold it as well.
     let (clone, tensor) = (four.clone(), four.tensor("t2").unwrap());

@@ -25,6 +25,7 @@ mod publishing;
 mod restart;
 mod rungs;
 mod sharing;
+mod variants;
 
 #[test]
 #[ignore = "the client process of other tests"]

@@ -2,9 +2,10 @@
 
 use std::time::Duration;
 
-use luna_broker::client::{CallOptions, Client, Permit, Tensor, Weights};
+use luna_broker::client::{AttachOptions, CallOptions, Client, Permit, Tensor, Weights};
 use luna_broker::config::ClientConfig;
 use luna_broker::service::Service;
+use luna_broker::tensor::{CastRule, DType};
 use luna_broker::{Error, ErrorKind};
 
 use crate::file::{first, publish};
@@ -55,6 +56,10 @@ impl Holdings {
                 self.client = Some(Client::connect_with(Some(socket), config)?);
             }
             ["attach", path] => self.weights = Some(self.client().attach(path)?),
+            ["half", name] => {
+                let options = AttachOptions { rule: CastRule::all(DType::F16), ..AttachOptions::default() };
+                self.weights = Some(self.client().attach_with(name, &options)?);
+            }
             ["publish", name, start] => {
                 let start = start.parse().expect("a number");
                 self.weights = Some(publish(self.client(), name, start, 5000)?);

@@ -9,7 +9,7 @@ use luna_broker::service::Service;
 use crate::obey::{is, worker};
 use crate::raw::{Raw, frame, request};
 use crate::scene::Scene;
-use crate::support::{Latent, client_at, eventually};
+use crate::support::{Latent, client_at, eventually, sample};
 
 /// The do-nothing model that waits for its turn.
 const QUEUED: &str = "builtin:hand-off-queued";
@@ -165,6 +165,7 @@ fn a_permit_that_is_kept_too_long_lets_the_lane_go_on() {
     assert_eq!(holder(&scene).as_deref(), Some("two"));
     assert_eq!(one.ask("release"), "done", "late, which harms nobody");
     assert_eq!(holder(&scene).as_deref(), Some("two"));
+    assert_eq!(sample(&scene.bystander.metrics().unwrap(), "expired_permits_total"), Some(1.0));
     two.ask("release");
     lane_is_free(&scene);
 }

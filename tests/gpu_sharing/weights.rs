@@ -1,10 +1,10 @@
 //! Weights that lie in memory of a GPU once.
 
 use luna_broker::ErrorKind;
-use luna_broker::client::{AttachOptions, Weights};
+use luna_broker::client::{AttachOptions, CallOptions, Published, Weights};
 use luna_broker::device::{Place as MemoryPlace, StreamRef};
 use luna_broker::protocol::Force;
-use luna_broker::tensor::CastRule;
+use luna_broker::tensor::{CastRule, Dims, TensorMeta};
 use safetensors::tensor::{Dtype, TensorView};
 
 use super::*;
@@ -142,6 +142,58 @@ fn variants_of_a_gpu_and_of_the_host_are_sets_of_their_own() {
         assert_eq!(guest.status()["weights"].as_array().unwrap().len(), 2);
         let found = client.verify(&model.path).unwrap();
         assert!(found.len() == 2 && found.iter().all(|report| report.found == report.expected), "{found:?}");
+    });
+}
+
+#[test]
+fn what_a_client_publishes_others_have_on_the_gpu() {
+    play(Stage::new(), on_the_gpu(), |guest| {
+        let (one, two) = (guest.connect(), guest.connect());
+        let data = [counted(0), counted(1)];
+        let meta = TensorMeta::contiguous(DType::F32, Dims::of([COUNT as u64]));
+        let tensors: Vec<_> =
+            ["first", "second"].into_iter().zip(&data).map(|(key, bytes)| Published { key, meta, bytes }).collect();
+        let published = one.publish("merged", &tensors, &CallOptions::default()).unwrap();
+        let device = CudaDevice::open(gpu(0), CudaSharing::Ipc).unwrap();
+        let free = || device.free_and_total_bytes().unwrap().0;
+        let before = free();
+        let first = one.attach_with("merged", &on_gpu()).unwrap();
+        let taken = before - free();
+        let second = two.attach_with("merged", &on_gpu()).unwrap();
+        assert_eq!(before - free(), taken, "the second client's weights are the first's");
+        check(&first);
+        check(&second);
+        assert_eq!(first.content(), published.content());
+        let half = AttachOptions { rule: CastRule::all(DType::F16), ..on_gpu() };
+        let (there, here) = (
+            two.attach_with("merged", &half).unwrap(),
+            two.attach_with("merged", &AttachOptions { gpu: None, ..half }),
+        );
+        let here = here.unwrap();
+        assert!(there.tensor("second").unwrap().to_vec().unwrap() == here.tensor("second").unwrap().bytes().unwrap());
+        let found = two.verify("merged").unwrap();
+        assert!(found.len() == 4 && found.iter().all(|report| report.found == report.expected), "{found:?}");
+    });
+}
+
+#[test]
+fn published_weights_taken_by_force_are_replaced_behind_the_same_addresses() {
+    play(Stage::new(), on_the_gpu(), |guest| {
+        let client = guest.connect();
+        let bytes = counted(0);
+        let meta = TensorMeta::contiguous(DType::F32, Dims::of([COUNT as u64]));
+        let tensor = [Published { key: "first", meta, bytes: &bytes }];
+        drop(client.publish("merged", &tensor, &CallOptions::default()).unwrap());
+        let weights = client.attach_with("merged", &on_gpu()).unwrap();
+        let address = weights.tensor("first").unwrap().address();
+        client.unload_with("merged", Force::Yes).unwrap();
+        assert_eq!(weights.check().unwrap_err().kind(), ErrorKind::Stale);
+        assert_eq!(weights.reattach().unwrap_err().kind(), ErrorKind::ModelNotFound, "nobody has published it again");
+        drop(client.publish("merged", &tensor, &CallOptions::default()).unwrap());
+        weights.reattach().unwrap();
+        let tensor = weights.tensor("first").unwrap();
+        assert_eq!(tensor.address(), address);
+        assert!(tensor.to_vec().unwrap() == bytes);
     });
 }
 

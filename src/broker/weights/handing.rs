@@ -63,7 +63,7 @@ impl Weights {
                 responder.answer_with(Outcome::Attached(Box::new(weights)), Some(table), handles);
             }
             Err(error) => {
-                self.inner.lock().table.detach(responder.session(), attachment);
+                self.lock().table.detach(responder.session(), attachment);
                 responder.fail(error);
             }
         }

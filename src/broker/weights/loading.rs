@@ -1,22 +1,23 @@
+use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, SendError, Sender, unbounded};
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 
 use super::super::responder::Responder;
 use super::super::state::State;
 use super::handing::{Grant, Waiter};
-use super::memory::{MemoryEnd, WeightDraft, WeightPlace};
+use super::making::obtain;
+use super::memory::{MemoryEnd, WeightPlace};
 use super::publish::{Drafts, Filled};
-use super::set::{WeightSet, wire_table};
+use super::set::WeightSet;
 use super::table::{Table, Unloaded, gone};
-use super::wanted::{Wanted, check_published};
+use super::wanted::{Origin, Wanted};
 use crate::error::{Error, ErrorKind, Fault, Result};
 use crate::id::{AttachmentId, GpuUuid, RequestId, SessionId, WeightSetId};
-use crate::model::ModelError;
-use crate::model::weights::{Loaded, digest_file, digest_region, load};
+use crate::model::weights::digest_region;
 use crate::protocol::{AttachRequest, Force, Outcome, VerifyReport};
 
 /// How long who waits for weights goes without hearing how far they are.
@@ -31,7 +32,7 @@ const MAX_VERIFIES: usize = 64;
 /// All weights of a broker, and the thread that loads them.
 #[derive(Debug)]
 pub(in crate::broker) struct Weights {
-    pub(super) inner: Mutex<Inner>,
+    inner: Mutex<Inner>,
     jobs: Sender<Job>,
     /// Looks at weights that wait or are under way.
     verifies: AtomicUsize,
@@ -44,10 +45,39 @@ pub(super) struct Inner {
     pub(super) drafts: Drafts,
 }
 
+/// [`Inner`], locked. Memory that was given up meanwhile goes when the lock has been released.
+#[derive(Debug)]
+pub(super) struct Locked<'a>(MutexGuard<'a, Inner>);
+
+impl Deref for Locked<'_> {
+    type Target = Inner;
+
+    fn deref(&self) -> &Inner {
+        &self.0
+    }
+}
+
+impl DerefMut for Locked<'_> {
+    fn deref_mut(&mut self) -> &mut Inner {
+        &mut self.0
+    }
+}
+
+impl Drop for Locked<'_> {
+    fn drop(&mut self) {
+        let forsaken = self.0.table.take_forsaken();
+        if !forsaken.is_empty() {
+            MutexGuard::unlocked(&mut self.0, || drop(forsaken));
+        }
+    }
+}
+
 /// A set that is being loaded, or is about to be.
 #[derive(Debug)]
 struct Load {
     wanted: Wanted,
+    /// Room is set aside for the set: none is where one that is there already may turn out to be the same.
+    has_room: bool,
     waiters: Vec<Waiter>,
     done: u64,
     told: Instant,
@@ -64,7 +94,7 @@ pub(super) enum Job {
 impl Load {
     fn is_of(&self, wanted: &Wanted) -> bool {
         let (one, other) = (&self.wanted, wanted);
-        one.place == other.place && one.file.path() == other.file.path() && one.plan == other.plan
+        one.place == other.place && one.origin.is(&other.origin) && one.plan == other.plan
     }
 }
 
@@ -80,6 +110,10 @@ impl Weights {
         Ok(Self { inner: Mutex::new(inner), jobs, verifies: AtomicUsize::new(0) })
     }
 
+    pub(super) fn lock(&self) -> Locked<'_> {
+        Locked(self.inner.lock())
+    }
+
     /// Answers with the weights, now or when they are there.
     pub(in crate::broker) fn attach(
         &self,
@@ -92,48 +126,46 @@ impl Weights {
         match self.find(state, &responder, &request, place) {
             Err(error) => responder.fail(error),
             Ok(Found::Set(grant)) => self.hand_over(grant, responder),
-            Ok(Found::File(wanted)) => self.load(state, wanted, Waiter { responder, name: request.name }),
+            Ok(Found::Wanted(wanted)) => self.load(state, wanted, Waiter { responder, name: request.name }),
         }
     }
 
     fn find(&self, state: &State, asker: &Responder, request: &AttachRequest, place: WeightPlace) -> Result<Found> {
         let name = &request.name;
         let path = state.registry.locate(name).ok();
-        let published = {
-            let inner = self.inner.lock();
+        let (variants, published, has_variants) = {
+            let inner = self.lock();
             let session = asker.session();
             if !request.replaces.is_some_and(|old| inner.table.holds(session, old)) {
                 inner.table.check(session, Some((name, path.as_deref())))?;
             }
-            inner.table.published(name).map(|known| Arc::clone(&known.set))
+            let published = inner.table.published(name).map(|known| Arc::clone(&known.set));
+            (inner.table.variants(name, place), published, inner.table.has_variants(name))
         };
-        if let Some(set) = published {
-            // Looks at every key of the set, without the lock.
-            check_published(&set, name, &request.rule)?;
-            if set.place != place {
-                return Err(Error::new(
-                    ErrorKind::Unsupported,
-                    format!("{name} was published on {}", set.place.name()),
-                    "attach it there",
-                ));
-            }
-            let mut inner = self.inner.lock();
-            let is_there = inner.table.published(name).is_some_and(|known| known.set.id == set.id);
-            return if is_there { Ok(Found::Set(inner.grant(set.id, asker, name)?)) } else { Err(gone(name)) };
+        // Every key of the set is looked at, or the file's header read, without the lock: others go on meanwhile.
+        if let Some((id, _)) = variants.into_iter().find(|(_, plan)| plan.follows(&request.rule)) {
+            let mut inner = self.lock();
+            let is_there = inner.table.variants(name, place).iter().any(|(known, _)| *known == id);
+            return if is_there { Ok(Found::Set(inner.grant(id, asker, name)?)) } else { Err(gone(name)) };
         }
-        // The header is read without the lock: others go on meanwhile.
-        let wanted = Wanted::of_file(&state.registry, request, place)?;
-        let mut inner = self.inner.lock();
-        match inner.table.of_file(&wanted) {
+        let wanted = match published {
+            Some(set) => Wanted::of_published(set, request, place)?,
+            None => Wanted::of_file(&state.registry, request, place).map_err(|error| match has_variants {
+                true => only_variants(name),
+                false => error,
+            })?,
+        };
+        let mut inner = self.lock();
+        match inner.table.of_origin(&wanted) {
             Some(id) => Ok(Found::Set(inner.grant(id, asker, name)?)),
-            None => Ok(Found::File(wanted)),
+            None => Ok(Found::Wanted(wanted)),
         }
     }
 
     fn load(&self, state: &Arc<State>, wanted: Wanted, waiter: Waiter) {
-        let mut inner = self.inner.lock();
+        let mut inner = self.lock();
         // Between the look for the set and now it may have come.
-        if let Some(id) = inner.table.of_file(&wanted) {
+        if let Some(id) = inner.table.of_origin(&wanted) {
             let granted = inner.grant(id, &waiter.responder, &waiter.name);
             drop(inner);
             return self.answer(granted, waiter.responder);
@@ -142,18 +174,25 @@ impl Weights {
             load.waiters.push(waiter);
             return;
         }
-        let room = if inner.loads.len() < MAX_LOADS {
-            inner.table.reserve(wanted.plan.size_bytes, &wanted.file.path().display().to_string())
-        } else {
+        let may_be_there =
+            matches!(wanted.origin, Origin::File(_)) && inner.table.has_likeness(&wanted.plan, wanted.place);
+        let room = if inner.loads.len() >= MAX_LOADS {
             let message = format!("{MAX_LOADS} sets of weights wait to be loaded already");
             Err(Error::new(ErrorKind::Busy, message, "ask again in a while"))
+        } else if may_be_there {
+            Ok(false)
+        } else {
+            inner.table.reserve(wanted.plan.size_bytes, &wanted.origin.shown()).map(|()| true)
         };
-        if let Err(error) = room {
-            drop(inner);
-            return waiter.responder.fail(error);
-        }
+        let has_room = match room {
+            Ok(has_room) => has_room,
+            Err(error) => {
+                drop(inner);
+                return waiter.responder.fail(error);
+            }
+        };
         let job = Job::Load { state: Arc::clone(state), wanted: wanted.clone() };
-        inner.loads.push(Load { wanted, waiters: vec![waiter], done: 0, told: Instant::now() });
+        inner.loads.push(Load { wanted, has_room, waiters: vec![waiter], done: 0, told: Instant::now() });
         drop(inner);
         self.send(job);
     }
@@ -167,7 +206,7 @@ impl Weights {
 
     /// A request is taken back, if it waits for weights.
     pub(in crate::broker) fn cancel(&self, session: SessionId, request: RequestId) {
-        let mut inner = self.inner.lock();
+        let mut inner = self.lock();
         let is_meant =
             |waiter: &mut Waiter| waiter.responder.session() == session && waiter.responder.request() == request;
         let taken: Vec<Waiter> =
@@ -181,14 +220,14 @@ impl Weights {
 
     /// The client has given up a request that may have been answered with weights or a draft meanwhile.
     pub(in crate::broker) fn recall(&self, session: SessionId, request: RequestId) {
-        let mut inner = self.inner.lock();
+        let mut inner = self.lock();
         let Inner { table, drafts, .. } = &mut *inner;
         table.recall(session, request);
         drafts.recall(session, request, table);
     }
 
     pub(in crate::broker) fn detach(&self, session: SessionId, attachments: &[AttachmentId]) {
-        let mut inner = self.inner.lock();
+        let mut inner = self.lock();
         for attachment in attachments {
             inner.table.detach(session, *attachment);
         }
@@ -196,7 +235,7 @@ impl Weights {
 
     /// Everything of the session's is given back, except memory that must be kept until its process is gone.
     pub(in crate::broker) fn end_session(&self, session: SessionId) {
-        let mut inner = self.inner.lock();
+        let mut inner = self.lock();
         inner.table.end_session(session, MemoryEnd::Counted);
         let Inner { table, drafts, .. } = &mut *inner;
         drafts.end_session(session, table);
@@ -209,37 +248,54 @@ impl Weights {
 
     /// Whether the session holds memory that must be kept until its process is gone.
     pub(in crate::broker) fn must_outlive(&self, session: SessionId) -> bool {
-        self.inner.lock().table.holds_owned(session)
+        self.lock().table.holds_owned(session)
     }
 
     /// The session's process is gone.
     pub(in crate::broker) fn process_gone(&self, session: SessionId) {
-        self.inner.lock().table.end_session(session, MemoryEnd::Owned);
+        self.lock().table.end_session(session, MemoryEnd::Owned);
     }
 
     /// # Errors
     /// [`ErrorKind::Stale`] where weights that the session holds were unloaded by force.
     pub(in crate::broker) fn check(&self, session: SessionId) -> Result<()> {
-        self.inner.lock().table.check(session, None)
+        self.lock().table.check(session, None)
     }
 
     /// # Errors
     /// [`ErrorKind::InUse`] for weights that somebody holds.
     pub(in crate::broker) fn unload(&self, state: &State, name: &str, force: Force) -> Result<Unloaded> {
         let path = state.registry.locate(name).ok();
-        self.inner.lock().table.unload(name, path.as_deref(), force)
+        self.lock().table.unload(name, path.as_deref(), force)
     }
 
     /// Takes a load up; `false` where nobody waits for it any more, and it is not done.
     fn begin(&self, wanted: &Wanted) -> bool {
-        let mut inner = self.inner.lock();
+        let mut inner = self.lock();
         let Some(at) = inner.loads.iter().position(|load| load.is_of(wanted)) else { return false };
         let is_wanted = inner.loads.get(at).is_some_and(|load| !load.waiters.is_empty());
         if !is_wanted {
-            inner.loads.swap_remove(at);
-            inner.table.unreserve(wanted.plan.size_bytes);
+            let load = inner.loads.swap_remove(at);
+            inner.give_room_back(&load);
         }
         is_wanted
+    }
+
+    /// Sets room aside for a load that turned out to need it.
+    ///
+    /// # Errors
+    /// As [`Table::reserve`].
+    pub(super) fn make_room(&self, wanted: &Wanted) -> Result<()> {
+        let mut inner = self.lock();
+        let Inner { table, loads, .. } = &mut *inner;
+        match loads.iter_mut().find(|load| load.is_of(wanted)) {
+            Some(load) if !load.has_room => {
+                table.reserve(wanted.plan.size_bytes, &wanted.origin.shown())?;
+                load.has_room = true;
+                Ok(())
+            }
+            _ => Ok(()),
+        }
     }
 
     pub(in crate::broker) fn verify(&self, state: &Arc<State>, responder: Responder, name: String) {
@@ -252,8 +308,8 @@ impl Weights {
     }
 
     /// How far a load is; those who wait for it are told now and then, and ask again.
-    fn tell(&self, wanted: &Wanted, done: u64) {
-        let mut inner = self.inner.lock();
+    pub(super) fn tell(&self, wanted: &Wanted, done: u64, total: u64) {
+        let mut inner = self.lock();
         let Some(load) = inner.loads.iter_mut().find(|load| load.is_of(wanted)) else { return };
         load.done = done;
         if load.told.elapsed() < TELL_EVERY {
@@ -261,7 +317,6 @@ impl Weights {
         }
         load.told = Instant::now();
         let waiters = std::mem::take(&mut load.waiters);
-        let total = load.wanted.plan.size_bytes;
         drop(inner);
         for waiter in waiters {
             waiter.responder.answer(Outcome::Loading { done, total });
@@ -270,19 +325,28 @@ impl Weights {
 
     /// Ends a load: whoever waits for it gets the set, or what became of it.
     fn finish(&self, wanted: &Wanted, result: Result<Result<WeightSetId, WeightSet>, Fault>) {
-        let mut inner = self.inner.lock();
-        inner.table.unreserve(wanted.plan.size_bytes);
+        let mut inner = self.lock();
+        let at = inner.loads.iter().position(|load| load.is_of(wanted));
+        let load = at.map(|at| inner.loads.swap_remove(at));
+        load.iter().for_each(|load| inner.give_room_back(load));
+        let waiters = load.map(|load| load.waiters).unwrap_or_default();
         let id = result.map(|loaded| {
             let id = loaded.unwrap_or_else(|set| {
                 // Two files may hold the same.
                 let same = inner.table.of_content(set.content, set.place);
                 same.unwrap_or_else(|| inner.table.insert(set))
             });
-            inner.table.add_file(id, &wanted.file);
+            match &wanted.origin {
+                Origin::File(file) => inner.table.add_file(id, file),
+                // The name may mean something else by now: then the set goes with those who have asked for it.
+                Origin::Published { set, name } => {
+                    if inner.table.published(name).is_none_or(|known| known.set.content == set.content) {
+                        inner.table.add_variant(id, name, set.content, &wanted.plan);
+                    }
+                }
+            }
             id
         });
-        let at = inner.loads.iter().position(|load| load.is_of(wanted));
-        let waiters = at.map(|at| inner.loads.swap_remove(at).waiters).unwrap_or_default();
         // Before anybody else can have the new set give way.
         let mut grant = |waiter: Waiter| {
             let granted = id.clone().map_err(Error::from);
@@ -304,7 +368,24 @@ impl Weights {
 
 enum Found {
     Set(Grant),
-    File(Wanted),
+    Wanted(Wanted),
+}
+
+/// What was published gave way, and what was made of it is not what is asked for.
+fn only_variants(name: &str) -> Error {
+    Error::new(
+        ErrorKind::ModelNotFound,
+        format!("what was published as {name} gave way to others; only what it was converted to for somebody is there"),
+        "attach it as they did, or publish it again",
+    )
+}
+
+impl Inner {
+    fn give_room_back(&mut self, load: &Load) {
+        if load.has_room {
+            self.table.unreserve(load.wanted.plan.size_bytes);
+        }
+    }
 }
 
 impl Job {
@@ -350,48 +431,9 @@ pub(super) fn caught<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
     })
 }
 
-/// The set that is wanted: one that is there already and contains the same, or a new one.
-fn obtain(state: &Arc<State>, wanted: &Wanted) -> Result<Result<WeightSetId, WeightSet>> {
-    let Wanted { file, plan, place } = wanted;
-    let weights = &state.weights;
-    let stop = || state.stopping.load(Ordering::Acquire);
-    let is_alike = weights.inner.lock().table.has_likeness(plan, *place);
-    if is_alike {
-        let source =
-            digest_file(file, &|done, _| weights.tell(wanted, done), &stop).map_err(|why| ended(why, &stop))?;
-        if let Some(id) = weights.inner.lock().table.of_source(source, plan, *place) {
-            return Ok(Ok(id));
-        }
-    }
-    let started = Instant::now();
-    let table = wire_table(plan)?;
-    let size_bytes = usize::try_from(plan.size_bytes).unwrap_or(usize::MAX);
-    let draft = WeightDraft::allocate(*place, state.gpu.as_ref(), size_bytes)?;
-    let progress = |done: u64, _total: u64| weights.tell(wanted, done);
-    let Loaded { source, content } =
-        load(file, plan, &draft.region(), &progress, &stop).map_err(|why| ended(why, &stop))?;
-    let memory = draft.seal()?;
-    let seconds = started.elapsed().as_secs_f64();
-    tracing::info!(file = %file.path().display(), device = place.name(), bytes = plan.size_bytes, seconds, "weights loaded");
-    let id = weights.inner.lock().table.new_id();
-    Ok(Err(WeightSet { id, place: *place, plan: plan.clone(), table, source, content, memory }))
-}
-
-/// Loading stops by itself only with the broker.
-fn ended(why: ModelError, stop: &dyn Fn() -> bool) -> Error {
-    match why {
-        ModelError::Cancelled if stop() => Error::new(
-            ErrorKind::ShuttingDown,
-            "the broker is stopping; the weights were not loaded",
-            "attach them again",
-        ),
-        why => why.into(),
-    }
-}
-
 fn verify(state: &Arc<State>, name: &str) -> Result<Vec<VerifyReport>> {
     let path = state.registry.locate(name);
-    let sets = state.weights.inner.lock().table.named(name, path.as_deref().ok());
+    let sets = state.weights.lock().table.named(name, path.as_deref().ok());
     if sets.is_empty() {
         let found = path.map(|_| ()).map_err(Error::from);
         let absent =

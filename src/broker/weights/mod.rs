@@ -3,6 +3,7 @@
 mod diverged;
 mod handing;
 mod loading;
+mod making;
 mod memory;
 mod publish;
 mod report;

@@ -59,6 +59,7 @@ impl Drafts {
         self.open.retain(|_, draft| {
             let stays = !is_meant(draft);
             if !stays {
+                table.forsake(draft.memory.region());
                 table.unreserve(draft.reserved);
             }
             stays
@@ -109,7 +110,7 @@ impl Weights {
         });
         let plan = WeightPlan::of_tensors(described, place.alignment())?;
         let table = wire_table(&plan)?;
-        let mut inner = self.inner.lock();
+        let mut inner = self.lock();
         if is_file {
             let message = format!("{name} is the name of a file that others attach by it; nothing was published");
             return Err(Error::new(ErrorKind::InUse, message, "publish under another name"));
@@ -146,18 +147,19 @@ impl Weights {
 
     /// The client will not fill a draft after all.
     pub(in crate::broker) fn abandon(&self, session: SessionId, draft: DraftId) {
-        let mut inner = self.inner.lock();
+        let mut inner = self.lock();
         let Inner { table, drafts, .. } = &mut *inner;
         if drafts.open.get(&draft).is_some_and(|one| one.session == session)
             && let Some(draft) = drafts.open.remove(&draft)
         {
+            table.forsake(draft.memory.region());
             table.unreserve(draft.reserved);
         }
     }
 
     /// A draft is complete: looks at what it contains, and answers with the set.
     pub(in crate::broker) fn filled(&self, state: &Arc<State>, responder: Responder, draft: DraftId) {
-        let mut inner = self.inner.lock();
+        let mut inner = self.lock();
         let is_theirs = inner.drafts.open.get(&draft).is_some_and(|one| one.session == responder.session());
         let taken = if is_theirs { inner.drafts.open.remove(&draft) } else { None };
         drop(inner);
@@ -195,7 +197,7 @@ impl Filled {
         let (bytes, name) = (draft.reserved, draft.name.clone());
         let weights = &state.weights;
         let sealed = caught(|| seal(&state, draft));
-        let mut inner = weights.inner.lock();
+        let mut inner = weights.lock();
         inner.table.unreserve(bytes);
         let granted = sealed.and_then(|set| {
             // Somebody else may have published something meanwhile: the same, or other tensors under this name.
@@ -211,7 +213,7 @@ impl Filled {
 
     /// Nobody will complete it.
     pub(super) fn give_up(self, why: Error) {
-        self.state.weights.inner.lock().table.unreserve(self.draft.reserved);
+        self.state.weights.lock().table.unreserve(self.draft.reserved);
         self.responder.fail(why);
     }
 }
@@ -242,6 +244,6 @@ fn seal(state: &Arc<State>, draft: Draft) -> Result<WeightSet> {
         ));
     }
     let table = wire_table(&plan)?;
-    let id = state.weights.inner.lock().table.new_id();
+    let id = state.weights.lock().table.new_id();
     Ok(WeightSet { id, place: WeightPlace::Host, plan, table, source: content, content, memory })
 }

@@ -5,6 +5,7 @@ use super::diverged::Diverged;
 use super::loading::Weights;
 use super::set::Known;
 use crate::id::{ContentDigest, SessionId, WeightSetId};
+use crate::metrics::WeightsNow;
 use crate::model::weights::WeightPlan;
 use crate::protocol::{HolderReport, WeightReport, WeightState};
 
@@ -15,6 +16,16 @@ struct Holder {
 }
 
 impl Weights {
+    /// Device and size of each set, without a look at any process.
+    pub(in crate::broker) fn each_set(&self, mut visit: impl FnMut(&str, &WeightsNow)) {
+        for known in self.lock().table.sets() {
+            let bytes = known.set.plan.size_bytes;
+            let holds = known.by_session().len() as u64;
+            let saved_bytes = saved_bytes(bytes, holds);
+            visit(&known.set.place.name(), &WeightsNow { sets: 1, bytes, saved_bytes, holds });
+        }
+    }
+
     /// All sets, and those on their way.
     pub(in crate::broker) fn reports(&self, state: &State) -> Vec<WeightReport> {
         let holders: BTreeMap<SessionId, Holder> = state
@@ -23,13 +34,13 @@ impl Weights {
             .iter()
             .filter_map(|link| Some((link.id(), Holder { name: link.open.get()?.name.clone(), pid: link.peer.pid })))
             .collect();
-        let inner = self.inner.lock();
+        let inner = self.lock();
         let mut reports: Vec<(WeightReport, Option<u64>)> =
             inner.table.sets().map(|known| (report(known, &holders), known.set.memory.inode)).collect();
         let loading = Self::loads(&inner).map(|(wanted, _)| WeightReport {
             id: WeightSetId(0),
             names: Vec::new(),
-            path: wanted.file.path().to_string_lossy().into_owned(),
+            path: wanted.origin.shown(),
             content: ContentDigest([0; 32]),
             dtypes: dtypes(&wanted.plan),
             device: wanted.place.name(),
@@ -54,6 +65,11 @@ impl Weights {
     }
 }
 
+/// What sessions beyond the first would take with copies of their own.
+fn saved_bytes(bytes: u64, sessions: u64) -> u64 {
+    bytes.saturating_mul(sessions.saturating_sub(1))
+}
+
 fn report(known: &Known, sessions: &BTreeMap<SessionId, Holder>) -> WeightReport {
     let set = &known.set;
     let by_session = known.by_session();
@@ -67,13 +83,13 @@ fn report(known: &Known, sessions: &BTreeMap<SessionId, Holder>) -> WeightReport
     let path = known.files.first().map(|file| file.path().to_string_lossy().into_owned());
     WeightReport {
         id: set.id,
-        names: known.published.iter().chain(&known.names).cloned().collect(),
+        names: known.published.iter().chain(known.variant_of.keys()).chain(&known.names).cloned().collect(),
         path: path.unwrap_or_default(),
         content: set.content,
         dtypes: dtypes(&set.plan),
         device: set.place.name(),
         bytes: set.plan.size_bytes,
-        saved_bytes: set.plan.size_bytes * (by_session.len() as u64).saturating_sub(1),
+        saved_bytes: saved_bytes(set.plan.size_bytes, by_session.len() as u64),
         state: known.state,
         holders: holders.collect(),
     }

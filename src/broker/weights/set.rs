@@ -9,6 +9,7 @@ use crate::id::{AttachmentId, ContentDigest, RequestId, SessionId, WeightSetId};
 use crate::model::weights::WeightPlan;
 use crate::model::{FileState, ModelError};
 use crate::protocol::{WeightEntry, WeightState, encode_table};
+use crate::tensor::CastRule;
 
 /// One set of weights, complete and never changed.
 #[derive(Debug)]
@@ -32,6 +33,15 @@ pub(super) struct Holder {
     pub(super) request: RequestId,
 }
 
+/// How a set comes from a published one.
+#[derive(Debug, Clone)]
+pub(super) struct Variant {
+    /// What the published set contains.
+    pub(super) content: ContentDigest,
+    /// This set's layout, with the element types of the published one as those stored.
+    pub(super) plan: Arc<WeightPlan>,
+}
+
 /// A set that is known: where it comes from, and who uses it.
 #[derive(Debug)]
 pub(super) struct Known {
@@ -40,11 +50,30 @@ pub(super) struct Known {
     pub(super) files: Vec<FileState>,
     /// Names it was published under.
     pub(super) published: BTreeSet<String>,
+    /// Published names whose tensors these are, converted or in other memory.
+    pub(super) variant_of: BTreeMap<String, Variant>,
     /// Names it was asked for by; the first few.
     pub(super) names: BTreeSet<String>,
     pub(super) holders: BTreeMap<AttachmentId, Holder>,
     pub(super) last_used: Instant,
     pub(super) state: WeightState,
+}
+
+/// What is held against a rule for published tensors.
+#[derive(Debug)]
+pub(super) enum PublishedPlan {
+    Same(Arc<WeightSet>),
+    Variant(Arc<WeightPlan>),
+}
+
+impl PublishedPlan {
+    /// Whether the tensors are there as `rule` wants them.
+    pub(super) fn follows(&self, rule: &CastRule) -> bool {
+        match self {
+            Self::Same(set) => set.plan.is_untouched_by(rule),
+            Self::Variant(plan) => plan.follows(rule),
+        }
+    }
 }
 
 /// Whether a file is another one now, or gone. One that cannot be looked at for now is what it was.
@@ -68,21 +97,21 @@ pub(super) fn wire_table(plan: &WeightPlan) -> Result<Arc<[u8]>> {
 }
 
 impl Known {
-    /// Whether it was published as `name` or is what a file at `path` held.
+    /// Whether it or what it is a variant of was published as `name`, or it is what a file at `path` held.
     pub(super) fn is_called(&self, name: &str, path: Option<&Path>) -> bool {
         let by_path = path.is_some_and(|path| self.files.iter().any(|file| file.path() == path));
-        by_path || self.published.contains(name)
+        by_path || self.published.contains(name) || self.variant_of.contains_key(name)
     }
 
     /// Whether nobody holds it and nobody can ask for it.
     pub(super) fn is_forsaken(&self) -> bool {
-        let is_nameless = self.published.is_empty() && self.files.is_empty();
+        let is_nameless = self.published.is_empty() && self.variant_of.is_empty() && self.files.is_empty();
         self.holders.is_empty() && (self.state != WeightState::Ready || is_nameless)
     }
 
     /// Whether the set comes from nowhere any more: every file that held it has changed, and nobody published it.
     pub(super) fn is_outdated(&self) -> bool {
-        self.published.is_empty() && self.files.iter().all(has_changed)
+        self.published.is_empty() && self.variant_of.is_empty() && self.files.iter().all(has_changed)
     }
 
     /// The name to speak of it by, with the sessions that hold it.
@@ -93,8 +122,16 @@ impl Known {
 
     /// The name to speak of it by.
     pub(super) fn shown(&self) -> String {
-        let by_name = self.published.iter().chain(&self.names).next().cloned();
+        let by_name = self.published.iter().chain(self.variant_of.keys()).chain(&self.names).next().cloned();
         by_name.or_else(|| self.files.first().map(|file| file.path().display().to_string())).unwrap_or_default()
+    }
+
+    /// The layout to hold against a rule for what was published as `name`: stored are the types it was published in.
+    pub(super) fn published_plan(&self, name: &str) -> Option<PublishedPlan> {
+        if self.published.contains(name) {
+            return Some(PublishedPlan::Same(Arc::clone(&self.set)));
+        }
+        self.variant_of.get(name).map(|variant| PublishedPlan::Variant(Arc::clone(&variant.plan)))
     }
 
     /// How often a session holds it.

@@ -4,8 +4,9 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::memory::{MemoryEnd, WeightPlace};
-use super::set::{Holder, Known, WeightSet};
-use super::wanted::Wanted;
+use super::set::{Holder, Known, PublishedPlan, Variant, WeightSet};
+use super::wanted::{Origin, Wanted};
+use crate::device::Region;
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::{AttachmentId, ContentDigest, RequestId, SessionId, WeightSetId};
 use crate::model::ModelFile;
@@ -35,6 +36,8 @@ pub(super) struct Table {
     coming: usize,
     next_set: u64,
     next_attachment: u64,
+    /// Memory that nobody needs any more: giving it back takes its time.
+    forsaken: Vec<Arc<dyn Region>>,
 }
 
 /// What was found under a name that is to be unloaded.
@@ -52,7 +55,15 @@ pub(super) fn gone(name: &str) -> Error {
 impl Table {
     /// An empty table of up to `limit` bytes of weights.
     pub(super) fn new(limit: u64) -> Self {
-        Self { limit, sets: BTreeMap::new(), reserved: 0, coming: 0, next_set: 1, next_attachment: 1 }
+        Self {
+            limit,
+            sets: BTreeMap::new(),
+            reserved: 0,
+            coming: 0,
+            next_set: 1,
+            next_attachment: 1,
+            forsaken: Vec::new(),
+        }
     }
 
     pub(super) fn new_id(&mut self) -> WeightSetId {
@@ -65,10 +76,22 @@ impl Table {
         self.sets.values()
     }
 
+    /// The set that is what is wanted, as far as is known without a look at any tensor.
+    pub(super) fn of_origin(&mut self, wanted: &Wanted) -> Option<WeightSetId> {
+        match &wanted.origin {
+            Origin::File(file) => self.of_file(file, wanted),
+            Origin::Published { set, name } => {
+                let id = self.of_source(set.content, &wanted.plan, wanted.place)?;
+                self.add_variant(id, name, set.content, &wanted.plan);
+                Some(id)
+            }
+        }
+    }
+
     /// The set that a file, unchanged since it was loaded, gives under a plan. Sets of files that have changed are
     /// marked, and dropped where nobody holds them.
-    pub(super) fn of_file(&mut self, wanted: &Wanted) -> Option<WeightSetId> {
-        let path = wanted.file.path();
+    fn of_file(&mut self, file: &ModelFile, wanted: &Wanted) -> Option<WeightSetId> {
+        let path = file.path();
         for known in self.sets.values_mut() {
             let was_of_file = known.files.iter().any(|file| file.path() == path);
             if was_of_file && known.state == WeightState::Ready && known.is_outdated() {
@@ -79,13 +102,13 @@ impl Table {
                 known.state = WeightState::Outdated;
             }
         }
-        self.forget_other_states(&wanted.file);
+        self.forget_other_states(file);
         self.drop_forsaken();
         let fits = |known: &&Known| {
             known.state == WeightState::Ready
                 && known.set.place == wanted.place
                 && known.set.plan.is_laid_out_like(&wanted.plan)
-                && known.files.contains(wanted.file.state())
+                && known.files.contains(file.state())
         };
         self.sets.values().find(fits).map(|known| known.set.id)
     }
@@ -117,6 +140,30 @@ impl Table {
     /// The set published under `name`.
     pub(super) fn published(&self, name: &str) -> Option<&Known> {
         self.ready().find(|known| known.published.contains(name))
+    }
+
+    /// The sets in some place that are what was published under `name`, as it was or converted.
+    pub(super) fn variants(&self, name: &str, place: WeightPlace) -> Vec<(WeightSetId, PublishedPlan)> {
+        let there = self.ready().filter(|known| known.set.place == place);
+        there.filter_map(|known| Some((known.set.id, known.published_plan(name)?))).collect()
+    }
+
+    /// Whether something that was published under `name` is still there.
+    pub(super) fn has_variants(&self, name: &str) -> bool {
+        self.ready().any(|known| known.variant_of.contains_key(name))
+    }
+
+    /// Notes that a set is what was published under `name`, converted or in other memory.
+    pub(super) fn add_variant(&mut self, id: WeightSetId, name: &str, content: ContentDigest, plan: &WeightPlan) {
+        if let Some(known) = self.sets.get_mut(&id)
+            && !known.published.contains(name)
+            && known.variant_of.len() < MAX_PUBLISHED_NAMES
+        {
+            known.variant_of.insert(name.to_owned(), Variant { content, plan: Arc::new(plan.clone()) });
+            if known.state == WeightState::Outdated {
+                known.state = WeightState::Ready;
+            }
+        }
     }
 
     /// Sets that contain what somebody may want; also of a file that was changed, and may hold the same again.
@@ -153,6 +200,7 @@ impl Table {
             let idle = self.sets.values().filter(|known| known.holders.is_empty());
             let Some(id) = idle.min_by_key(|known| known.last_used).map(|known| known.set.id) else { break };
             if let Some(known) = self.sets.remove(&id) {
+                self.forsaken.push(Arc::clone(&known.set.memory.region));
                 tracing::info!(weights = known.shown(), "weights that nobody holds give way to others");
             }
         }
@@ -177,6 +225,7 @@ impl Table {
             set: Arc::new(set),
             files: Vec::new(),
             published: Default::default(),
+            variant_of: Default::default(),
             names: Default::default(),
             holders: BTreeMap::new(),
             last_used: Instant::now(),
@@ -214,7 +263,11 @@ impl Table {
     /// # Errors
     /// [`ErrorKind::InUse`].
     pub(super) fn check_free(&self, name: &str, content: ContentDigest) -> Result<()> {
-        match self.published(name).filter(|known| known.set.content != content && !known.holders.is_empty()) {
+        let is_other = |known: &&Known| {
+            let variant = known.variant_of.get(name).is_some_and(|variant| variant.content != content);
+            !known.holders.is_empty() && (variant || known.published.contains(name) && known.set.content != content)
+        };
+        match self.ready().find(is_other) {
             None => Ok(()),
             Some(known) => Err(Error::new(
                 ErrorKind::InUse,
@@ -241,12 +294,14 @@ impl Table {
             }
             known.published.insert(name.to_owned());
             known.names.remove(name);
+            known.variant_of.remove(name);
             if known.state == WeightState::Outdated {
                 known.state = WeightState::Ready;
             }
         }
         for known in self.sets.values_mut().filter(|known| known.set.id != id && known.state == WeightState::Ready) {
             known.published.remove(name);
+            known.variant_of.retain(|one, variant| one != name || variant.content == content);
         }
         self.drop_forsaken();
         Ok(())
@@ -271,7 +326,8 @@ impl Table {
         let known = self.sets.get_mut(&id).ok_or_else(|| gone(name))?;
         self.next_attachment += 1;
         known.holders.insert(attachment, holder);
-        if !known.published.contains(name) && known.names.len() < MAX_REMEMBERED {
+        let is_called = known.published.contains(name) || known.variant_of.contains_key(name);
+        if !is_called && known.names.len() < MAX_REMEMBERED {
             known.names.insert(name.to_owned());
         }
         known.last_used = Instant::now();
@@ -321,7 +377,22 @@ impl Table {
     }
 
     fn drop_forsaken(&mut self) {
-        self.sets.retain(|_, known| !known.is_forsaken());
+        self.sets.retain(|_, known| {
+            let is_forsaken = known.is_forsaken();
+            if is_forsaken {
+                self.forsaken.push(Arc::clone(&known.set.memory.region));
+            }
+            !is_forsaken
+        });
+    }
+
+    /// Memory to be dropped once the table is no longer locked.
+    pub(super) fn take_forsaken(&mut self) -> Vec<Arc<dyn Region>> {
+        std::mem::take(&mut self.forsaken)
+    }
+
+    pub(super) fn forsake(&mut self, region: Arc<dyn Region>) {
+        self.forsaken.push(region);
     }
 
     /// What was taken from a session by force, that it still holds; of those sets that were called `name` or are of the

@@ -3,18 +3,46 @@ use std::sync::Arc;
 use super::super::registry::Registry;
 use super::memory::WeightPlace;
 use super::set::WeightSet;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, Result};
 use crate::model::weights::WeightPlan;
 use crate::model::{ModelError, ModelFile};
 use crate::protocol::AttachRequest;
-use crate::tensor::CastRule;
 
-/// The weights of a file as somebody wants them.
+/// Weights as somebody wants them.
 #[derive(Debug, Clone)]
 pub(super) struct Wanted {
-    pub(super) file: Arc<ModelFile>,
+    pub(super) origin: Origin,
     pub(super) plan: WeightPlan,
     pub(super) place: WeightPlace,
+}
+
+/// What tensors come from.
+#[derive(Debug, Clone)]
+pub(super) enum Origin {
+    File(Arc<ModelFile>),
+    /// What was published under a name; kept until its variant is made.
+    Published {
+        set: Arc<WeightSet>,
+        name: String,
+    },
+}
+
+impl Origin {
+    pub(super) fn is(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::File(one), Self::File(other)) => one.path() == other.path(),
+            (Self::Published { set: one, .. }, Self::Published { set: other, .. }) => one.id == other.id,
+            _ => false,
+        }
+    }
+
+    /// The name to speak of it by.
+    pub(super) fn shown(&self) -> String {
+        match self {
+            Self::File(file) => file.path().display().to_string(),
+            Self::Published { name, .. } => name.clone(),
+        }
+    }
 }
 
 impl Wanted {
@@ -29,32 +57,22 @@ impl Wanted {
             ModelError::EmptySet => ModelError::Malformed { path, reason: "it holds no tensors".to_owned() }.into(),
             ModelError::CastTarget { .. } => Error::from(error),
             // Speaks of a tensor alone.
-            error => {
-                let error = Error::from(error);
-                Error::new(error.kind(), format!("{}: {}", path.display(), error.message()), error.remedy())
-            }
+            error => about(&path.display().to_string(), error.into()),
         })?;
-        Ok(Self { file: Arc::new(file), plan, place })
+        Ok(Self { origin: Origin::File(Arc::new(file)), plan, place })
+    }
+
+    /// Lays out the tensors of a published set.
+    ///
+    /// # Errors
+    /// [`ModelError::CastTarget`] for a rule that asks for what nothing is converted to.
+    pub(super) fn of_published(set: Arc<WeightSet>, request: &AttachRequest, place: WeightPlace) -> Result<Self> {
+        let plan = set.plan.recast(&request.rule, place.alignment());
+        let plan = plan.map_err(|error| about(&request.name, error.into()))?;
+        Ok(Self { origin: Origin::Published { set, name: request.name.clone() }, plan, place })
     }
 }
 
-/// That a published set is as `rule` wants it: only files are cast.
-///
-/// # Errors
-/// [`ErrorKind::Unsupported`] naming the first tensor that is not.
-pub(super) fn check_published(set: &WeightSet, name: &str, rule: &CastRule) -> Result<()> {
-    let differs = set.plan.tensors.iter().find(|one| rule.wanted(&one.key, one.meta.dtype) != one.meta.dtype);
-    match differs {
-        None => Ok(()),
-        Some(tensor) => Err(Error::new(
-            ErrorKind::Unsupported,
-            format!(
-                "{name} was published with {:?} as {}, and is not there as {}",
-                tensor.key,
-                tensor.meta.dtype,
-                rule.wanted(&tensor.key, tensor.meta.dtype)
-            ),
-            "attach it as it was published, or publish it in that type under another name",
-        )),
-    }
+fn about(what: &str, error: Error) -> Error {
+    Error::new(error.kind(), format!("{what}: {}", error.message()), error.remedy())
 }

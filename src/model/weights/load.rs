@@ -161,14 +161,14 @@ fn source_digest(described: &[Source<'_>], hashes: &[Hashes]) -> ContentDigest {
 }
 
 /// The bytes of a planned tensor.
-fn span(region: &Arc<dyn Region>, planned: &super::PlannedTensor) -> Result<Span, ModelError> {
+pub(super) fn span(region: &Arc<dyn Region>, planned: &super::PlannedTensor) -> Result<Span, ModelError> {
     let beyond = || mismatch(&planned.key, "it lies beyond the region");
     let offset = usize::try_from(planned.offset).map_err(|_| beyond())?;
     Span::new(Arc::clone(region), offset, planned.meta.size_bytes()?).map_err(|_| beyond())
 }
 
 /// Threads write to the tensors of a plan at the same time: no two may share a byte, whoever made the plan.
-fn check_layout(plan: &WeightPlan) -> Result<(), ModelError> {
+pub(super) fn check_layout(plan: &WeightPlan) -> Result<(), ModelError> {
     let mut end = 0u64;
     let mut last: Option<&str> = None;
     for planned in &plan.tensors {
@@ -182,6 +182,6 @@ fn check_layout(plan: &WeightPlan) -> Result<(), ModelError> {
     Ok(())
 }
 
-fn mismatch(key: &str, reason: &'static str) -> ModelError {
+pub(super) fn mismatch(key: &str, reason: &'static str) -> ModelError {
     ModelError::PlanMismatch { tensor: quote(key), reason }
 }

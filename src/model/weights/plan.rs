@@ -56,6 +56,35 @@ impl WeightPlan {
         lay_out(described.collect(), alignment)
     }
 
+    /// The layout of the same tensors under `rule`, at multiples of `alignment` bytes.
+    ///
+    /// # Errors
+    /// [`ModelError::CastTarget`] for a rule that asks for what nothing is converted to, [`ModelError::WeightShape`] for
+    /// a set that would not fit into the address space.
+    pub fn recast(&self, rule: &CastRule, alignment: u64) -> Result<Self, ModelError> {
+        if let Some(wanted) = rule.impossible() {
+            return Err(ModelError::CastTarget { wanted });
+        }
+        let described = self.tensors.iter().map(|tensor| {
+            let stored = tensor.meta.dtype;
+            let meta = TensorMeta::contiguous(rule.wanted(&tensor.key, stored), tensor.meta.shape);
+            (tensor.key.clone(), stored, meta)
+        });
+        lay_out(described.collect(), alignment)
+    }
+
+    /// Whether the tensors are as `rule` wants those of the source.
+    #[must_use]
+    pub fn follows(&self, rule: &CastRule) -> bool {
+        self.tensors.iter().all(|tensor| rule.wanted(&tensor.key, tensor.stored) == tensor.meta.dtype)
+    }
+
+    /// Whether `rule` leaves the tensors as they are in the region.
+    #[must_use]
+    pub fn is_untouched_by(&self, rule: &CastRule) -> bool {
+        self.tensors.iter().all(|tensor| rule.wanted(&tensor.key, tensor.meta.dtype) == tensor.meta.dtype)
+    }
+
     /// Whether a region that is filled by one plan is laid out as by the other, whatever the sources' element types.
     #[must_use]
     pub fn is_laid_out_like(&self, other: &Self) -> bool {

@@ -41,7 +41,7 @@ impl<'a> Caller<'a> {
     }
 
     /// One thread reports at a time, so that numbers only grow; the others do not wait for it.
-    fn advance(&self, bytes: u64) {
+    pub(super) fn advance(&self, bytes: u64) {
         let done = self.done.fetch_add(bytes, Ordering::Relaxed) + bytes;
         if let Some(mut reported) = self.reported.try_lock()
             && done >= reported.saturating_add(REPORT_BYTES)
