@@ -395,8 +395,8 @@ class Client:
         row by row, whatever their strides; with the views in their place, the caller's may go. What the broker has
         already is not sent. Nobody may write to the tensors meanwhile.
 
-        They lie in host memory, also those that come from a GPU, in the element types that they have. `attach` gives them
-        on the broker's GPU or in other types where that is asked for.
+        They lie in host memory, also those that come from a GPU, in the element types that they have. `attach` gives
+        them on the broker's GPU or in other types where that is asked for.
 
         Raises `InUse` where `name` is a file's, or that of other tensors that somebody has attached; `InvalidTensor`,
         `OutOfMemory`, `Unsupported`.
