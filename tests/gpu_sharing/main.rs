@@ -20,6 +20,7 @@ mod order;
 mod staging;
 mod stalled;
 mod weights;
+mod weights_limits;
 
 use std::sync::Arc;
 

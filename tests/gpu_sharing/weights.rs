@@ -14,16 +14,21 @@ use crate::roles::Role;
 const COUNT: usize = 1 << 20;
 
 /// A file with two tensors of 4 MiB, which count up from 0 and from 1.
-struct Model {
+pub(crate) struct Model {
     _folder: tempfile::TempDir,
-    path: String,
+    pub(crate) path: String,
 }
 
 impl Model {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
+        Self::starting_at(0)
+    }
+
+    /// With tensors that count up from `start` and from one more.
+    pub(crate) fn starting_at(start: usize) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("model.safetensors");
-        let data = [counted(0), counted(1)];
+        let data = [counted(start), counted(start + 1)];
         let views = ["first", "second"].into_iter().zip(&data);
         let views = views.map(|(key, bytes)| (key, TensorView::new(Dtype::F32, vec![COUNT], bytes).unwrap()));
         std::fs::write(&path, safetensors::serialize(views, None).unwrap()).unwrap();
@@ -31,15 +36,15 @@ impl Model {
     }
 }
 
-fn counted(start: usize) -> Vec<u8> {
+pub(crate) fn counted(start: usize) -> Vec<u8> {
     (start..start + COUNT).flat_map(|value| (value as f32).to_le_bytes()).collect()
 }
 
-fn on_gpu() -> AttachOptions<'static> {
+pub(crate) fn on_gpu() -> AttachOptions<'static> {
     AttachOptions { gpu: Some(gpu(0)), ..AttachOptions::default() }
 }
 
-fn check(weights: &Weights) {
+pub(crate) fn check(weights: &Weights) {
     for (start, key) in ["first", "second"].into_iter().enumerate() {
         let tensor = weights.tensor(key).unwrap();
         assert_eq!((tensor.place(), tensor.gpu_ordinal()), (MemoryPlace::Gpu(gpu(0)), Some(0)));

@@ -6,6 +6,7 @@ use super::super::state::State;
 use super::memory::WeightDraft;
 use super::set::{WeightSet, wire_table};
 use super::wanted::{Origin, Wanted};
+use crate::device::DeviceError;
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::WeightSetId;
 use crate::model::ModelError;
@@ -30,8 +31,7 @@ pub(super) fn obtain(state: &Arc<State>, wanted: &Wanted) -> Result<Result<Weigh
     weights.make_room(wanted)?;
     let started = Instant::now();
     let table = wire_table(plan)?;
-    let size_bytes = usize::try_from(plan.size_bytes).unwrap_or(usize::MAX);
-    let draft = WeightDraft::allocate(*place, state.gpu.as_ref(), size_bytes)?;
+    let draft = allocate(state, wanted)?;
     let region = draft.region();
     let loaded = match origin {
         Origin::File(file) => load(file, plan, &region, &progress, &stop),
@@ -47,6 +47,24 @@ pub(super) fn obtain(state: &Arc<State>, wanted: &Wanted) -> Result<Result<Weigh
     tracing::info!(of = origin.shown(), device = place.name(), bytes = plan.size_bytes, seconds, "weights loaded");
     let id = weights.lock().table.new_id();
     Ok(Err(WeightSet { id, place: *place, plan: plan.clone(), table, source, content, memory }))
+}
+
+/// Memory for the set. Sets that nobody holds give way to it where the device has none left, whatever is allowed.
+fn allocate(state: &State, wanted: &Wanted) -> Result<WeightDraft> {
+    let Wanted { origin, plan, place } = wanted;
+    let size_bytes = usize::try_from(plan.size_bytes).unwrap_or(usize::MAX);
+    loop {
+        match WeightDraft::allocate(*place, state.gpu.as_ref(), size_bytes) {
+            Err(DeviceError::OutOfMemory { .. }) if state.weights.lock().table.give_up_one(*place) => {}
+            Err(error @ DeviceError::OutOfMemory { .. }) => {
+                let message = format!("{} does not fit into memory: {error}", origin.shown());
+                let remedy = "have clients give back weights that they no longer need, ask for a smaller element type, \
+                              or attach in other memory";
+                return Err(Error::new(ErrorKind::OutOfMemory, message, remedy));
+            }
+            other => return Ok(other?),
+        }
+    }
 }
 
 /// Loading stops by itself only with the broker.

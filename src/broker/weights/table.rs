@@ -197,16 +197,27 @@ impl Table {
             return Err(Error::new(ErrorKind::Busy, message, "have them give back what they no longer need"));
         }
         while self.used().saturating_add(bytes) > self.limit || self.sets.len() + self.coming >= MAX_SETS {
-            let idle = self.sets.values().filter(|known| known.holders.is_empty());
-            let Some(id) = idle.min_by_key(|known| known.last_used).map(|known| known.set.id) else { break };
-            if let Some(known) = self.sets.remove(&id) {
-                self.forsaken.push(Arc::clone(&known.set.memory.region));
-                tracing::info!(weights = known.shown(), "weights that nobody holds give way to others");
+            if !self.give_up_one_of(|_| true) {
+                break;
             }
         }
         self.reserved += bytes;
         self.coming += 1;
         Ok(())
+    }
+
+    /// Gives up the longest unused of the sets in some place that nobody holds; `false` where there is none.
+    pub(super) fn give_up_one(&mut self, place: WeightPlace) -> bool {
+        self.give_up_one_of(|known| known.set.place == place)
+    }
+
+    fn give_up_one_of(&mut self, is_meant: impl Fn(&Known) -> bool) -> bool {
+        let idle = self.sets.values().filter(|known| known.holders.is_empty() && is_meant(known));
+        let longest = idle.min_by_key(|known| known.last_used).map(|known| known.set.id);
+        let Some(known) = longest.and_then(|id| self.sets.remove(&id)) else { return false };
+        self.forsaken.push(Arc::clone(&known.set.memory.region));
+        tracing::info!(weights = known.shown(), "weights that nobody holds give way to others");
+        true
     }
 
     fn used(&self) -> u64 {
