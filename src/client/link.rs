@@ -13,6 +13,7 @@ use super::memory::{ImportedMemory, Retired};
 use super::open_gpu::{LinkGpu, travels_beside};
 use super::router::{Answer, Router, Turn};
 use super::session::{Negotiation, SessionInfo};
+use super::weights::WeightMaps;
 use crate::config::ClientConfig;
 use crate::error::{Error, ErrorKind, Fault, Result};
 use crate::id::{AttachmentId, RequestId};
@@ -58,6 +59,7 @@ pub(super) struct Link {
     /// Held while a GPU's rung is looked for: the search is a conversation.
     opening: Mutex<()>,
     pub(super) memory: ImportedMemory,
+    pub(super) weight_maps: WeightMaps,
     /// Attachments to be given back.
     detached: Mutex<Vec<AttachmentId>>,
     /// Held while they are being given back. Whoever notes another one does not wait for that.
@@ -106,6 +108,7 @@ impl Link {
             gpus: RwLock::default(),
             opening: Mutex::default(),
             memory,
+            weight_maps: WeightMaps::default(),
             detached: Mutex::default(),
             detaching: Mutex::default(),
             retired: Mutex::new(Some(retired)),

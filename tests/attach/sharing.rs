@@ -2,6 +2,7 @@
 
 use luna_broker::ErrorKind;
 use luna_broker::client::{AttachOptions, Client, Weights};
+use luna_broker::protocol::Force;
 use luna_broker::tensor::{CastRule, DType};
 
 use crate::file::{counted, first, floats};
@@ -123,5 +124,31 @@ fn what_many_ask_for_at_once_is_loaded_once() {
     }
     assert_eq!(only(&scene).holders.len(), WORKERS);
     assert_eq!(scene.broker.said().matches("weights loaded").count(), 1);
+    scene.check_bystander();
+}
+
+#[test]
+fn a_session_maps_a_set_once_however_often_it_attaches_it() {
+    let scene = Scene::new(&[]);
+    let path = counted(&scene.place, "model.safetensors", 2, 5000);
+    let name = path.to_str().unwrap();
+    let client = client_at(&scene.place);
+    let (one, two) = (client.attach(name).unwrap(), client.attach(name).unwrap());
+    assert_eq!(one.address(), two.address());
+    assert_eq!(only(&scene).holders[0].attachments, 2, "each is a hold of its own");
+    drop(one);
+    eventually("one hold is given back", || only(&scene).holders[0].attachments == 1);
+    assert_eq!(first(&two, "t1"), 1000.0);
+    // Taken by force and taken up again by one, they are the same memory still, and good for both.
+    let three = client.attach(name).unwrap();
+    scene.bystander.unload_with(name, Force::Yes).unwrap();
+    two.reattach().unwrap();
+    assert_eq!(three.check().unwrap_err().kind(), ErrorKind::Stale, "this one's hold is still on what was taken");
+    three.reattach().unwrap();
+    three.check().unwrap();
+    let four = client.attach(name).unwrap();
+    assert!([&three, &four].iter().all(|weights| weights.address() == two.address()));
+    assert_eq!((first(&two, "t1"), first(&four, "t0")), (1000.0, 0.0));
+    eventually("the old set is gone", || only(&scene).holders[0].attachments == 3);
     scene.check_bystander();
 }

@@ -33,7 +33,8 @@ pub(in crate::client) struct Attached {
     gpu: Option<GpuUuid>,
     content: ContentDigest,
     tensors: BTreeMap<String, WeightEntry>,
-    map: WeightMap,
+    /// Shared with the session's other attachments of the same set.
+    map: Arc<WeightMap>,
     hold: Mutex<Hold>,
     /// Held while the weights are reattached, which takes its time: `hold` stays free for whoever looks at it.
     reattaching: Mutex<()>,
@@ -76,7 +77,10 @@ impl Weights {
         let Handed { link, weights, entries, handle, gpu } = handed;
         // From here on dropping it gives the attachment back.
         let hold = Hold { link, attachment: weights.attachment };
-        let map = WeightMap::open(&weights.handle, handle, weights.size_bytes, gpu.as_deref())?;
+        let map = hold
+            .link
+            .weight_maps
+            .share(weights.set, || WeightMap::open(&weights.handle, handle, weights.size_bytes, gpu.as_deref()))?;
         for entry in &entries {
             check_inside(entry, weights.size_bytes)?;
         }
@@ -187,9 +191,9 @@ impl Weights {
     }
 
     /// Takes a hold on the same weights anew, of a broker that was restarted or that had unloaded them, and puts its memory
-    /// behind the addresses of the old: tensors and modules made of these weights go on. Pages that were written to
-    /// hold what they should again. The old memory is given up. On a GPU this waits for the work enqueued so far, and
-    /// nothing that uses the weights may be enqueued meanwhile.
+    /// behind the addresses of the old: tensors and modules made of these weights, also by other attachments of the same
+    /// set in this session, go on. Pages that were written to hold what they should again. The old memory is given up.
+    /// On a GPU this waits for the work enqueued so far, and nothing that uses the weights may be enqueued meanwhile.
     ///
     /// # Errors
     /// [`ErrorKind::Stale`] where the weights of that name are not the same any more,
@@ -232,6 +236,7 @@ impl Attached {
         }
         let mut hold = self.hold.lock();
         self.map.replace(&weights.handle, handle)?;
+        new.link.weight_maps.note(weights.set, &self.map);
         let old = std::mem::replace(&mut *hold, new);
         drop(hold);
         drop(old);

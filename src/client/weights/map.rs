@@ -1,15 +1,44 @@
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::sync::{Arc, Weak};
+
+use parking_lot::Mutex;
 
 use super::super::gpu::GpuWeights;
 use super::super::open_gpu::LinkGpu;
 use crate::device::{Region, RegionHandle};
 use crate::error::{Error, ErrorKind, Result};
+use crate::id::WeightSetId;
 use crate::protocol::ArenaHandle;
 use crate::transport::Attachment;
 
+/// What one session has mapped: however often a set is attached, its memory is imported once.
+#[derive(Debug, Default)]
+pub(in crate::client) struct WeightMaps {
+    by_set: Mutex<HashMap<WeightSetId, Weak<WeightMap>>>,
+}
+
+impl WeightMaps {
+    /// The map of a set: the one that there is, else what `open` makes.
+    pub(super) fn share(&self, set: WeightSetId, open: impl FnOnce() -> Result<WeightMap>) -> Result<Arc<WeightMap>> {
+        let mut by_set = self.by_set.lock();
+        if let Some(map) = by_set.get(&set).and_then(Weak::upgrade) {
+            return Ok(map);
+        }
+        let map = Arc::new(open()?);
+        by_set.retain(|_, map| map.strong_count() > 0);
+        by_set.insert(set, Arc::downgrade(&map));
+        Ok(map)
+    }
+
+    /// Notes that `map` is that of `set` from now on.
+    pub(super) fn note(&self, set: WeightSetId, map: &Arc<WeightMap>) {
+        self.by_set.lock().insert(set, Arc::downgrade(map));
+    }
+}
+
 /// The memory of attached weights in this process.
 #[derive(Debug)]
-pub(super) enum WeightMap {
+pub(in crate::client) enum WeightMap {
     /// A private view: what is written to it nobody else sees.
     #[cfg(target_os = "linux")]
     Host(Arc<crate::device::SealedRegion>),

@@ -9,5 +9,6 @@ mod publish;
 pub use attach::AttachOptions;
 pub(super) use attached::Attached;
 pub use attached::Weights;
+pub(super) use map::WeightMaps;
 pub use permit::Permit;
 pub use publish::Published;
