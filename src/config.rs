@@ -69,9 +69,9 @@ pub struct BrokerConfig {
     pub pinned_bytes: u64,
     /// How GPU work of broker and clients is kept in order. Default: by events.
     pub gpu_order: GpuOrder,
-    /// Bytes of weights held for clients to attach, on all devices together. Default `None`: three
-    /// quarters of the host's memory, and all of the GPU's. Sets that nobody holds give way to others; what is beyond it
-    /// then is refused as out of memory.
+    /// Bytes of weights held for clients to attach, with what describes them, in the host's memory and as many again on
+    /// the GPU. Default `None`: three quarters of the host's memory, and all of the GPU's. Sets that nobody holds give way
+    /// to others; what is beyond it then is refused as out of memory.
     pub weight_bytes: Option<u64>,
     /// How long a client may keep a permit before the lane goes on without it. Default 10 min.
     pub permit_patience: Duration,

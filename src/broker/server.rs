@@ -13,7 +13,7 @@ use super::permits::Permits;
 use super::registry::Registry;
 use super::session::Session;
 use super::state::{Sessions, State};
-use super::weights::{Weights, room_for_weights};
+use super::weights::{WeightLimits, Weights};
 use crate::config::BrokerConfig;
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::Epoch;
@@ -94,8 +94,8 @@ fn make_state(config: BrokerConfig, address: String) -> Result<State> {
     let queue = Queue::new(Policy::Fifo, config.lane_capacity).patience(config.input_patience);
     let vae_lane =
         Lane::spawn("luna-vae", queue, move || VaeExecutor::new(loader, lane_registry)).map_err(no_thread)?;
-    let weight_bytes = config.weight_bytes.unwrap_or_else(|| room_for_weights(gpu.as_ref()));
-    let weights = Weights::start(weight_bytes).map_err(no_thread)?;
+    let limits = WeightLimits::new(config.weight_bytes, gpu.as_ref());
+    let weights = Weights::start(limits).map_err(no_thread)?;
     Ok(State {
         config,
         address,

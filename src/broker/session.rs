@@ -229,8 +229,9 @@ impl Session {
             },
             Operation::Publish(request) => self.publish(responder, request)?,
             Operation::PublishFilled { draft } => self.state.weights.filled(&self.state, responder, draft),
-            Operation::CheckAttached => {
-                responder.settle(self.state.weights.check(self.link.id()).map(|()| Outcome::Done));
+            Operation::CheckAttached { attachment } => {
+                let checked = self.state.weights.check_attachment(self.link.id(), attachment);
+                responder.settle(checked.map(|()| Outcome::Done));
             }
             Operation::Permit { service: Service::Vae, bytes } => self.permit(responder, deadline, bytes),
             Operation::Verify { name } => self.state.weights.verify(&self.state, responder, name),

@@ -138,8 +138,11 @@ pub enum Operation {
         /// The draft.
         draft: DraftId,
     },
-    /// Whether all attachments of the session are still good.
-    CheckAttached,
+    /// Whether an attachment of the session's is still good.
+    CheckAttached {
+        /// The attachment.
+        attachment: AttachmentId,
+    },
     /// A place in a lane, without work: the client does that itself.
     Permit {
         /// Whose lane.

@@ -3,6 +3,7 @@
 use std::os::fd::OwnedFd;
 
 use luna_broker::device::{DraftRegion, Region};
+use luna_broker::id::RequestId;
 use luna_broker::protocol::{
     ClientMessage, DraftOffer, MAX_TABLE_BYTES, Operation, Outcome, PublishRequest, WeightEntry, encode_table,
 };
@@ -217,4 +218,24 @@ fn a_table_of_anything_is_an_error_and_the_session_goes_on() {
     drop(region);
     assert!(matches!(raw.ask(Operation::PublishFilled { draft: offer.draft }, &[]), Outcome::Attached(_)));
     scene.check_bystander();
+}
+
+#[test]
+fn a_publication_that_is_taken_back_while_it_is_looked_at_is_none() {
+    const LARGE: usize = 16 << 20;
+    let scene = Scene::new(&[]);
+    let (mut raw, _memory) = publisher(&scene);
+    let data = bytes(&floats(1.0, LARGE));
+    let content = digest_tensors([("t0", DType::F32, &[LARGE as u64][..], &data[..])]);
+    let table = encode_table(&[entry("t0", DType::F32, &[LARGE as u64])]).unwrap();
+    let publication = PublishRequest { name: "name".to_owned(), content };
+    let Outcome::Draft(offer) = raw.ask(Operation::Publish(publication), &table) else { panic!("a draft was due") };
+    let region = DraftRegion::import(raw.take_fd(), offer.size_bytes as usize).unwrap();
+    region.copy_in(0, &data).unwrap();
+    drop(region);
+    raw.send(&request_of(7, Operation::PublishFilled { draft: offer.draft }));
+    raw.send(&ClientMessage::Cancel { id: RequestId(7) });
+    let Outcome::Fault(fault) = raw.reply().outcome else { panic!("nothing was to come of it") };
+    assert_eq!(fault.kind, ErrorKind::Cancelled, "{fault}");
+    nothing_is_there(&scene);
 }

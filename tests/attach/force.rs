@@ -3,11 +3,11 @@
 use luna_broker::ErrorKind;
 use luna_broker::protocol::{Force, WeightState};
 
-use crate::file::counted;
+use crate::file::{counted, publish};
 use crate::leases::{holders, only};
 use crate::obey::{holder, is, worker};
 use crate::scene::Scene;
-use crate::support::eventually;
+use crate::support::{client_at, eventually};
 
 #[test]
 fn weights_in_use_are_not_unloaded_and_the_error_says_by_whom() {
@@ -121,5 +121,42 @@ fn what_a_worker_writes_is_its_own_and_status_tells() {
     assert_eq!(one.ask("reattach"), "done", "puts it right");
     assert_eq!(one.ask("first t1"), "1000");
     assert!(only(&scene).holders.iter().all(|holder| holder.diverged_bytes == Some(0)));
+    scene.check_bystander();
+}
+
+#[test]
+fn weights_that_others_were_taken_beside_are_as_good_as_before() {
+    let scene = Scene::new(&[]);
+    let one = counted(&scene.place, "one.safetensors", 2, 5000);
+    let two = counted(&scene.place, "two.safetensors", 2, 6000);
+    let client = client_at(&scene.place);
+    let (taken, kept) = (client.attach(one.to_str().unwrap()).unwrap(), client.attach(two.to_str().unwrap()).unwrap());
+    scene.bystander.unload_with(one.to_str().unwrap(), Force::Yes).unwrap();
+    kept.check().unwrap();
+    assert_eq!(taken.check().unwrap_err().kind(), ErrorKind::Stale);
+    taken.reattach().unwrap();
+    taken.check().unwrap();
+    scene.check_bystander();
+}
+
+#[test]
+fn unloading_one_name_leaves_the_set_to_its_other_names() {
+    let scene = Scene::new(&[]);
+    let path = counted(&scene.place, "model.safetensors", 1, 5000);
+    let path = path.to_str().unwrap();
+    let client = client_at(&scene.place);
+    for name in ["one", "two"] {
+        drop(publish(&client, name, 0.0, 5000).unwrap());
+    }
+    drop(client.attach(path).unwrap());
+    eventually("nobody holds it", || only(&scene).holders.is_empty());
+    scene.bystander.unload("one").unwrap();
+    assert_eq!(client.attach("one").unwrap_err().kind(), ErrorKind::ModelNotFound);
+    drop(client.attach("two").unwrap());
+    eventually("nobody holds it again", || only(&scene).holders.is_empty());
+    scene.bystander.unload(path).unwrap();
+    assert_eq!(only(&scene).path, "", "published alone by now");
+    scene.bystander.unload("two").unwrap();
+    assert!(scene.bystander.status().unwrap().weights.is_empty());
     scene.check_bystander();
 }

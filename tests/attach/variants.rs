@@ -1,7 +1,7 @@
 //! What was published, in other element types than it was published in.
 
 use luna_broker::client::{AttachOptions, CallOptions, Client, Published, Weights};
-use luna_broker::protocol::Force;
+use luna_broker::protocol::{Force, WeightState};
 use luna_broker::tensor::{CastRule, DType, Dims, TensorMeta};
 use luna_broker::{Error, ErrorKind};
 
@@ -143,5 +143,58 @@ fn a_killed_worker_holds_no_variant() {
     let idle = || scene.bystander.status().unwrap().weights.iter().any(|set| set.holders.is_empty());
     eventually("the killed worker's hold", idle);
     assert_eq!(first(&published, "t0"), 1.0);
+    scene.check_bystander();
+}
+
+#[test]
+fn what_a_variant_is_made_of_does_not_give_way_to_it() {
+    // The published set of 256 KiB, and not half as much beside it.
+    let scene = Scene::new(&["--weight-bytes", "300K"]);
+    let client = client_at(&scene.place);
+    let published = publish(&client, "name", 1.0, 64 << 10).unwrap().content();
+    eventually("nobody holds it", || only(&scene).holders.is_empty());
+    let error = half(&client, "name").unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::OutOfMemory, "{error}");
+    assert_eq!(client.attach("name").unwrap().content(), published);
+    scene.check_bystander();
+}
+
+/// Bytes that take some time to convert.
+const LARGE: usize = 48 << 20;
+
+#[test]
+fn a_variant_is_known_by_every_name_that_it_was_asked_for_by() {
+    let scene = Scene::new(&[]);
+    let client = client_at(&scene.place);
+    for name in ["one", "two"] {
+        drop(publish(&client, name, 0.0, LARGE / 4).unwrap());
+    }
+    let (one, two) = std::thread::scope(|scope| {
+        let two = scope.spawn(|| half(&client_at(&scene.place), "two"));
+        (half(&client, "one").unwrap(), two.join().unwrap())
+    });
+    drop(one);
+    assert_eq!(publish(&client, "two", 5.0, 16).unwrap_err().kind(), ErrorKind::InUse, "its variant is held");
+    drop(two.unwrap());
+    scene.check_bystander();
+}
+
+#[test]
+fn what_is_being_converted_is_not_unloaded() {
+    let scene = Scene::new(&[]);
+    let client = client_at(&scene.place);
+    drop(publish(&client, "name", 0.0, LARGE / 4).unwrap());
+    eventually("nobody holds it", || only(&scene).holders.is_empty());
+    let is_loading = || scene.bystander.status().unwrap().weights.iter().any(|set| set.state == WeightState::Loading);
+    let variant = std::thread::scope(|scope| {
+        let variant = scope.spawn(|| half(&client, "name"));
+        eventually("the conversion", || is_loading() || variant.is_finished());
+        if is_loading() {
+            let error = scene.bystander.unload("name").unwrap_err();
+            assert!(error.kind() == ErrorKind::InUse, "{error}");
+        }
+        variant.join().unwrap()
+    });
+    assert_eq!(variant.unwrap().len(), 1);
     scene.check_bystander();
 }

@@ -98,6 +98,7 @@ fn fill_up(guest: &Guest) {
     assert_eq!(error.kind(), ErrorKind::OutOfMemory, "{error}");
     held.check().unwrap();
     check(&held);
+    client.attach(&model.path).expect("the host's memory has as much again");
     drop((held, more));
     let other = Model::starting_at(50);
     eventually("room for another", || client.attach_with(&other.path, &on_gpu()).is_ok());

@@ -188,8 +188,8 @@ pub(crate) struct ServeArgs {
     #[arg(long, default_value = "1G", value_parser = bytes, value_name = "BYTES")]
     pinned_bytes: u64,
 
-    /// Bytes of weights held for clients to attach; accepts K, M, G. Default: three quarters of the host's memory, and
-    /// all of the GPU's. Weights that nobody holds give way to others.
+    /// Bytes of weights held for clients to attach, in the host's memory and as much again on the GPU; accepts K, M, G.
+    /// Default: three quarters of the host's memory, and all of the GPU's. Weights that nobody holds give way to others.
     #[arg(long, value_parser = bytes, value_name = "BYTES")]
     weight_bytes: Option<u64>,
 

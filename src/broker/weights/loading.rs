@@ -1,24 +1,25 @@
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, SendError, Sender, unbounded};
+use crossbeam_channel::{SendError, Sender, unbounded};
 use parking_lot::{Mutex, MutexGuard};
 
 use super::super::responder::Responder;
 use super::super::state::State;
 use super::handing::{Grant, Waiter};
-use super::making::obtain;
-use super::memory::{MemoryEnd, WeightPlace};
-use super::publish::{Drafts, Filled};
-use super::set::WeightSet;
+use super::looks::{Look, Looks};
+use super::making::Obtained;
+use super::memory::{MemoryEnd, WeightLimits, WeightPlace};
+use super::publish::Drafts;
+use super::set::{PublishedPlan, WeightSet, has_changed};
 use super::table::{Table, Unloaded, gone};
 use super::wanted::{Origin, Wanted};
+use super::work::{Job, work};
 use crate::error::{Error, ErrorKind, Fault, Result};
 use crate::id::{AttachmentId, GpuUuid, RequestId, SessionId, WeightSetId};
-use crate::model::weights::digest_region;
-use crate::protocol::{AttachRequest, Force, Outcome, VerifyReport};
+use crate::model::FileState;
+use crate::protocol::{AttachRequest, Force, Outcome};
 
 /// How long who waits for weights goes without hearing how far they are.
 const TELL_EVERY: Duration = Duration::from_millis(200);
@@ -26,16 +27,16 @@ const TELL_EVERY: Duration = Duration::from_millis(200);
 /// More sets than anybody waits for at once. Bounds what clients can have laid out that take their requests back.
 const MAX_LOADS: usize = 256;
 
-/// More looks at weights than anybody asks for at once.
-const MAX_VERIFIES: usize = 64;
+/// How often what is asked for is looked for anew, because it became another meanwhile.
+const MAX_TRIES: usize = 3;
 
 /// All weights of a broker, and the thread that loads them.
 #[derive(Debug)]
 pub(in crate::broker) struct Weights {
     inner: Mutex<Inner>,
     jobs: Sender<Job>,
-    /// Looks at weights that wait or are under way.
-    verifies: AtomicUsize,
+    look_jobs: Sender<Look>,
+    pub(super) looks: Mutex<Looks>,
 }
 
 #[derive(Debug)]
@@ -76,19 +77,10 @@ impl Drop for Locked<'_> {
 #[derive(Debug)]
 struct Load {
     wanted: Wanted,
-    /// Room is set aside for the set: none is where one that is there already may turn out to be the same.
+    /// Room is set aside for the set: none is where there is too little, and one that is there may be the same.
     has_room: bool,
     waiters: Vec<Waiter>,
-    done: u64,
     told: Instant,
-}
-
-/// What takes its time.
-#[derive(Debug)]
-pub(super) enum Job {
-    Load { state: Arc<State>, wanted: Wanted },
-    Publish(Filled),
-    Verify { state: Arc<State>, name: String, responder: Responder },
 }
 
 impl Load {
@@ -99,15 +91,16 @@ impl Load {
 }
 
 impl Weights {
-    /// Holds up to `limit` bytes of weights. The thread ends with the value.
+    /// No weights, of which there may be so many. The thread ends with the value.
     ///
     /// # Errors
     /// The operating system's, where it cannot start a thread.
-    pub(in crate::broker) fn start(limit: u64) -> std::io::Result<Self> {
+    pub(in crate::broker) fn start(limits: WeightLimits) -> std::io::Result<Self> {
         let (jobs, taken) = unbounded();
-        std::thread::Builder::new().name("luna-weights".to_owned()).spawn(move || work(&taken))?;
-        let inner = Inner { table: Table::new(limit), loads: Vec::new(), drafts: Drafts::default() };
-        Ok(Self { inner: Mutex::new(inner), jobs, verifies: AtomicUsize::new(0) })
+        let (look_jobs, taken_looks) = unbounded();
+        std::thread::Builder::new().name("luna-weights".to_owned()).spawn(move || work(&taken, &taken_looks))?;
+        let inner = Inner { table: Table::new(limits), loads: Vec::new(), drafts: Drafts::default() };
+        Ok(Self { inner: Mutex::new(inner), jobs, look_jobs, looks: Mutex::default() })
     }
 
     pub(super) fn lock(&self) -> Locked<'_> {
@@ -131,22 +124,43 @@ impl Weights {
     }
 
     fn find(&self, state: &State, asker: &Responder, request: &AttachRequest, place: WeightPlace) -> Result<Found> {
+        for _ in 0..MAX_TRIES {
+            if let Some(found) = self.look_for(state, asker, request, place)? {
+                return Ok(found);
+            }
+        }
+        Err(gone(&request.name))
+    }
+
+    /// What is there of what is asked for, or what it is to be made of; `None` where it became another meanwhile.
+    fn look_for(
+        &self,
+        state: &State,
+        asker: &Responder,
+        request: &AttachRequest,
+        place: WeightPlace,
+    ) -> Result<Option<Found>> {
         let name = &request.name;
         let path = state.registry.locate(name).ok();
-        let (variants, published, has_variants) = {
+        let Seen { variants, published, has_variants, files } = {
             let inner = self.lock();
             let session = asker.session();
             if !request.replaces.is_some_and(|old| inner.table.holds(session, old)) {
                 inner.table.check(session, Some((name, path.as_deref())))?;
             }
             let published = inner.table.published(name).map(|known| Arc::clone(&known.set));
-            (inner.table.variants(name, place), published, inner.table.has_variants(name))
+            Seen {
+                variants: inner.table.variants(name, place),
+                published,
+                has_variants: inner.table.has_variants(name),
+                files: path.map(|path| inner.table.files_of(&path)).unwrap_or_default(),
+            }
         };
         // Every key of the set is looked at, or the file's header read, without the lock: others go on meanwhile.
         if let Some((id, _)) = variants.into_iter().find(|(_, plan)| plan.follows(&request.rule)) {
             let mut inner = self.lock();
             let is_there = inner.table.variants(name, place).iter().any(|(known, _)| *known == id);
-            return if is_there { Ok(Found::Set(inner.grant(id, asker, name)?)) } else { Err(gone(name)) };
+            return if is_there { inner.grant(id, asker, name).map(Found::Set).map(Some) } else { Ok(None) };
         }
         let wanted = match published {
             Some(set) => Wanted::of_published(set, request, place)?,
@@ -155,18 +169,21 @@ impl Weights {
                 false => error,
             })?,
         };
+        let changed: Vec<FileState> = files.into_iter().filter(has_changed).collect();
         let mut inner = self.lock();
-        match inner.table.of_origin(&wanted) {
-            Some(id) => Ok(Found::Set(inner.grant(id, asker, name)?)),
-            None => Ok(Found::Wanted(wanted)),
+        match inner.table.of_origin(&wanted, &changed) {
+            Ok(Some(id)) => inner.grant(id, asker, name).map(Found::Set).map(Some),
+            Ok(None) => Ok(Some(Found::Wanted(wanted))),
+            Err(_) => Ok(None),
         }
     }
 
     fn load(&self, state: &Arc<State>, wanted: Wanted, waiter: Waiter) {
         let mut inner = self.lock();
         // Between the look for the set and now it may have come.
-        if let Some(id) = inner.table.of_origin(&wanted) {
-            let granted = inner.grant(id, &waiter.responder, &waiter.name);
+        let there = inner.table.of_origin(&wanted, &[]);
+        if let Some(id) = there.transpose() {
+            let granted = id.and_then(|id| inner.grant(id, &waiter.responder, &waiter.name));
             drop(inner);
             return self.answer(granted, waiter.responder);
         }
@@ -174,25 +191,30 @@ impl Weights {
             load.waiters.push(waiter);
             return;
         }
+        // Before room is made: what it is to be made of must not give way to it.
+        if let Origin::Published { set, .. } = &wanted.origin {
+            inner.table.pin(set.id);
+        }
         let may_be_there =
             matches!(wanted.origin, Origin::File(_)) && inner.table.has_likeness(&wanted.plan, wanted.place);
         let room = if inner.loads.len() >= MAX_LOADS {
             let message = format!("{MAX_LOADS} sets of weights wait to be loaded already");
             Err(Error::new(ErrorKind::Busy, message, "ask again in a while"))
-        } else if may_be_there {
-            Ok(false)
         } else {
-            inner.table.reserve(wanted.plan.size_bytes, &wanted.origin.shown()).map(|()| true)
+            inner.table.reserve(wanted.place, wanted.booked_bytes, &wanted.origin.shown())
         };
-        let has_room = match room {
-            Ok(has_room) => has_room,
-            Err(error) => {
-                drop(inner);
-                return waiter.responder.fail(error);
+        let has_room = room.is_ok();
+        if let Err(error) = room
+            && !(error.kind() == ErrorKind::OutOfMemory && may_be_there)
+        {
+            if let Origin::Published { set, .. } = &wanted.origin {
+                inner.table.unpin(set.id);
             }
-        };
+            drop(inner);
+            return waiter.responder.fail(error);
+        }
         let job = Job::Load { state: Arc::clone(state), wanted: wanted.clone() };
-        inner.loads.push(Load { wanted, has_room, waiters: vec![waiter], done: 0, told: Instant::now() });
+        inner.loads.push(Load { wanted, has_room, waiters: vec![waiter], told: Instant::now() });
         drop(inner);
         self.send(job);
     }
@@ -204,8 +226,13 @@ impl Weights {
         }
     }
 
+    pub(super) fn send_look(&self, look: Look) -> std::result::Result<(), SendError<Look>> {
+        self.look_jobs.send(look)
+    }
+
     /// A request is taken back, if it waits for weights.
     pub(in crate::broker) fn cancel(&self, session: SessionId, request: RequestId) {
+        self.cancel_look(session, request);
         let mut inner = self.lock();
         let is_meant =
             |waiter: &mut Waiter| waiter.responder.session() == session && waiter.responder.request() == request;
@@ -244,6 +271,7 @@ impl Weights {
             inner.loads.iter_mut().flat_map(|load| load.waiters.extract_if(.., is_meant)).collect();
         drop(inner);
         drop(taken);
+        drop(self.looks.lock().remove(&session));
     }
 
     /// Whether the session holds memory that must be kept until its process is gone.
@@ -257,9 +285,15 @@ impl Weights {
     }
 
     /// # Errors
-    /// [`ErrorKind::Stale`] where weights that the session holds were unloaded by force.
+    /// [`ErrorKind::Stale`] where any weights that the session holds were unloaded by force.
     pub(in crate::broker) fn check(&self, session: SessionId) -> Result<()> {
         self.lock().table.check(session, None)
+    }
+
+    /// # Errors
+    /// [`ErrorKind::Stale`] where the weights of this attachment were unloaded by force.
+    pub(in crate::broker) fn check_attachment(&self, session: SessionId, attachment: AttachmentId) -> Result<()> {
+        self.lock().table.check_attachment(session, attachment)
     }
 
     /// # Errors
@@ -270,15 +304,20 @@ impl Weights {
     }
 
     /// Takes a load up; `false` where nobody waits for it any more, and it is not done.
-    fn begin(&self, wanted: &Wanted) -> bool {
+    pub(super) fn begin(&self, wanted: &Wanted) -> bool {
         let mut inner = self.lock();
         let Some(at) = inner.loads.iter().position(|load| load.is_of(wanted)) else { return false };
         let is_wanted = inner.loads.get(at).is_some_and(|load| !load.waiters.is_empty());
         if !is_wanted {
             let load = inner.loads.swap_remove(at);
-            inner.give_room_back(&load);
+            inner.end_load(&load);
         }
         is_wanted
+    }
+
+    /// Whether room is set aside for a load.
+    pub(super) fn has_room(&self, wanted: &Wanted) -> bool {
+        self.lock().loads.iter().any(|load| load.is_of(wanted) && load.has_room)
     }
 
     /// Sets room aside for a load that turned out to need it.
@@ -290,7 +329,7 @@ impl Weights {
         let Inner { table, loads, .. } = &mut *inner;
         match loads.iter_mut().find(|load| load.is_of(wanted)) {
             Some(load) if !load.has_room => {
-                table.reserve(wanted.plan.size_bytes, &wanted.origin.shown())?;
+                table.reserve(wanted.place, wanted.booked_bytes, &wanted.origin.shown())?;
                 load.has_room = true;
                 Ok(())
             }
@@ -298,20 +337,10 @@ impl Weights {
         }
     }
 
-    pub(in crate::broker) fn verify(&self, state: &Arc<State>, responder: Responder, name: String) {
-        if self.verifies.fetch_add(1, Ordering::Relaxed) >= MAX_VERIFIES {
-            self.verifies.fetch_sub(1, Ordering::Relaxed);
-            let message = format!("{MAX_VERIFIES} looks at weights are waited for already");
-            return responder.fail(Error::new(ErrorKind::Busy, message, "ask again in a while"));
-        }
-        self.send(Job::Verify { state: Arc::clone(state), name, responder });
-    }
-
     /// How far a load is; those who wait for it are told now and then, and ask again.
     pub(super) fn tell(&self, wanted: &Wanted, done: u64, total: u64) {
         let mut inner = self.lock();
         let Some(load) = inner.loads.iter_mut().find(|load| load.is_of(wanted)) else { return };
-        load.done = done;
         if load.told.elapsed() < TELL_EVERY {
             return;
         }
@@ -324,29 +353,31 @@ impl Weights {
     }
 
     /// Ends a load: whoever waits for it gets the set, or what became of it.
-    fn finish(&self, wanted: &Wanted, result: Result<Result<WeightSetId, WeightSet>, Fault>) {
+    pub(super) fn finish(&self, wanted: &Wanted, result: Result<Obtained, Fault>) {
         let mut inner = self.lock();
         let at = inner.loads.iter().position(|load| load.is_of(wanted));
         let load = at.map(|at| inner.loads.swap_remove(at));
-        load.iter().for_each(|load| inner.give_room_back(load));
-        let waiters = load.map(|load| load.waiters).unwrap_or_default();
-        let id = result.map(|loaded| {
-            let id = loaded.unwrap_or_else(|set| {
+        let id = result.map(|obtained| {
+            let id = match obtained {
+                Obtained::There(id) => id,
                 // Two files may hold the same.
-                let same = inner.table.of_content(set.content, set.place);
-                same.unwrap_or_else(|| inner.table.insert(set))
-            });
+                Obtained::New(set) => inner.table.insert_once(set),
+            };
             match &wanted.origin {
                 Origin::File(file) => inner.table.add_file(id, file),
-                // The name may mean something else by now: then the set goes with those who have asked for it.
+                // By whichever of its names it was asked for. One that means something else by now is none: a set without
+                // names goes with those who have asked for it.
                 Origin::Published { set, name } => {
-                    if inner.table.published(name).is_none_or(|known| known.set.content == set.content) {
+                    let asked = load.iter().flat_map(|load| &load.waiters).map(|waiter| waiter.name.as_str());
+                    for name in asked.chain([name.as_str()]) {
                         inner.table.add_variant(id, name, set.content, &wanted.plan);
                     }
                 }
             }
             id
         });
+        load.iter().for_each(|load| inner.end_load(load));
+        let waiters = load.map(|load| load.waiters).unwrap_or_default();
         // Before anybody else can have the new set give way.
         let mut grant = |waiter: Waiter| {
             let granted = id.clone().map_err(Error::from);
@@ -354,21 +385,30 @@ impl Weights {
             (granted, waiter.responder)
         };
         let answers: Vec<_> = waiters.into_iter().map(&mut grant).collect();
+        inner.table.drop_forsaken();
         drop(inner);
         for (granted, responder) in answers {
             self.answer(granted, responder);
         }
     }
 
-    /// What is being loaded: name, device, bytes in place and bytes of the set.
-    pub(super) fn loads(inner: &Inner) -> impl Iterator<Item = (&Wanted, u64)> {
-        inner.loads.iter().map(|load| (&load.wanted, load.done))
+    /// What is being loaded.
+    pub(super) fn loads(inner: &Inner) -> impl Iterator<Item = &Wanted> {
+        inner.loads.iter().map(|load| &load.wanted)
     }
 }
 
 enum Found {
     Set(Grant),
     Wanted(Wanted),
+}
+
+/// What one look at the table gives, to be judged without the lock.
+struct Seen {
+    variants: Vec<(WeightSetId, PublishedPlan)>,
+    published: Option<Arc<WeightSet>>,
+    has_variants: bool,
+    files: Vec<FileState>,
 }
 
 /// What was published gave way, and what was made of it is not what is asked for.
@@ -381,69 +421,13 @@ fn only_variants(name: &str) -> Error {
 }
 
 impl Inner {
-    fn give_room_back(&mut self, load: &Load) {
+    /// Gives back what a load needed.
+    fn end_load(&mut self, load: &Load) {
         if load.has_room {
-            self.table.unreserve(load.wanted.plan.size_bytes);
+            self.table.unreserve(load.wanted.place, load.wanted.booked_bytes);
+        }
+        if let Origin::Published { set, .. } = &load.wanted.origin {
+            self.table.unpin(set.id);
         }
     }
-}
-
-impl Job {
-    fn run(self) {
-        match self {
-            Self::Load { state, wanted } => {
-                if state.weights.begin(&wanted) {
-                    let loaded = caught(|| obtain(&state, &wanted));
-                    state.weights.finish(&wanted, loaded.map_err(Error::into_fault));
-                }
-            }
-            Self::Publish(filled) => filled.complete(),
-            Self::Verify { state, name, responder } => {
-                // Nobody hears it whose session is over.
-                if !responder.is_over() {
-                    responder.settle(caught(|| verify(&state, &name)).map(Outcome::Verified));
-                }
-                state.weights.verifies.fetch_sub(1, Ordering::Relaxed);
-            }
-        }
-    }
-
-    /// Nobody will run it.
-    fn give_up(self) {
-        let gone = || Error::new(ErrorKind::Internal, "the thread that loads weights is gone", "see the broker's log");
-        match self {
-            Self::Load { state, wanted } => state.weights.finish(&wanted, Err(gone().into_fault())),
-            Self::Publish(filled) => filled.give_up(gone()),
-            Self::Verify { responder, .. } => responder.fail(gone()),
-        }
-    }
-}
-
-/// Works jobs off, one after the other: a load by itself uses several cores and all of the disk.
-fn work(jobs: &Receiver<Job>) {
-    jobs.iter().for_each(Job::run);
-}
-
-/// Does what may meet anything that a file or a peer holds: a panic in there is an error of that one job.
-pub(super) fn caught<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
-    std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).unwrap_or_else(|_| {
-        Err(Error::new(ErrorKind::Internal, "the thread that loads weights panicked", "see the broker's log"))
-    })
-}
-
-fn verify(state: &Arc<State>, name: &str) -> Result<Vec<VerifyReport>> {
-    let path = state.registry.locate(name);
-    let sets = state.weights.lock().table.named(name, path.as_deref().ok());
-    if sets.is_empty() {
-        let found = path.map(|_| ()).map_err(Error::from);
-        let absent =
-            || Error::new(ErrorKind::ModelNotFound, format!("{name} is attached by nobody"), "attach it first");
-        return Err(found.map_or_else(|error| error, |()| absent()));
-    }
-    let report = |(name, set): (String, Arc<WeightSet>)| {
-        let found = digest_region(&set.plan, &set.memory.region, &|| state.stopping.load(Ordering::Acquire))?;
-        let bytes = set.plan.size_bytes;
-        Ok(VerifyReport { name, device: set.place.name(), bytes, expected: set.content, found })
-    };
-    sets.into_iter().map(report).collect()
 }

@@ -28,11 +28,27 @@ impl WeightPlace {
     }
 }
 
-/// How many bytes of weights a machine has room for: what a GPU has, and of the host's memory so much that clients can
-/// still work beside them. A machine that does not tell has no bound.
-pub(in crate::broker) fn room_for_weights(gpu: Option<&BrokerGpu>) -> u64 {
-    let on_gpu = gpu.map_or(0, BrokerGpu::memory_bytes);
-    host_bytes().map_or(u64::MAX, |host| on_gpu.saturating_add(host / 4 * 3))
+/// How many bytes of weights each kind of memory may hold.
+#[derive(Debug, Clone, Copy)]
+pub(in crate::broker) struct WeightLimits {
+    pub(super) host: u64,
+    pub(super) gpu: u64,
+}
+
+impl WeightLimits {
+    /// What is asked for; else what a GPU has, and of the host's memory so much that clients can still work beside the
+    /// weights. A machine that does not tell has no bound.
+    pub(in crate::broker) fn new(asked_for: Option<u64>, gpu: Option<&BrokerGpu>) -> Self {
+        let most = |bytes: Option<u64>| asked_for.or(bytes).unwrap_or(u64::MAX);
+        Self { host: most(host_bytes().map(|host| host / 4 * 3)), gpu: most(gpu.map(BrokerGpu::memory_bytes)) }
+    }
+
+    pub(super) fn of(self, place: WeightPlace) -> u64 {
+        match place {
+            WeightPlace::Host => self.host,
+            WeightPlace::Gpu(_) => self.gpu,
+        }
+    }
 }
 
 /// All of the host's memory, or what this process's control group may use of it.

@@ -3,14 +3,17 @@
 mod diverged;
 mod handing;
 mod loading;
+mod looks;
 mod making;
 mod memory;
 mod publish;
 mod report;
+mod room;
 mod set;
 mod table;
 mod wanted;
+mod work;
 
 pub(super) use loading::Weights;
-pub(super) use memory::room_for_weights;
+pub(super) use memory::WeightLimits;
 pub(super) use table::Unloaded;

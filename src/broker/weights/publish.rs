@@ -7,14 +7,15 @@ use super::super::outbox::Payload;
 use super::super::responder::Responder;
 use super::super::state::State;
 use super::handing::Grant;
-use super::loading::{Inner, Job, Weights, caught};
+use super::loading::{Inner, Weights};
 use super::memory::{WeightDraft, WeightPlace};
-use super::set::{WeightSet, wire_table};
+use super::set::{WeightSet, booked_bytes, wire_table};
 use super::table::Table;
+use super::work::{Job, caught};
 use crate::device::DeviceError;
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::{ContentDigest, DraftId, RequestId, SessionId};
-use crate::model::weights::{PlannedTensor, WeightPlan, digest_region};
+use crate::model::weights::{WeightPlan, digest_region};
 use crate::protocol::{DraftOffer, Outcome, PublishRequest, WeightEntry};
 use crate::transport::Attachment;
 
@@ -29,6 +30,8 @@ const MAX_DRAFTS: usize = 8;
 pub(super) struct Drafts {
     next: u64,
     open: BTreeMap<DraftId, Draft>,
+    /// Requests that say a draft is filled and wait for the look at it; whether they were taken back.
+    completing: BTreeMap<(SessionId, RequestId), bool>,
 }
 
 #[derive(Debug)]
@@ -53,6 +56,9 @@ impl Drafts {
     /// Drops the draft that a request was answered with.
     pub(super) fn recall(&mut self, session: SessionId, request: RequestId, table: &mut Table) {
         self.end(table, |draft| draft.session == session && draft.request == request);
+        if let Some(is_taken_back) = self.completing.get_mut(&(session, request)) {
+            *is_taken_back = true;
+        }
     }
 
     fn end(&mut self, table: &mut Table, is_meant: impl Fn(&Draft) -> bool) {
@@ -60,7 +66,7 @@ impl Drafts {
             let stays = !is_meant(draft);
             if !stays {
                 table.forsake(draft.memory.region());
-                table.unreserve(draft.reserved);
+                table.unreserve(WeightPlace::Host, draft.reserved);
             }
             stays
         });
@@ -125,14 +131,13 @@ impl Weights {
             return Err(Error::new(ErrorKind::Busy, message, "finish publishing one of them first"));
         }
         let size_bytes = usize::try_from(plan.size_bytes).unwrap_or(usize::MAX);
-        let described = table.len() + plan.tensors.len() * size_of::<PlannedTensor>();
-        let reserved = plan.size_bytes.saturating_add(described as u64);
-        inner.table.reserve(reserved, &name)?;
+        let reserved = booked_bytes(&plan);
+        inner.table.reserve(place, reserved, &name)?;
         let allocated = WeightDraft::allocate(place, None, size_bytes).and_then(|memory| {
             let handle = memory.region().export()?;
             Ok((memory, handle))
         });
-        let (memory, handle) = allocated.inspect_err(|_| inner.table.unreserve(reserved))?;
+        let (memory, handle) = allocated.inspect_err(|_| inner.table.unreserve(place, reserved))?;
         let mut handles = Vec::new();
         let handle = attach(handle, &mut handles);
         inner.drafts.next += 1;
@@ -153,7 +158,7 @@ impl Weights {
             && let Some(draft) = drafts.open.remove(&draft)
         {
             table.forsake(draft.memory.region());
-            table.unreserve(draft.reserved);
+            table.unreserve(WeightPlace::Host, draft.reserved);
         }
     }
 
@@ -162,6 +167,9 @@ impl Weights {
         let mut inner = self.lock();
         let is_theirs = inner.drafts.open.get(&draft).is_some_and(|one| one.session == responder.session());
         let taken = if is_theirs { inner.drafts.open.remove(&draft) } else { None };
+        if taken.is_some() {
+            inner.drafts.completing.insert((responder.session(), responder.request()), false);
+        }
         drop(inner);
         match taken {
             Some(draft) => self.send(Job::Publish(Filled { state: Arc::clone(state), draft, responder })),
@@ -198,28 +206,36 @@ impl Filled {
         let weights = &state.weights;
         let sealed = caught(|| seal(&state, draft));
         let mut inner = weights.lock();
-        inner.table.unreserve(bytes);
+        inner.table.unreserve(WeightPlace::Host, bytes);
+        let is_taken_back = inner.drafts.completing.remove(&(responder.session(), responder.request()));
         let granted = sealed.and_then(|set| {
             // Somebody else may have published something meanwhile: the same, or other tensors under this name.
-            inner.table.check_free(&name, set.content)?;
-            let same = inner.table.of_content(set.content, set.place);
-            let id = same.unwrap_or_else(|| inner.table.insert(set));
+            let refused = match is_taken_back {
+                Some(true) => Err(Error::new(ErrorKind::Cancelled, format!("{name} was not published"), "")),
+                _ => inner.table.check_free(&name, set.content),
+            };
+            refused.inspect_err(|_| inner.table.forsake(Arc::clone(&set.memory.region)))?;
+            let id = inner.table.insert_once(set);
             inner.table.publish(id, &name)?;
             inner.grant(id, &responder, &name)
         });
+        inner.table.drop_forsaken();
         drop(inner);
         weights.answer(granted, responder);
     }
 
     /// Nobody will complete it.
     pub(super) fn give_up(self, why: Error) {
-        self.state.weights.lock().table.unreserve(self.draft.reserved);
+        let mut inner = self.state.weights.lock();
+        inner.table.unreserve(WeightPlace::Host, self.draft.reserved);
+        inner.drafts.completing.remove(&(self.responder.session(), self.responder.request()));
+        drop(inner);
         self.responder.fail(why);
     }
 }
 
 fn seal(state: &Arc<State>, draft: Draft) -> Result<WeightSet> {
-    let Draft { name, plan, content, memory, .. } = draft;
+    let Draft { name, plan, content, memory, reserved, .. } = draft;
     let memory = memory.seal().map_err(|error| match error {
         DeviceError::StillMapped => Error::new(
             ErrorKind::Protocol,
@@ -245,5 +261,14 @@ fn seal(state: &Arc<State>, draft: Draft) -> Result<WeightSet> {
     }
     let table = wire_table(&plan)?;
     let id = state.weights.lock().table.new_id();
-    Ok(WeightSet { id, place: WeightPlace::Host, plan, table, source: content, content, memory })
+    Ok(WeightSet {
+        id,
+        place: WeightPlace::Host,
+        plan,
+        table,
+        source: content,
+        content,
+        memory,
+        booked_bytes: reserved,
+    })
 }

@@ -37,7 +37,7 @@ impl Weights {
         let inner = self.lock();
         let mut reports: Vec<(WeightReport, Option<u64>)> =
             inner.table.sets().map(|known| (report(known, &holders), known.set.memory.inode)).collect();
-        let loading = Self::loads(&inner).map(|(wanted, _)| WeightReport {
+        let loading = Self::loads(&inner).map(|wanted| WeightReport {
             id: WeightSetId(0),
             names: Vec::new(),
             path: wanted.origin.shown(),

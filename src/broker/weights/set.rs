@@ -6,7 +6,7 @@ use std::time::Instant;
 use super::memory::{SealedWeights, WeightPlace};
 use crate::error::Result;
 use crate::id::{AttachmentId, ContentDigest, RequestId, SessionId, WeightSetId};
-use crate::model::weights::WeightPlan;
+use crate::model::weights::{PlannedTensor, WeightPlan};
 use crate::model::{FileState, ModelError};
 use crate::protocol::{WeightEntry, WeightState, encode_table};
 use crate::tensor::CastRule;
@@ -23,6 +23,16 @@ pub(super) struct WeightSet {
     pub(super) source: ContentDigest,
     pub(super) content: ContentDigest,
     pub(super) memory: SealedWeights,
+    /// Counted against what is allowed, see [`booked_bytes`].
+    pub(super) booked_bytes: u64,
+}
+
+/// Bytes of a set's memory, and roughly of what describes it: many small tensors take more for that than for themselves.
+pub(super) fn booked_bytes(plan: &WeightPlan) -> u64 {
+    /// Element type, shape and offset in a table, with their framing.
+    const ENTRY_BYTES: usize = 32;
+    let described = |tensor: &PlannedTensor| 2 * tensor.key.len() + size_of::<PlannedTensor>() + ENTRY_BYTES;
+    plan.size_bytes.saturating_add(plan.tensors.iter().map(|tensor| described(tensor) as u64).sum())
 }
 
 /// Who holds a set.
@@ -55,6 +65,8 @@ pub(super) struct Known {
     /// Names it was asked for by; the first few.
     pub(super) names: BTreeSet<String>,
     pub(super) holders: BTreeMap<AttachmentId, Holder>,
+    /// Variants that are being made of it.
+    pub(super) readers: usize,
     pub(super) last_used: Instant,
     pub(super) state: WeightState,
 }
@@ -76,8 +88,8 @@ impl PublishedPlan {
     }
 }
 
-/// Whether a file is another one now, or gone. One that cannot be looked at for now is what it was.
-fn has_changed(file: &FileState) -> bool {
+/// Whether a file is another one now, or gone. One that cannot be looked at for now is what it was. Looks at the disk.
+pub(super) fn has_changed(file: &FileState) -> bool {
     matches!(file.check_unchanged(), Err(ModelError::Changed { .. }))
 }
 
@@ -86,7 +98,7 @@ fn has_changed(file: &FileState) -> bool {
 /// # Errors
 /// [`crate::protocol::CodecError::TooLong`].
 pub(super) fn wire_table(plan: &WeightPlan) -> Result<Arc<[u8]>> {
-    let entry = |tensor: &crate::model::weights::PlannedTensor| WeightEntry {
+    let entry = |tensor: &PlannedTensor| WeightEntry {
         key: tensor.key.clone(),
         dtype: tensor.meta.dtype,
         shape: tensor.meta.shape,
@@ -103,21 +115,31 @@ impl Known {
         by_path || self.published.contains(name) || self.variant_of.contains_key(name)
     }
 
+    /// Whether it is needed as it is: by a session, or for a variant that is being made of it.
+    pub(super) fn is_held(&self) -> bool {
+        !self.holders.is_empty() || self.readers > 0
+    }
+
     /// Whether nobody holds it and nobody can ask for it.
     pub(super) fn is_forsaken(&self) -> bool {
         let is_nameless = self.published.is_empty() && self.variant_of.is_empty() && self.files.is_empty();
-        self.holders.is_empty() && (self.state != WeightState::Ready || is_nameless)
+        !self.is_held() && (self.state != WeightState::Ready || is_nameless)
     }
 
-    /// Whether the set comes from nowhere any more: every file that held it has changed, and nobody published it.
-    pub(super) fn is_outdated(&self) -> bool {
-        self.published.is_empty() && self.variant_of.is_empty() && self.files.iter().all(has_changed)
+    /// Whether the set comes from nowhere any more: every file that held it is among those that have changed, and nobody
+    /// published it.
+    pub(super) fn is_outdated(&self, changed: &[FileState]) -> bool {
+        let is_published = !self.published.is_empty() || !self.variant_of.is_empty();
+        !is_published && self.files.iter().all(|file| changed.contains(file))
     }
 
     /// The name to speak of it by, with the sessions that hold it.
     pub(super) fn shown_with_holders(&self) -> String {
-        let sessions: Vec<String> = self.by_session().keys().map(|session| format!("session {session}")).collect();
-        format!("{} ({})", self.shown(), sessions.join(", "))
+        let mut by: Vec<String> = self.by_session().keys().map(|session| format!("session {session}")).collect();
+        if self.readers > 0 {
+            by.push("what is being made of it".to_owned());
+        }
+        format!("{} ({})", self.shown(), by.join(", "))
     }
 
     /// The name to speak of it by.

@@ -3,18 +3,16 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::memory::{MemoryEnd, WeightPlace};
+use super::memory::{MemoryEnd, WeightLimits, WeightPlace};
+use super::room::Room;
 use super::set::{Holder, Known, PublishedPlan, Variant, WeightSet};
 use super::wanted::{Origin, Wanted};
 use crate::device::Region;
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::{AttachmentId, ContentDigest, RequestId, SessionId, WeightSetId};
-use crate::model::ModelFile;
 use crate::model::weights::WeightPlan;
+use crate::model::{FileState, ModelFile};
 use crate::protocol::{Force, WeightState};
-
-/// More sets than any machine serves at a time: each takes a descriptor of the broker's. Those that nobody holds give way.
-const MAX_SETS: usize = 256;
 
 /// More than a worker has at a time; bounds what one that never gives anything back can make the broker remember.
 const MAX_ATTACHMENTS: usize = 4096;
@@ -28,12 +26,8 @@ const MAX_REMEMBERED: usize = 16;
 /// All sets of weights, and who holds them.
 #[derive(Debug)]
 pub(super) struct Table {
-    limit: u64,
+    pub(super) room: Room,
     sets: BTreeMap<WeightSetId, Known>,
-    /// Bytes promised to sets that are being loaded or published.
-    reserved: u64,
-    /// Sets that are being loaded or published.
-    coming: usize,
     next_set: u64,
     next_attachment: u64,
     /// Memory that nobody needs any more: giving it back takes its time.
@@ -52,18 +46,19 @@ pub(super) fn gone(name: &str) -> Error {
     Error::new(ErrorKind::Stale, format!("{name} was unloaded in this moment"), "attach it again")
 }
 
+fn taken_by_force(known: &Known) -> Error {
+    Error::new(
+        ErrorKind::Stale,
+        format!("{} was unloaded by force; its tensors stay readable, but nobody else gets them", known.shown()),
+        "reattach it, or drop its tensors and attach it again",
+    )
+}
+
 impl Table {
-    /// An empty table of up to `limit` bytes of weights.
-    pub(super) fn new(limit: u64) -> Self {
-        Self {
-            limit,
-            sets: BTreeMap::new(),
-            reserved: 0,
-            coming: 0,
-            next_set: 1,
-            next_attachment: 1,
-            forsaken: Vec::new(),
-        }
+    /// An empty table.
+    pub(super) fn new(limits: WeightLimits) -> Self {
+        let room = Room::new(limits);
+        Self { room, sets: BTreeMap::new(), next_set: 1, next_attachment: 1, forsaken: Vec::new() }
     }
 
     pub(super) fn new_id(&mut self) -> WeightSetId {
@@ -76,25 +71,59 @@ impl Table {
         self.sets.values()
     }
 
-    /// The set that is what is wanted, as far as is known without a look at any tensor.
-    pub(super) fn of_origin(&mut self, wanted: &Wanted) -> Option<WeightSetId> {
+    pub(super) fn remove(&mut self, id: WeightSetId) -> Option<Known> {
+        self.sets.remove(&id)
+    }
+
+    /// Files that sets of what is at `path` were found in: whether they have changed is asked without the lock.
+    pub(super) fn files_of(&self, path: &Path) -> Vec<FileState> {
+        let is_meant = |known: &&Known| known.files.iter().any(|file| file.path() == path);
+        self.ready().filter(is_meant).flat_map(|known| known.files.iter().cloned()).collect()
+    }
+
+    /// A variant is being made of a set: it must stay.
+    pub(super) fn pin(&mut self, id: WeightSetId) {
+        if let Some(known) = self.sets.get_mut(&id) {
+            known.readers += 1;
+        }
+    }
+
+    pub(super) fn unpin(&mut self, id: WeightSetId) {
+        if let Some(known) = self.sets.get_mut(&id) {
+            known.readers = known.readers.saturating_sub(1);
+            known.last_used = Instant::now();
+        }
+        self.drop_forsaken();
+    }
+
+    /// The set that is what is wanted, as far as is known without a look at any tensor; `changed` are files that were found
+    /// to have changed.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Stale`] where the name does not mean the published set any more.
+    pub(super) fn of_origin(&mut self, wanted: &Wanted, changed: &[FileState]) -> Result<Option<WeightSetId>> {
         match &wanted.origin {
-            Origin::File(file) => self.of_file(file, wanted),
+            Origin::File(file) => Ok(self.of_file(file, wanted, changed)),
             Origin::Published { set, name } => {
-                let id = self.of_source(set.content, &wanted.plan, wanted.place)?;
-                self.add_variant(id, name, set.content, &wanted.plan);
-                Some(id)
+                if self.published(name).is_none_or(|known| known.set.id != set.id) {
+                    return Err(gone(name));
+                }
+                let id = self.of_source(set.content, &wanted.plan, wanted.place);
+                if let Some(id) = id {
+                    self.add_variant(id, name, set.content, &wanted.plan);
+                }
+                Ok(id)
             }
         }
     }
 
     /// The set that a file, unchanged since it was loaded, gives under a plan. Sets of files that have changed are
     /// marked, and dropped where nobody holds them.
-    fn of_file(&mut self, file: &ModelFile, wanted: &Wanted) -> Option<WeightSetId> {
+    fn of_file(&mut self, file: &ModelFile, wanted: &Wanted, changed: &[FileState]) -> Option<WeightSetId> {
         let path = file.path();
         for known in self.sets.values_mut() {
             let was_of_file = known.files.iter().any(|file| file.path() == path);
-            if was_of_file && known.state == WeightState::Ready && known.is_outdated() {
+            if was_of_file && known.state == WeightState::Ready && known.is_outdated(changed) {
                 tracing::info!(
                     weights = known.shown(),
                     "the file has changed: its weights stay until nobody holds them"
@@ -153,9 +182,10 @@ impl Table {
         self.ready().any(|known| known.variant_of.contains_key(name))
     }
 
-    /// Notes that a set is what was published under `name`, converted or in other memory.
+    /// Notes that a set is what was published under `name`, converted or in other memory, if `name` still means that.
     pub(super) fn add_variant(&mut self, id: WeightSetId, name: &str, content: ContentDigest, plan: &WeightPlan) {
-        if let Some(known) = self.sets.get_mut(&id)
+        if self.published(name).is_some_and(|known| known.set.content == content)
+            && let Some(known) = self.sets.get_mut(&id)
             && !known.published.contains(name)
             && known.variant_of.len() < MAX_PUBLISHED_NAMES
         {
@@ -175,62 +205,18 @@ impl Table {
         self.sets.values().filter(|known| known.state == WeightState::Ready)
     }
 
-    /// Sets aside room for a new set, giving up sets that nobody holds, the longest unused first.
-    ///
-    /// # Errors
-    /// [`ErrorKind::OutOfMemory`] where sets that are held leave too little, [`ErrorKind::Busy`] where they are too many;
-    /// nothing is given up then.
-    pub(super) fn reserve(&mut self, bytes: u64, what: &str) -> Result<()> {
-        let held: Vec<&Known> = self.sets.values().filter(|known| !known.holders.is_empty()).collect();
-        let held_bytes = held.iter().map(|known| known.set.plan.size_bytes).sum::<u64>() + self.reserved;
-        if held_bytes.saturating_add(bytes) > self.limit {
-            let names: Vec<String> = held.into_iter().map(Known::shown_with_holders).collect();
-            let by = if names.is_empty() { String::new() } else { format!(" by {}", names.join(", ")) };
-            let message =
-                format!("{what} takes {bytes} bytes; {held_bytes} of the {} for weights are in use{by}", self.limit);
-            let remedy = "have clients give back what they no longer need, ask for a smaller element type, or raise \
-                          --weight-bytes";
-            return Err(Error::new(ErrorKind::OutOfMemory, message, remedy));
-        }
-        if held.len() + self.coming >= MAX_SETS {
-            let message = format!("clients hold {MAX_SETS} sets of weights already; {what} is one too many");
-            return Err(Error::new(ErrorKind::Busy, message, "have them give back what they no longer need"));
-        }
-        while self.used().saturating_add(bytes) > self.limit || self.sets.len() + self.coming >= MAX_SETS {
-            if !self.give_up_one_of(|_| true) {
-                break;
+    /// Adds a set, unless one in the same memory contains the same.
+    pub(super) fn insert_once(&mut self, set: WeightSet) -> WeightSetId {
+        match self.of_content(set.content, set.place) {
+            Some(id) => {
+                self.forsake(Arc::clone(&set.memory.region));
+                id
             }
+            None => self.insert(set),
         }
-        self.reserved += bytes;
-        self.coming += 1;
-        Ok(())
     }
 
-    /// Gives up the longest unused of the sets in some place that nobody holds; `false` where there is none.
-    pub(super) fn give_up_one(&mut self, place: WeightPlace) -> bool {
-        self.give_up_one_of(|known| known.set.place == place)
-    }
-
-    fn give_up_one_of(&mut self, is_meant: impl Fn(&Known) -> bool) -> bool {
-        let idle = self.sets.values().filter(|known| known.holders.is_empty() && is_meant(known));
-        let longest = idle.min_by_key(|known| known.last_used).map(|known| known.set.id);
-        let Some(known) = longest.and_then(|id| self.sets.remove(&id)) else { return false };
-        self.forsaken.push(Arc::clone(&known.set.memory.region));
-        tracing::info!(weights = known.shown(), "weights that nobody holds give way to others");
-        true
-    }
-
-    fn used(&self) -> u64 {
-        self.reserved + self.sets.values().map(|known| known.set.plan.size_bytes).sum::<u64>()
-    }
-
-    /// What was set aside is not needed any more: the set is there, or will not come.
-    pub(super) fn unreserve(&mut self, bytes: u64) {
-        self.reserved = self.reserved.saturating_sub(bytes);
-        self.coming = self.coming.saturating_sub(1);
-    }
-
-    pub(super) fn insert(&mut self, set: WeightSet) -> WeightSetId {
+    fn insert(&mut self, set: WeightSet) -> WeightSetId {
         let id = set.id;
         let known = Known {
             set: Arc::new(set),
@@ -239,6 +225,7 @@ impl Table {
             variant_of: Default::default(),
             names: Default::default(),
             holders: BTreeMap::new(),
+            readers: 0,
             last_used: Instant::now(),
             state: WeightState::Ready,
         };
@@ -276,7 +263,7 @@ impl Table {
     pub(super) fn check_free(&self, name: &str, content: ContentDigest) -> Result<()> {
         let is_other = |known: &&Known| {
             let variant = known.variant_of.get(name).is_some_and(|variant| variant.content != content);
-            !known.holders.is_empty() && (variant || known.published.contains(name) && known.set.content != content)
+            known.is_held() && (variant || known.published.contains(name) && known.set.content != content)
         };
         match self.ready().find(is_other) {
             None => Ok(()),
@@ -387,7 +374,24 @@ impl Table {
         owned.any(|known| known.holders.values().any(|holder| holder.session == session))
     }
 
-    fn drop_forsaken(&mut self) {
+    /// Whether `session`'s hold is still good.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Stale`] where the set was taken by force, or this is no hold of the session's.
+    pub(super) fn check_attachment(&self, session: SessionId, attachment: AttachmentId) -> Result<()> {
+        let is_theirs = |known: &&Known| known.holders.get(&attachment).is_some_and(|holder| holder.session == session);
+        match self.sets.values().find(is_theirs) {
+            None => Err(Error::new(
+                ErrorKind::Stale,
+                format!("the session holds no attachment {attachment}"),
+                "attach the weights again",
+            )),
+            Some(known) if known.state == WeightState::Revoked => Err(taken_by_force(known)),
+            Some(_) => Ok(()),
+        }
+    }
+
+    pub(super) fn drop_forsaken(&mut self) {
         self.sets.retain(|_, known| {
             let is_forsaken = known.is_forsaken();
             if is_forsaken {
@@ -417,26 +421,20 @@ impl Table {
         let mut revoked = self.sets.values().filter(|known| known.state == WeightState::Revoked).filter(is_meant);
         match revoked.find(|known| known.count(session) > 0) {
             None => Ok(()),
-            Some(known) => Err(Error::new(
-                ErrorKind::Stale,
-                format!(
-                    "{} was unloaded by force; its tensors stay readable, but nobody else gets them",
-                    known.shown()
-                ),
-                "reattach it, or drop its tensors and attach it again",
-            )),
+            Some(known) => Err(taken_by_force(known)),
         }
     }
 
-    /// Gives up the sets of a name or path.
+    /// Gives up the sets of a name or path; without force those that are called by another name as well stay under that.
     ///
     /// # Errors
     /// [`ErrorKind::InUse`] where somebody holds one and `force` does not say that it goes nevertheless.
     pub(super) fn unload(&mut self, name: &str, path: Option<&Path>, force: Force) -> Result<Unloaded> {
-        let meant: Vec<WeightSetId> =
-            self.ready().filter(|known| known.is_called(name, path)).map(|known| known.set.id).collect();
+        // What was asked for by a name that leads to no file any more is still meant by it.
+        let is_meant = |known: &&Known| known.is_called(name, path) || path.is_none() && known.names.contains(name);
+        let meant: Vec<WeightSetId> = self.ready().filter(is_meant).map(|known| known.set.id).collect();
         if force == Force::No
-            && let Some(held) = meant.iter().filter_map(|id| self.sets.get(id)).find(|known| !known.holders.is_empty())
+            && let Some(held) = meant.iter().filter_map(|id| self.sets.get(id)).find(|known| known.is_held())
         {
             return Err(Error::new(
                 ErrorKind::InUse,
@@ -445,9 +443,17 @@ impl Table {
             ));
         }
         for id in &meant {
-            if let Some(known) = self.sets.get_mut(id) {
+            let Some(known) = self.sets.get_mut(id) else { continue };
+            if force == Force::Yes {
                 known.state = WeightState::Revoked;
+                continue;
             }
+            if !known.is_called(name, path) {
+                known.files.clear();
+            }
+            known.published.remove(name);
+            known.variant_of.remove(name);
+            known.files.retain(|file| Some(file.path()) != path);
         }
         self.drop_forsaken();
         Ok(if meant.is_empty() { Unloaded::Nothing } else { Unloaded::Weights })

@@ -2,7 +2,7 @@ use std::sync::Arc;
 
 use super::super::registry::Registry;
 use super::memory::WeightPlace;
-use super::set::WeightSet;
+use super::set::{WeightSet, booked_bytes};
 use crate::error::{Error, Result};
 use crate::model::weights::WeightPlan;
 use crate::model::{ModelError, ModelFile};
@@ -14,6 +14,7 @@ pub(super) struct Wanted {
     pub(super) origin: Origin,
     pub(super) plan: WeightPlan,
     pub(super) place: WeightPlace,
+    pub(super) booked_bytes: u64,
 }
 
 /// What tensors come from.
@@ -28,9 +29,10 @@ pub(super) enum Origin {
 }
 
 impl Origin {
+    /// Whether both are the same file in the same state, or the same set.
     pub(super) fn is(&self, other: &Self) -> bool {
         match (self, other) {
-            (Self::File(one), Self::File(other)) => one.path() == other.path(),
+            (Self::File(one), Self::File(other)) => one.state() == other.state(),
             (Self::Published { set: one, .. }, Self::Published { set: other, .. }) => one.id == other.id,
             _ => false,
         }
@@ -59,7 +61,8 @@ impl Wanted {
             // Speaks of a tensor alone.
             error => about(&path.display().to_string(), error.into()),
         })?;
-        Ok(Self { origin: Origin::File(Arc::new(file)), plan, place })
+        let booked_bytes = booked_bytes(&plan);
+        Ok(Self { origin: Origin::File(Arc::new(file)), plan, place, booked_bytes })
     }
 
     /// Lays out the tensors of a published set.
@@ -69,7 +72,8 @@ impl Wanted {
     pub(super) fn of_published(set: Arc<WeightSet>, request: &AttachRequest, place: WeightPlace) -> Result<Self> {
         let plan = set.plan.recast(&request.rule, place.alignment());
         let plan = plan.map_err(|error| about(&request.name, error.into()))?;
-        Ok(Self { origin: Origin::Published { set, name: request.name.clone() }, plan, place })
+        let booked_bytes = booked_bytes(&plan);
+        Ok(Self { origin: Origin::Published { set, name: request.name.clone() }, plan, place, booked_bytes })
     }
 }
 

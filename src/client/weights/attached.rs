@@ -175,8 +175,8 @@ impl Weights {
     /// Whether the broker still counts these weights as held: what to ask before computing with them.
     ///
     /// # Errors
-    /// [`ErrorKind::ConnectionLost`] where the broker is gone, [`ErrorKind::Stale`] where weights of this session were
-    /// unloaded by force. They stay readable in either case; [`Weights::reattach`] makes it good again.
+    /// [`ErrorKind::ConnectionLost`] where the broker is gone, [`ErrorKind::Stale`] where they were unloaded by force.
+    /// They stay readable in either case; [`Weights::reattach`] makes it good again.
     pub fn check(&self) -> Result<()> {
         self.check_with(&self.attached.client.default_options())
     }
@@ -186,8 +186,21 @@ impl Weights {
     /// # Errors
     /// As [`Weights::check`].
     pub fn check_with(&self, options: &CallOptions<'_>) -> Result<()> {
-        let link = Arc::clone(&self.attached.hold.lock().link);
-        link.call(Operation::CheckAttached, &[], options).map(|_| ())
+        let hold = || {
+            let hold = self.attached.hold.lock();
+            (Arc::clone(&hold.link), hold.attachment)
+        };
+        let mut asked = hold();
+        loop {
+            let (link, attachment) = &asked;
+            let checked = link.call(Operation::CheckAttached { attachment: *attachment }, &[], options).map(|_| ());
+            // Reattached by another thread meanwhile: what was asked about is given back.
+            let now = hold();
+            if checked.is_ok() || (Arc::ptr_eq(&now.0, link) && now.1 == *attachment) {
+                return checked;
+            }
+            asked = now;
+        }
     }
 
     /// Takes a hold on the same weights anew, of a broker that was restarted or that had unloaded them, and puts its memory
