@@ -120,6 +120,34 @@ pub enum ModelError {
     /// A tensor does not fit the model.
     #[error(transparent)]
     Tensor(#[from] TensorError),
+    /// A call lacks a tensor that the model computes with.
+    #[error("{} needs {tensor} {expected}, which was not given", path.display())]
+    MissingInput {
+        /// The model.
+        path: PathBuf,
+        /// Name of the argument.
+        tensor: &'static str,
+        /// The shape it must have.
+        expected: String,
+    },
+    /// A call brings a tensor that the model has no place for.
+    #[error("{} has no place for {tensor}: {reason}", path.display())]
+    UnwantedInput {
+        /// The model.
+        path: PathBuf,
+        /// Name of the argument.
+        tensor: &'static str,
+        /// What the model has instead.
+        reason: String,
+    },
+    /// What an adapter changes does not fit the model.
+    #[error("an adapter does not fit layer {layer}: {reason}")]
+    Adapter {
+        /// The layer's stem, or its number where there is no such layer.
+        layer: String,
+        /// What does not fit.
+        reason: String,
+    },
     /// Tiles of an impossible shape.
     #[error("tiles of {width} × {height} with an overlap of {overlap} cannot be used: {reason}")]
     Tiles {
@@ -266,7 +294,10 @@ impl ModelError {
             Self::PlanMismatch { .. } | Self::Cast(_) => ErrorKind::Internal,
             Self::Memory(cause) => cause.kind(),
             Self::Changed { .. } => ErrorKind::Stale,
-            Self::Tensor(_) | Self::Tiles { .. } => ErrorKind::InvalidTensor,
+            Self::Tensor(_) | Self::Tiles { .. } | Self::MissingInput { .. } | Self::UnwantedInput { .. } => {
+                ErrorKind::InvalidTensor
+            }
+            Self::Adapter { .. } => ErrorKind::InvalidModel,
             Self::OverBudget { .. } | Self::OutOfMemory { .. } => ErrorKind::OutOfMemory,
             Self::Executor { .. } => ErrorKind::Internal,
             Self::Cuda(CudaUnavailable::NoSuchDevice { .. }) => ErrorKind::Configuration,
@@ -287,7 +318,7 @@ impl ModelError {
                  take its \"state_dict\" if it has one, and write that with safetensors.torch.save_file"
             }
             Self::Malformed { .. } => "download or convert the file again",
-            Self::MissingPart { .. } => "name a checkpoint or VAE file that holds this part",
+            Self::MissingPart { .. } => "name a file that holds this part",
             Self::Unsupported { .. } => "use a supported model, or a worker that runs it itself",
             Self::ElementType { .. } => {
                 "convert the file to a type of 8 bits or more, such as float8_e4m3fn or float16"
@@ -300,6 +331,9 @@ impl ModelError {
             Self::Changed { .. } => {
                 "send the request again; replace model files by renaming a new file over the old one"
             }
+            Self::MissingInput { .. } => "encode the prompt as this model's family does, and pass all that it gives",
+            Self::UnwantedInput { .. } => "leave it out, or use what was made for this model",
+            Self::Adapter { .. } => "use an adapter that was made for this model's family",
             Self::OverBudget { .. } => "send a smaller batch, smaller tiles, or raise --vae-budget",
             Self::OutOfMemory { .. } => "send a smaller batch or ask for tiles",
             Self::Cuda(why) => why.remedy(),

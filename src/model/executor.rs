@@ -55,7 +55,7 @@ pub struct Capability {
 
 impl Capability {
     /// The first with fast float16.
-    const VOLTA: Self = Self { major: 7, minor: 0 };
+    pub(super) const VOLTA: Self = Self { major: 7, minor: 0 };
     /// The first that computes in bfloat16.
     const AMPERE: Self = Self { major: 8, minor: 0 };
 }

@@ -3,6 +3,7 @@
 //! Opening and recognising need no libtorch; running does (feature `torch`), except for the do-nothing model.
 
 mod detect;
+mod detect_unet;
 mod error;
 mod executor;
 mod file;
@@ -11,10 +12,14 @@ mod layout;
 mod plan;
 #[cfg(feature = "torch")]
 pub mod torch;
+mod unet;
 pub mod weights;
 
 pub use detect::vae_facts;
+pub use detect_unet::unet_facts;
 pub use error::{CudaUnavailable, ModelError};
 pub use executor::{Capability, Vae, VaeFacts, VaeInput, VaePlan, WeightStorage};
 pub use file::{FileState, ModelFile, StoredDType, StoredTensor};
 pub use hand_off::HandOff;
+pub use layout::{LayerId, Skip};
+pub use unet::{Control, Prediction, UnetFacts, UnetInput, UnetVariant};

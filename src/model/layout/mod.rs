@@ -5,10 +5,12 @@
 mod kl;
 mod reader;
 mod tiny;
+pub(super) mod unet;
 
 pub(super) use kl::{Kl, KlDecoder, KlEncoder};
 pub(super) use reader::{Conv, Norm, Reader};
 pub(super) use tiny::Tiny;
+pub use unet::{LayerId, Skip};
 
 #[cfg(feature = "torch")]
 pub(super) use kl::{Attention, Level, Middle, ResBlock};

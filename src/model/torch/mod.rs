@@ -8,6 +8,7 @@ mod shim;
 mod target;
 mod tiles;
 mod tiny;
+mod unet;
 mod vae;
 mod weights;
 
@@ -15,6 +16,7 @@ use tch::{Kind, TchError};
 
 pub use cuda::{CudaSwitches, GpuFacts, TorchCuda, TorchMemory, shim_version};
 pub use target::Target;
+pub use unet::{LayerPatch, LowRank, Patches, Replaced, Stack, Started, TorchUnet, load_unet};
 pub use vae::load_vae;
 pub use weights::LoadOptions;
 
@@ -51,6 +53,11 @@ fn kind_of(dtype: DType) -> Option<Kind> {
         DType::F64 => Kind::Double,
         _ => return None,
     })
+}
+
+/// Our name of an element type, where there is one.
+fn dtype_of(kind: Kind) -> Option<DType> {
+    DType::ALL.into_iter().find(|&dtype| kind_of(dtype) == Some(kind))
 }
 
 /// Turns the library's error for `what` into ours. The library has no kinds of error, only words.

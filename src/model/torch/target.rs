@@ -1,6 +1,6 @@
 use tch::{Device, Kind};
 
-use super::super::{ModelError, VaeFacts};
+use super::super::{Capability, ModelError, UnetFacts, VaeFacts};
 use super::cuda::{Current, TorchCuda};
 use crate::device::StreamRef;
 use crate::service::Precision;
@@ -15,7 +15,8 @@ pub enum Target {
     Cuda {
         /// The GPU and the stream.
         lane: TorchCuda,
-        /// The element type computed in; `None` for what suits model and GPU, see [`VaeFacts::precision`].
+        /// The element type computed in; `None` for what suits model and GPU, see [`VaeFacts::precision`] and
+        /// [`UnetFacts::precision`].
         precision: Option<Precision>,
     },
 }
@@ -24,10 +25,20 @@ impl Target {
     /// The element type that a VAE computes in here.
     #[must_use]
     pub fn precision(&self, facts: &VaeFacts) -> Precision {
+        self.chosen(|gpu| facts.precision(gpu))
+    }
+
+    /// The element type that a UNet computes in here.
+    #[must_use]
+    pub fn unet_precision(&self, facts: &UnetFacts) -> Precision {
+        self.chosen(|gpu| facts.precision(gpu))
+    }
+
+    fn chosen(&self, suits: impl Fn(Option<Capability>) -> Precision) -> Precision {
         match self {
-            Self::Cpu => facts.precision(None),
+            Self::Cpu => suits(None),
             Self::Cuda { precision: Some(precision), .. } => *precision,
-            Self::Cuda { lane, precision: None } => facts.precision(Some(lane.facts().capability)),
+            Self::Cuda { lane, precision: None } => suits(Some(lane.facts().capability)),
         }
     }
 

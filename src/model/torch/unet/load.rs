@@ -1,0 +1,115 @@
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use tch::{Kind, Tensor};
+
+use super::super::super::detect_unet::{facts, unet_layout};
+use super::super::super::layout::unet::{Layer, Unet};
+use super::super::super::{LayerId, ModelError, ModelFile, UnetFacts};
+use super::super::target::{Target, kind_of_precision};
+use super::super::weights::{Backing, LoadOptions, Weights};
+use super::stack::{LayerPatch, Slot, Stack, StackBuilder};
+
+/// A loaded UNet. It belongs to its lane's thread and is never modified by a call.
+#[derive(Debug)]
+pub struct TorchUnet {
+    // Both are declared before `backing`, so that they are dropped before the memory that their tensors point into.
+    pub(super) net: Unet<Tensor>,
+    /// By id: other names for the tensors in `net`.
+    layers: Vec<Layer<Tensor>>,
+    ids: HashMap<String, LayerId>,
+    pub(super) facts: UnetFacts,
+    pub(super) kind: Kind,
+    pub(super) target: Target,
+    pub(super) backing: Backing,
+    /// Tells this model's stacks from those of others.
+    pub(super) identity: Arc<()>,
+}
+
+/// Loads the UNet in `file`, to be run by the calling thread.
+///
+/// # Errors
+/// As [`super::super::super::unet_facts`]; [`ModelError::OutOfMemory`] where the weights do not fit,
+/// [`ModelError::Changed`] where the file is no longer the one that was opened.
+pub fn load_unet(file: Arc<ModelFile>, options: LoadOptions<'_>) -> Result<TorchUnet, ModelError> {
+    let loaded = load(&file, options);
+    // What a failed attempt had loaded, and what a successful one needed for converting.
+    options.target.reclaim();
+    loaded
+}
+
+fn load(file: &Arc<ModelFile>, options: LoadOptions<'_>) -> Result<TorchUnet, ModelError> {
+    let _no_grad = tch::no_grad_guard();
+    let _current = options.target.make_current()?;
+    file.check_unchanged()?;
+    let layout = unet_layout(file)?;
+    let facts = facts(file, &layout)?;
+    let kind = kind_of_precision(options.target.unet_precision(&facts));
+    let mut lengths = Vec::new();
+    layout.each(|layer| {
+        lengths.extend(std::iter::once(&layer.weight).chain(&layer.bias).map(|stored| stored.elements()));
+    });
+    let mut weights = Weights::new(file, options, kind, &lengths)?;
+    let mut layers = Vec::new();
+    let net = layout.try_map(&mut |layer| {
+        let weight = weights.tensor(&layer.weight)?;
+        let bias = layer.bias.as_ref().map(|stored| weights.tensor(stored)).transpose()?;
+        layers.push(same(layer.id, &weight, bias.as_ref()));
+        Ok::<_, ModelError>(Layer { id: layer.id, weight, bias })
+    })?;
+    layers.sort_by_key(|layer| layer.id);
+    let ids = layers.iter().filter_map(|layer| Some((net.stems.get(layer.id.0)?.clone(), layer.id))).collect();
+    let backing = weights.into_backing(file);
+    let target = options.target.clone();
+    Ok(TorchUnet { net, layers, ids, facts, kind, target, backing, identity: Arc::new(()) })
+}
+
+fn same(id: LayerId, weight: &Tensor, bias: Option<&Tensor>) -> Layer<Tensor> {
+    Layer { id, weight: weight.shallow_clone(), bias: bias.map(Tensor::shallow_clone) }
+}
+
+impl TorchUnet {
+    /// What was known of it before it was loaded.
+    #[must_use]
+    pub fn facts(&self) -> &UnetFacts {
+        &self.facts
+    }
+
+    /// All layers with what single-file checkpoints call them, without prefix: `input_blocks.1.1.proj_in`.
+    pub fn layers(&self) -> impl ExactSizeIterator<Item = (LayerId, &str)> {
+        self.layers.iter().map(|layer| (layer.id, self.stem(layer.id)))
+    }
+
+    /// The layer of that name.
+    #[must_use]
+    pub fn layer(&self, stem: &str) -> Option<LayerId> {
+        self.ids.get(stem).copied()
+    }
+
+    /// A layer's weight and bias, to be read only: every request computes with them.
+    #[must_use]
+    pub fn weights(&self, id: LayerId) -> Option<(&Tensor, Option<&Tensor>)> {
+        self.layers.get(id.0).map(|layer| (&layer.weight, layer.bias.as_ref()))
+    }
+
+    /// Checks what adapters change and brings it to where and how this model computes. Each layer may be named once.
+    ///
+    /// # Errors
+    /// [`ModelError::Adapter`] for a change that does not fit its layer, [`ModelError::OutOfMemory`].
+    pub fn stack(&self, changes: Vec<(LayerId, LayerPatch)>) -> Result<Stack, ModelError> {
+        let _no_grad = tch::no_grad_guard();
+        let _current = self.target.make_current()?;
+        let mut stack = StackBuilder::new(&self.identity, self.layers.len(), self.kind, self.target.device());
+        for (id, change) in changes {
+            let unknown =
+                || ModelError::Adapter { layer: id.0.to_string(), reason: "there is no such layer".to_owned() };
+            let layer = self.layers.get(id.0).ok_or_else(unknown)?;
+            stack.add(id, &Slot { stem: self.stem(id), weight: &layer.weight }, change)?;
+        }
+        Ok(stack.finish())
+    }
+
+    fn stem(&self, id: LayerId) -> &str {
+        self.net.stems.get(id.0).map_or("", String::as_str)
+    }
+}

@@ -1,0 +1,16 @@
+//! UNets: loaded once, run for rows of several requests at a time, never modified.
+
+mod blocks;
+mod embed;
+mod load;
+mod patches;
+mod run;
+mod stack;
+
+pub use load::{TorchUnet, load_unet};
+pub use patches::Patches;
+pub use run::Started;
+pub use stack::{LayerPatch, LowRank, Replaced, Stack};
+
+/// The call named in errors.
+const WHAT: &str = "unet";

@@ -1,0 +1,7 @@
+//! What is known of a UNet without running it, and what a call must look like.
+
+mod facts;
+mod input;
+
+pub use facts::{Prediction, UnetFacts, UnetVariant};
+pub use input::{Control, UnetInput};
