@@ -9,6 +9,7 @@ mod file;
 mod hand_off;
 mod layout;
 mod plan;
+pub mod text;
 #[cfg(feature = "torch")]
 pub mod torch;
 pub mod weights;
