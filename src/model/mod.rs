@@ -2,6 +2,7 @@
 //!
 //! Opening and recognising need no libtorch; running does (feature `torch`), except for the do-nothing model.
 
+pub mod clip;
 mod detect;
 mod error;
 mod executor;
