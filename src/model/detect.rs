@@ -120,7 +120,7 @@ impl VaeLayout {
 
 /// The tree of the VAE in `file`.
 pub(super) fn vae_layout(file: &ModelFile) -> Result<VaeLayout, ModelError> {
-    let mut reader = Reader::new(file);
+    let mut reader = Reader::new(file, "an autoencoder");
     let named_sana = file_name(file).contains("taesana");
     for prefix in PREFIXES {
         if let Some(kl) = Kl::read(&mut reader, prefix)? {

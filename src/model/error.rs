@@ -178,6 +178,12 @@ pub enum ModelError {
         /// The allocator's words.
         cause: String,
     },
+    /// A prompt that the text encoders cannot take.
+    #[error("the prompt cannot be encoded: {reason}")]
+    Prompt {
+        /// What is wrong with it.
+        reason: String,
+    },
     /// The tensor library refused an operation on valid input.
     #[error("{what} failed: {cause}")]
     Executor {
@@ -294,9 +300,11 @@ impl ModelError {
             Self::PlanMismatch { .. } | Self::Cast(_) => ErrorKind::Internal,
             Self::Memory(cause) => cause.kind(),
             Self::Changed { .. } => ErrorKind::Stale,
-            Self::Tensor(_) | Self::Tiles { .. } | Self::MissingInput { .. } | Self::UnwantedInput { .. } => {
-                ErrorKind::InvalidTensor
-            }
+            Self::Tensor(_)
+            | Self::Tiles { .. }
+            | Self::Prompt { .. }
+            | Self::MissingInput { .. }
+            | Self::UnwantedInput { .. } => ErrorKind::InvalidTensor,
             Self::Adapter { .. } => ErrorKind::InvalidModel,
             Self::OverBudget { .. } | Self::OutOfMemory { .. } => ErrorKind::OutOfMemory,
             Self::Executor { .. } => ErrorKind::Internal,
@@ -318,7 +326,7 @@ impl ModelError {
                  take its \"state_dict\" if it has one, and write that with safetensors.torch.save_file"
             }
             Self::Malformed { .. } => "download or convert the file again",
-            Self::MissingPart { .. } => "name a file that holds this part",
+            Self::MissingPart { .. } => "name a checkpoint, or a file of its own, that holds this part",
             Self::Unsupported { .. } => "use a supported model, or a worker that runs it itself",
             Self::ElementType { .. } => {
                 "convert the file to a type of 8 bits or more, such as float8_e4m3fn or float16"
@@ -337,7 +345,7 @@ impl ModelError {
             Self::OverBudget { .. } => "send a smaller batch, smaller tiles, or raise --vae-budget",
             Self::OutOfMemory { .. } => "send a smaller batch or ask for tiles",
             Self::Cuda(why) => why.remedy(),
-            Self::Tensor(_) | Self::Tiles { .. } | Self::Executor { .. } | Self::Cancelled => "",
+            Self::Tensor(_) | Self::Tiles { .. } | Self::Prompt { .. } | Self::Executor { .. } | Self::Cancelled => "",
         }
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! Opening and recognising need no libtorch; running does (feature `torch`), except for the do-nothing model.
 
+pub mod clip;
 mod detect;
 mod detect_unet;
 mod error;
@@ -10,6 +11,7 @@ mod file;
 mod hand_off;
 mod layout;
 mod plan;
+pub mod text;
 #[cfg(feature = "torch")]
 pub mod torch;
 mod unet;

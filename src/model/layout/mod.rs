@@ -2,16 +2,20 @@
 //!
 //! The trees are generic over what stands for a tensor, so that the executor has the same tree of loaded ones.
 
+mod clip;
 mod kl;
 mod reader;
 mod tiny;
 pub(super) mod unet;
 
+pub(super) use clip::{Clip, Naming, Projection, Root, roots};
 pub(super) use kl::{Kl, KlDecoder, KlEncoder};
 pub(super) use reader::{Conv, Norm, Reader};
 pub(super) use tiny::Tiny;
 pub use unet::{LayerId, Skip};
 
+#[cfg(feature = "torch")]
+pub(super) use clip::{Block, Linear, Qkv};
 #[cfg(feature = "torch")]
 pub(super) use kl::{Attention, Level, Middle, ResBlock};
 #[cfg(feature = "torch")]

@@ -29,7 +29,7 @@ impl Conv<StoredTensor> {
     }
 }
 
-/// A group normalisation with weight and bias.
+/// A group or layer normalisation with weight and bias.
 #[derive(Debug)]
 pub(crate) struct Norm<T> {
     pub(crate) weight: T,
@@ -46,17 +46,49 @@ impl<T> Norm<T> {
 #[derive(Debug)]
 pub(crate) struct Reader<'a> {
     file: &'a ModelFile,
+    /// What is being read, with its article; for messages.
+    what: &'static str,
     taken: BTreeSet<String>,
 }
 
 impl<'a> Reader<'a> {
-    pub(crate) fn new(file: &'a ModelFile) -> Self {
-        Self { file, taken: BTreeSet::new() }
+    pub(crate) fn new(file: &'a ModelFile, what: &'static str) -> Self {
+        Self { file, what, taken: BTreeSet::new() }
+    }
+
+    /// What is being read, with its article.
+    pub(crate) fn what(&self) -> &'static str {
+        self.what
     }
 
     /// Whether the layer `stem` is there.
     pub(crate) fn has(&self, stem: &str) -> bool {
-        self.file.tensor(&format!("{stem}.weight")).is_some()
+        self.has_tensor(&format!("{stem}.weight"))
+    }
+
+    /// Whether there is a tensor called `name`.
+    pub(crate) fn has_tensor(&self, name: &str) -> bool {
+        self.file.tensor(name).is_some()
+    }
+
+    /// A tensor of floating-point numbers in whatever shape.
+    pub(crate) fn tensor(&mut self, name: &str) -> Result<StoredTensor, ModelError> {
+        self.take(name)
+    }
+
+    /// A tensor of exactly this shape.
+    pub(crate) fn exact(&mut self, name: &str, shape: &[usize]) -> Result<StoredTensor, ModelError> {
+        let stored = self.take(name)?;
+        match stored.shape.as_slice() == shape {
+            true => Ok(stored),
+            false => Err(self.misshapen(name, &stored, &format!("{shape:?}"))),
+        }
+    }
+
+    /// A normalisation over the last dimension, which has `width` elements.
+    pub(crate) fn layer_norm(&mut self, stem: &str, width: usize) -> Result<Norm<StoredTensor>, ModelError> {
+        let [weight, bias] = ["weight", "bias"].map(|part| format!("{stem}.{part}"));
+        Ok(Norm { weight: self.exact(&weight, &[width])?, bias: self.exact(&bias, &[width])? })
     }
 
     /// A convolution with square kernels of `kernel`; `channels_in` as the layers before it demand.
@@ -139,7 +171,7 @@ impl<'a> Reader<'a> {
         let stored = self
             .file
             .tensor(name)
-            .ok_or_else(|| self.unsupported(format!("an autoencoder without a tensor {}", quote(name))))?;
+            .ok_or_else(|| self.unsupported(format!("{} without a tensor {}", self.what, quote(name))))?;
         if !stored.element().is_some_and(DType::is_float) {
             return Err(self.unsupported(format!("element type {} of {}", stored.dtype, quote(name))));
         }
@@ -147,7 +179,7 @@ impl<'a> Reader<'a> {
         Ok(stored.clone())
     }
 
-    fn misshapen(&self, stem: &str, stored: &StoredTensor, expected: &str) -> ModelError {
+    pub(crate) fn misshapen(&self, stem: &str, stored: &StoredTensor, expected: &str) -> ModelError {
         self.unsupported(format!("shape {:?} in layer {} (expected {expected})", stored.shape, quote(stem)))
     }
 }

@@ -1,10 +1,12 @@
 //! Running models with libtorch. Every tensor call is the kind that returns an error; none may panic.
 
+mod clip;
 mod cuda;
 mod kl;
 mod ladder;
 mod ops;
 mod shim;
+mod spans;
 mod target;
 mod tiles;
 mod tiny;
@@ -14,6 +16,7 @@ mod weights;
 
 use tch::{Kind, TchError};
 
+pub use clip::{SdxlSizes, load_clip, sdxl_vector};
 pub use cuda::{CudaSwitches, GpuFacts, TorchCuda, TorchMemory, shim_version};
 pub use target::Target;
 pub use unet::{LayerPatch, LowRank, Patches, Replaced, Stack, Started, TorchUnet, load_unet};

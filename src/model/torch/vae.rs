@@ -5,13 +5,14 @@ use tch::{Device as Compute, Kind, TchError, Tensor};
 
 use super::super::detect::{VaeLayout, vae_layout};
 use super::super::{ModelError, ModelFile, Vae, VaeInput, VaePlan, vae_facts};
+use super::failed;
 use super::ladder::descend;
+use super::spans::view;
 use super::target::{Target, kind_of_precision};
 use super::tiles::Tiled;
 use super::tiny::ScaledTiny;
 use super::weights::{Backing, LoadOptions, Weights};
-use super::{failed, kind_of};
-use crate::device::{Place, Span, StreamRef};
+use crate::device::{Span, StreamRef};
 use crate::service::{VaeMode, VaeOperation};
 use crate::tensor::TensorMeta;
 
@@ -98,8 +99,8 @@ impl TorchVae {
     fn attempt(&self, call: &Call<'_>, mode: VaeMode, input: &VaeInput<'_>, output: &Span) -> Result<(), ModelError> {
         let what = call.operation.name();
         // Both are views on the caller's memory. They and whatever is made of them stay inside this call.
-        let source = self.view(what, &input.meta, input.memory)?;
-        let target = self.view(what, call.output, output)?;
+        let source = view(what, &input.meta, input.memory, &self.target)?;
+        let target = view(what, call.output, output, &self.target)?;
         let (source, target) = match call.operation {
             VaeOperation::Decode => (source, channels_first(&target).map_err(failed(what))?),
             VaeOperation::Encode => {
@@ -155,38 +156,6 @@ impl TorchVae {
             Some(result) => result.map_err(failed(what)),
             None => Err(ModelError::Executor { what, cause: "the file holds no such half".to_owned() }),
         }
-    }
-
-    /// A tensor over `memory`, on the CPU or on the lane's GPU. Not to be kept beyond the call that `memory` was
-    /// borrowed for.
-    fn view(&self, what: &'static str, meta: &TensorMeta, memory: &Span) -> Result<Tensor, ModelError> {
-        let refused = |cause: &str| ModelError::Executor { what, cause: cause.to_owned() };
-        meta.validate()?;
-        meta.check_fits(memory.length())?;
-        let device = match (memory.region().place(), &self.target) {
-            (Place::Host, _) => Compute::Cpu,
-            (Place::Gpu(_), Target::Cuda { .. }) => self.target.device(),
-            (Place::Gpu(_), Target::Cpu) => return Err(refused("a model on the CPU cannot reach memory of a GPU")),
-        };
-        if !memory.address().is_multiple_of(meta.dtype.size_bytes()) {
-            return Err(refused("a tensor is not aligned to its element type"));
-        }
-        let as_i64 = |value: &u64| i64::try_from(*value);
-        let shape: Result<Vec<i64>, _> = meta.shape.as_slice().iter().map(as_i64).collect();
-        // The stride of a dimension of one element means nothing and may be any number.
-        let pairs = meta.shape.as_slice().iter().zip(meta.strides.as_slice());
-        let strides: Result<Vec<i64>, _> =
-            pairs.map(|(&extent, stride)| if extent > 1 { as_i64(stride) } else { Ok(1) }).collect();
-        let (Ok(shape), Ok(strides)) = (shape, strides) else {
-            return Err(refused("a tensor is larger than the address space"));
-        };
-        let kind = kind_of(meta.dtype).ok_or_else(|| refused("elements of a kind that is not computed with"))?;
-        let address = memory.address() as *const u8;
-        // SAFETY: `check_fits` established that shape and strides stay inside the memory, which is aligned. Host memory
-        // is mapped for as long as the caller's borrow, and no work on it is left when `run` returns; the caller keeps a
-        // GPU's memory until the lane's stream has passed this call. The library asks the driver which GPU the address
-        // belongs to and refuses one that is not `device`. The tensor is dropped inside `run`.
-        unsafe { Tensor::f_from_blob(address, &shape, &strides, kind, device) }.map_err(failed(what))
     }
 }
 

@@ -21,7 +21,7 @@ pub struct LoadOptions<'a> {
     pub storage: WeightStorage,
     /// Allocates the memory of [`WeightStorage::Copied`].
     pub memory: &'a dyn Device,
-    /// Told after each tensor how many bytes of how many are loaded, as the element type computed in.
+    /// Told after each tensor how many bytes of how many are loaded, in the element types they are kept in.
     pub progress: &'a dyn Fn(u64, u64),
 }
 
@@ -54,11 +54,12 @@ impl Drop for Backing {
     }
 }
 
-/// Makes tensors of a file's weights, in the element type computed in.
+/// Makes tensors of a file's weights.
 pub(super) struct Weights<'a> {
     file: &'a ModelFile,
     options: LoadOptions<'a>,
-    kind: Kind,
+    /// The element type computed in; `None` where weights stay as they are stored.
+    kind: Option<Kind>,
     region: Option<Arc<dyn Region>>,
     /// First free byte of the region.
     next: u64,
@@ -67,7 +68,7 @@ pub(super) struct Weights<'a> {
 }
 
 impl<'a> Weights<'a> {
-    /// Prepares to load tensors of `lengths` elements each.
+    /// Prepares to load tensors of `lengths` elements each as `kind`.
     pub(super) fn new(
         file: &'a ModelFile,
         options: LoadOptions<'a>,
@@ -75,12 +76,31 @@ impl<'a> Weights<'a> {
         lengths: &[u64],
     ) -> Result<Self, ModelError> {
         let width = kind.elt_size_in_bytes() as u64;
-        let total_bytes = lengths.iter().map(|elements| elements.saturating_mul(width)).fold(0, u64::saturating_add);
+        let sizes_bytes: Vec<_> = lengths.iter().map(|elements| elements.saturating_mul(width)).collect();
+        Self::of_sizes(file, options, Some(kind), &sizes_bytes)
+    }
+
+    /// Prepares to load tensors of `sizes_bytes` each as they are stored.
+    pub(super) fn as_stored(
+        file: &'a ModelFile,
+        options: LoadOptions<'a>,
+        sizes_bytes: &[u64],
+    ) -> Result<Self, ModelError> {
+        Self::of_sizes(file, options, None, sizes_bytes)
+    }
+
+    fn of_sizes(
+        file: &'a ModelFile,
+        options: LoadOptions<'a>,
+        kind: Option<Kind>,
+        sizes_bytes: &[u64],
+    ) -> Result<Self, ModelError> {
+        let total_bytes = sizes_bytes.iter().copied().fold(0, u64::saturating_add);
         let region = match (options.target, options.storage) {
             (Target::Cuda { .. }, _) | (Target::Cpu, WeightStorage::Mapped) => None,
             (Target::Cpu, WeightStorage::Copied) => {
-                let padded = |elements: &u64| elements.saturating_mul(width).next_multiple_of(ALIGNMENT);
-                let size_bytes = lengths.iter().map(padded).fold(0, u64::saturating_add);
+                let padded = |size_bytes: &u64| size_bytes.div_ceil(ALIGNMENT).saturating_mul(ALIGNMENT);
+                let size_bytes = sizes_bytes.iter().map(padded).fold(0, u64::saturating_add);
                 let size_bytes = usize::try_from(size_bytes).unwrap_or(usize::MAX);
                 Some(options.memory.allocate(size_bytes).map_err(device_failed)?)
             }
@@ -91,20 +111,22 @@ impl<'a> Weights<'a> {
     /// The tensor for `stored`.
     pub(super) fn tensor(&mut self, stored: &StoredTensor) -> Result<Tensor, ModelError> {
         let source = self.source(stored)?;
+        let kind = self.kind.unwrap_or(source.kind());
+        let size_bytes = stored.elements() * kind.elt_size_in_bytes() as u64;
         let tensor = match &self.region {
             Some(region) => {
-                let mut target = self.place(region, stored)?;
+                let mut target = self.place(region, stored, kind)?;
                 target.f_copy_(&source).map_err(failed(WHAT))?;
-                self.next += (stored.elements() * self.kind.elt_size_in_bytes() as u64).next_multiple_of(ALIGNMENT);
+                self.next += size_bytes.next_multiple_of(ALIGNMENT);
                 target
             }
             // The stored bytes are what crosses to a GPU; they are converted there.
             None => {
                 let there = source.f_to_device(self.options.target.device()).map_err(failed(WHAT))?;
-                there.f_to_kind(self.kind).map_err(failed(WHAT))?
+                there.f_to_kind(kind).map_err(failed(WHAT))?
             }
         };
-        self.done_bytes += stored.elements() * self.kind.elt_size_in_bytes() as u64;
+        self.done_bytes += size_bytes;
         (self.options.progress)(self.done_bytes, self.total_bytes);
         Ok(tensor)
     }
@@ -137,15 +159,15 @@ impl<'a> Weights<'a> {
     }
 
     /// The next free place of the region, in the shape of `stored`.
-    fn place(&self, region: &Arc<dyn Region>, stored: &StoredTensor) -> Result<Tensor, ModelError> {
-        let end = self.next + stored.elements() * self.kind.elt_size_in_bytes() as u64;
+    fn place(&self, region: &Arc<dyn Region>, stored: &StoredTensor, kind: Kind) -> Result<Tensor, ModelError> {
+        let end = self.next + stored.elements() * kind.elt_size_in_bytes() as u64;
         if end > region.size_bytes() as u64 {
             return Err(failed(WHAT)(TchError::Shape("more weights than were counted".to_owned())));
         }
         let address = region.address() + self.next as usize;
         // SAFETY: the range lies in the region, which is host memory of this model alone, aligned because the region
         // starts at a page and `next` is a multiple of 64; `Backing` holds the region until the tensors are gone.
-        unsafe { Tensor::f_from_blob(address as *const u8, &extents(stored), &[], self.kind, Compute::Cpu) }
+        unsafe { Tensor::f_from_blob(address as *const u8, &extents(stored), &[], kind, Compute::Cpu) }
             .map_err(failed(WHAT))
     }
 }
