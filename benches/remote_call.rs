@@ -12,7 +12,7 @@ use luna_broker::client::{CallOptions, Client, Input, VaeOutput};
 use luna_broker::device::cuda::{CudaStream, Driver};
 use luna_broker::device::{CudaDevice, CudaSharing, Device, GpuRange, InProcessDevice, Place, Span};
 use luna_broker::model::torch::{LoadOptions, Target, TorchCuda, load_vae};
-use luna_broker::model::{ModelFile, Vae, VaeInput, VaePlan, WeightStorage, vae_facts};
+use luna_broker::model::{ModelFile, ModelInput, Vae, VaePlan, WeightStorage, vae_facts};
 use luna_broker::service::{Tiling, VaeCall, VaeOperation};
 use luna_broker::tensor::{DType, Dims, TensorMeta};
 
@@ -159,7 +159,7 @@ impl InProcess {
     }
 
     fn run(&mut self) -> Result<(), AnyError> {
-        let input = VaeInput { meta: self.meta, memory: &self.input };
+        let input = ModelInput { meta: self.meta, memory: &self.input };
         self.vae.run(&self.plan, input, &self.output, &|| false)?;
         Ok(())
     }

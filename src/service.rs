@@ -5,6 +5,10 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+mod unet;
+
+pub use unet::{Control, UnetInput};
+
 /// A kind of model that the broker serves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -12,21 +16,27 @@ use serde::{Deserialize, Serialize};
 pub enum Service {
     /// Latents to images and back.
     Vae,
+    /// One denoising step.
+    Unet,
 }
 
 impl Service {
+    /// Every service.
+    pub const ALL: [Self; 2] = [Self::Vae, Self::Unet];
+
     /// The name used in `status` and metrics.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
             Self::Vae => "vae",
+            Self::Unet => "unet",
         }
     }
 
     /// The service of that name.
     #[must_use]
     pub fn from_name(name: &str) -> Option<Self> {
-        [Self::Vae].into_iter().find(|service| service.name() == name)
+        Self::ALL.into_iter().find(|service| service.name() == name)
     }
 }
 

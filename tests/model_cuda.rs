@@ -19,7 +19,7 @@ use luna_broker::config::BrokerConfig;
 use luna_broker::device::cuda::Driver;
 use luna_broker::device::{CudaDevice, CudaSharing, Device, InProcessDevice, Region, Span};
 use luna_broker::model::torch::{CudaSwitches, LoadOptions, Target, TorchCuda, load_vae};
-use luna_broker::model::{ModelError, ModelFile, Vae, VaeFacts, VaeInput, VaePlan, WeightStorage, vae_facts};
+use luna_broker::model::{ModelError, ModelFile, ModelInput, Vae, VaeFacts, VaePlan, WeightStorage, vae_facts};
 use luna_broker::service::{Precision, TileShape, Tiling, VaeCall, VaeMode, VaeOperation};
 use luna_broker::tensor::{DType, Dims, TensorMeta};
 
@@ -183,7 +183,7 @@ fn run_plan(
     let source = span(places.input, input.bytes.len());
     let target = span(places.output, plan.output.size_bytes().expect("a size"));
     source.write(&input.bytes).expect("it fits");
-    let mode = loaded.vae.run(plan, VaeInput { meta: input.meta, memory: &source }, &target, &|| false)?;
+    let mode = loaded.vae.run(plan, ModelInput { meta: input.meta, memory: &source }, &target, &|| false)?;
     if let Some(lane) = places.lane {
         lane.synchronize()?;
     }
@@ -303,7 +303,7 @@ fn work_on_memory_of_the_gpu_is_enqueued_on_the_lanes_stream_and_not_waited_for(
     let pause = Duration::from_secs(3);
     gpu.memory.delay(gpu.lane.stream(), pause).expect("a pause");
     let started = Instant::now();
-    loaded.vae.run(&plan, VaeInput { meta: latent.meta, memory: &source }, &target, &|| false).expect("it runs");
+    loaded.vae.run(&plan, ModelInput { meta: latent.meta, memory: &source }, &target, &|| false).expect("it runs");
     let returned = started.elapsed();
     // Enqueued behind the pause: what is written here until it ends is what the network reads.
     source.write(&latent.bytes).expect("it fits");

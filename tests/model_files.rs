@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use luna_broker::device::{Device, InProcessDevice, Span};
-use luna_broker::model::{HandOff, ModelError, ModelFile, Vae, VaeFacts, VaeInput, vae_facts};
+use luna_broker::model::{HandOff, ModelError, ModelFile, ModelInput, Vae, VaeFacts, vae_facts};
 use luna_broker::service::{TileShape, Tiling, VaeCall, VaeMode, VaeOperation};
 use luna_broker::tensor::{DType, Dims, TensorError, TensorMeta};
 use tempfile::TempDir;
@@ -411,7 +411,7 @@ fn the_hand_off_writes_sixteen_marks_and_nothing_else() {
     let halves: Vec<u8> = (0..96u16).flat_map(|at| half::f16::from_f32(f32::from(at)).to_ne_bytes()).collect();
     input.write(&halves).expect("it fits");
     output.write(&vec![0xee; output.length()]).expect("it fits");
-    HandOff::default().run(&plan, VaeInput { meta, memory: &input }, &output, &|| true).expect("it never stops");
+    HandOff::default().run(&plan, ModelInput { meta, memory: &input }, &output, &|| true).expect("it never stops");
     let mut image = vec![0; output.length()];
     output.read(&mut image).expect("it fits");
     let step = image.len() / 4 / 16;

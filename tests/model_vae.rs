@@ -8,7 +8,7 @@ use std::sync::Arc;
 use luna_broker::device::{Device, InProcessDevice, Span};
 use luna_broker::model::torch::{LoadOptions, Target, load_vae};
 use luna_broker::model::{
-    ModelError, ModelFile, StoredDType, Vae, VaeFacts, VaeInput, VaePlan, WeightStorage, vae_facts,
+    ModelError, ModelFile, ModelInput, StoredDType, Vae, VaeFacts, VaePlan, WeightStorage, vae_facts,
 };
 use luna_broker::service::{TileShape, Tiling, VaeCall, VaeMode, VaeOperation};
 use luna_broker::tensor::{DType, Dims, TensorMeta};
@@ -121,7 +121,7 @@ fn span(bytes: usize) -> Span {
 fn run_plan(loaded: &mut Loaded, plan: &VaePlan, input: &Value, stop: &dyn Fn() -> bool) -> Result<Value, ModelError> {
     let (source, target) = (span(input.bytes.len()), span(plan.output.size_bytes().expect("a size")));
     source.write(&input.bytes).expect("it fits");
-    let mode = loaded.vae.run(plan, VaeInput { meta: input.meta, memory: &source }, &target, stop)?;
+    let mode = loaded.vae.run(plan, ModelInput { meta: input.meta, memory: &source }, &target, stop)?;
     assert_eq!((mode, loaded.vae.stream()), (plan.mode, None), "what was planned ran, and is complete");
     let mut all = vec![0; target.length() + 128];
     Span::new(Arc::clone(target.region()), 0, all.len()).expect("the region").read(&mut all).expect("it fits");
@@ -366,7 +366,7 @@ fn a_slot_that_does_not_fit_is_an_error() {
     let refused = run_plan(&mut loaded, &VaePlan { output, ..plan }, &latent, &|| false);
     assert!(matches!(refused, Err(ModelError::Executor { .. })), "the result has another shape");
     let small = span(latent.bytes.len());
-    let refused = loaded.vae.run(&plan, VaeInput { meta: latent.meta, memory: &small }, &small, &|| false);
+    let refused = loaded.vae.run(&plan, ModelInput { meta: latent.meta, memory: &small }, &small, &|| false);
     assert!(matches!(refused, Err(ModelError::Tensor(_))), "the slot is too small for the image");
 }
 
@@ -382,7 +382,7 @@ fn an_allocation_that_fails_is_out_of_memory_and_the_model_goes_on() {
     // The model fails before it looks at the size of the result.
     let plan = VaePlan { output: TensorMeta::contiguous(DType::F32, Dims::of([1, 4, 1, 1])), ..plan };
     let (pixel, latent) = (span(4), span(16));
-    let refused = loaded.vae.run(&plan, VaeInput { meta, memory: &pixel }, &latent, &|| false);
+    let refused = loaded.vae.run(&plan, ModelInput { meta, memory: &pixel }, &latent, &|| false);
     assert!(matches!(refused, Err(ModelError::OutOfMemory { what: "encode", .. })), "{refused:?}");
     let image = decode(&mut loaded, &Value::floats(&[1, 4, 2, 2], &[0.25; 16]));
     assert!(image.numbers().iter().all(|value| value.is_finite()));

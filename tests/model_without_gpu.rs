@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use luna_broker::device::{Device, InProcessDevice, Span};
 use luna_broker::model::torch::{LoadOptions, Target, TorchCuda, load_vae, shim_version};
-use luna_broker::model::{CudaUnavailable, ModelError, ModelFile, VaeInput, WeightStorage, vae_facts};
+use luna_broker::model::{CudaUnavailable, ModelError, ModelFile, ModelInput, WeightStorage, vae_facts};
 use luna_broker::service::{Tiling, VaeCall, VaeOperation};
 
 fn mapped(library: &str) -> bool {
@@ -41,7 +41,7 @@ fn decode() -> Vec<u8> {
     let span = |bytes| Span::new(InProcessDevice.allocate(bytes).expect("memory"), 0, bytes).expect("a range");
     let (input, output) = (span(latent.bytes.len()), span(plan.output.size_bytes().expect("a size")));
     input.write(&latent.bytes).expect("it fits");
-    vae.run(&plan, VaeInput { meta: latent.meta, memory: &input }, &output, &|| false).expect("it runs");
+    vae.run(&plan, ModelInput { meta: latent.meta, memory: &input }, &output, &|| false).expect("it runs");
     let mut image = vec![0; output.length()];
     output.read(&mut image).expect("it fits");
     image

@@ -6,6 +6,8 @@
     vae = client.vae("sdxl-vae.safetensors")    # a name the broker knows, or a path
     image = vae.decode(latent)                  # torch [N, C, h, w] to [N, H, W, 3] in 0..1
     latent = vae.encode(image)                  # numpy arrays in give numpy arrays out
+    unet = client.unet("sdxl.safetensors")
+    eps = unet(x, timesteps, context, y=y)      # one step, run by the broker; x's element type and size
     weights = client.attach("unet.safetensors", dtype=torch.float16)    # {key: tensor}, once on this machine
 
 `luna_broker.torch.load_attached` gives such weights to a module, which computes in this process.
@@ -39,6 +41,7 @@ from ._native import (
     ShuttingDown,
     Stale,
     Timeout,
+    Unet,
     Unsupported,
     Vae,
     __version__,
@@ -68,6 +71,7 @@ __all__ = [
     "ShuttingDown",
     "Stale",
     "Timeout",
+    "Unet",
     "Unsupported",
     "Vae",
     "Weights",

@@ -137,8 +137,8 @@ class Call:
     """How one VAE call went."""
 
     @property
-    def mode(self) -> Literal["full", "tiled"]:
-        """Whether it was run in one piece or in tiles."""
+    def mode(self) -> Literal["full", "tiled"] | None:
+        """Whether it was run in one piece or in tiles; `None` for a UNet, which has one way."""
 
     @property
     def queued_s(self) -> float:
@@ -190,6 +190,56 @@ class DeviceTensor:
         """Device type and ordinal."""
 
 @final
+class Unet:
+    """A UNet that lives in the broker. Obtained from `Client.unet`; may be used from many threads, and by many
+    processes at a time: each gets its turn.
+
+    What is said of tensors and errors at `Vae` holds here too.
+    """
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """Facts about the model, among them:
+
+        `name`; `family` (`"sd15"`, `"sdxl"`, ..., `"generic"`); `bytes` (of weights); and under `unet`: `variant`
+        (`"plain"`, `"inpaint"`, `"instruct"`, `"other"`), `prediction` (`"eps"`, `"v"`, `"edm"`, `"v-edm"`),
+        `zero_terminal_snr`, `in_channels`, `context_width`, `vector_width` (`None` where it takes no `y`).
+        """
+
+    @property
+    def last(self) -> Call:
+        """How the last call through this object went; of several threads, whichever ended last."""
+
+    @overload
+    def __call__(
+        self,
+        x: torch.Tensor,
+        timesteps: torch.Tensor,
+        context: torch.Tensor,
+        y: torch.Tensor | None = None,
+        control: Mapping[str, Sequence[torch.Tensor | None]] | None = None,
+        device: str | torch.device | None = None,
+    ) -> torch.Tensor: ...
+    @overload
+    def __call__(
+        self,
+        x: npt.NDArray[np.floating[Any]],
+        timesteps: npt.NDArray[np.floating[Any]],
+        context: npt.NDArray[np.floating[Any]],
+        y: npt.NDArray[np.floating[Any]] | None = None,
+        control: Mapping[str, Sequence[npt.NDArray[np.floating[Any]] | None]] | None = None,
+        device: str | torch.device | None = None,
+    ) -> npt.NDArray[np.floating[Any]]:
+        """The network's output for one step, in `x`'s element type and size; `info["unet"]["prediction"]` says what it
+        means.
+
+        `x`: [B, C, h, w], scaled as samplers do, with what an inpaint or instruct model takes behind the latent's
+        channels. `timesteps`: [B], 0..999 in training, fractions allowed. `context`: [B, tokens, width], the encoded
+        prompt. `y`: [B, width] for models with a `vector_width`. `control`: tensors or `None` in lists under `"input"`,
+        `"middle"` and `"output"`, as ComfyUI passes what a ControlNet gives. `device`: where the result goes; where `x`
+        is unless it says otherwise.
+        """
+
 class Vae:
     """A VAE that lives in the broker. Obtained from `Client.vae`; may be used from many threads.
 
@@ -358,6 +408,12 @@ class Client:
         """The VAE of that name or path, loaded by the broker if it is not yet.
 
         Raises `ModelNotFound`, `InvalidModel`, `Unsupported`, `OutOfMemory`.
+        """
+
+    def unet(self, name: str | PathLike[str]) -> Unet:
+        """The UNet of that name or path, loaded by the broker with its first step.
+
+        Raises `ModelNotFound`, `InvalidModel`, `Unsupported` (a structure that the broker does not run, named).
         """
 
     def attach(

@@ -15,6 +15,7 @@ use crate::permit::Permit;
 use crate::publish;
 use crate::session::Session;
 use crate::tensor::{Device, dtype, hand_out};
+use crate::unet::Unet;
 use crate::vae::Vae;
 use crate::weights::{self, Watch};
 
@@ -76,6 +77,12 @@ impl Client {
     fn vae(&self, py: Python<'_>, name: PathBuf) -> PyResult<Vae> {
         let vae = quick(py, || self.client.vae(&name.to_string_lossy()))?;
         Ok(Vae::new(vae, self.timeout))
+    }
+
+    /// The UNet of that name or path.
+    fn unet(&self, py: Python<'_>, name: PathBuf) -> PyResult<Unet> {
+        let unet = quick(py, || self.client.unet(&name.to_string_lossy()))?;
+        Ok(Unet::new(unet, self.timeout))
     }
 
     /// Weights that lie in the broker's memory once for everybody.
@@ -155,7 +162,7 @@ impl Client {
 
     /// Has the broker load a model now.
     fn load(&self, py: Python<'_>, name: PathBuf) -> PyResult<()> {
-        released(py, self.timeout, |options| self.client.load_with(&name.to_string_lossy(), options)).map(|_| ())
+        released(py, self.timeout, |options| self.client.load_with(None, &name.to_string_lossy(), options)).map(|_| ())
     }
 
     /// Has the broker give up a model's memory.

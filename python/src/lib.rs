@@ -12,6 +12,7 @@ mod permit;
 mod publish;
 mod session;
 mod tensor;
+mod unet;
 mod vae;
 mod weights;
 
@@ -24,6 +25,7 @@ fn native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     session::register(module)?;
     tensor::register(module)?;
     vae::register(module)?;
+    unet::register(module)?;
     weights::register(module)?;
     permit::register(module)?;
     client::register(module)?;

@@ -1,6 +1,9 @@
 use std::time::Duration;
 
-use luna_broker::client::{self, CallOptions, ResultPlace, Unshared, VaeOutput, gpu_named, synchronize_default_stream};
+use luna_broker::client::{
+    self, CallOptions, ResultPlace, UnetOutput, Unshared, VaeOutput, gpu_named, synchronize_default_stream,
+};
+use luna_broker::protocol::Times;
 use luna_broker::service::{TileShape, Tiling, VaeCall, VaeMode, VaeOperation};
 use parking_lot::Mutex;
 use pyo3::prelude::*;
@@ -22,27 +25,35 @@ pub(crate) struct Vae {
 #[pyclass(frozen, get_all, module = "luna_broker")]
 #[derive(Clone, Copy)]
 pub(crate) struct Call {
-    mode: &'static str,
+    mode: Option<&'static str>,
     queued_s: f64,
     run_s: f64,
     bytes_copied_in: u64,
     bytes_copied_out: u64,
 }
 
+impl Call {
+    fn new(mode: Option<&'static str>, times: Times, bytes_copied_in: u64, bytes_copied_out: u64) -> Self {
+        let seconds = |from: u64, to: u64| to.saturating_sub(from) as f64 / 1e9;
+        let queued_s = seconds(times.enqueued_ns, times.started_ns);
+        let run_s = seconds(times.started_ns, times.finished_ns);
+        Self { mode, queued_s, run_s, bytes_copied_in, bytes_copied_out }
+    }
+}
+
 impl From<&VaeOutput> for Call {
     fn from(output: &VaeOutput) -> Self {
-        let seconds = |from: u64, to: u64| to.saturating_sub(from) as f64 / 1e9;
-        let times = output.times;
-        Self {
-            mode: match output.mode {
-                VaeMode::Full => "full",
-                VaeMode::Tiled(_) => "tiled",
-            },
-            queued_s: seconds(times.enqueued_ns, times.started_ns),
-            run_s: seconds(times.started_ns, times.finished_ns),
-            bytes_copied_in: output.copied_in_bytes,
-            bytes_copied_out: output.copied_out_bytes,
-        }
+        let mode = match output.mode {
+            VaeMode::Full => "full",
+            VaeMode::Tiled(_) => "tiled",
+        };
+        Self::new(Some(mode), output.times, output.copied_in_bytes, output.copied_out_bytes)
+    }
+}
+
+impl From<&UnetOutput> for Call {
+    fn from(output: &UnetOutput) -> Self {
+        Self::new(None, output.times, output.copied_in_bytes, output.copied_out_bytes)
     }
 }
 
@@ -60,32 +71,48 @@ impl Vae {
     ) -> PyResult<Bound<'py, PyAny>> {
         let py = input.py();
         let Given { library, borrowed, stream } = borrow(input)?;
-        let wanted = match device.map(Device::named).transpose()? {
-            None => borrowed.ordinal(),
-            Some(Device::Cpu) => None,
-            Some(Device::Cuda(ordinal)) => Some(ordinal),
-        };
+        let (wanted, result) = result_place(py, device, borrowed.ordinal())?;
         let call = VaeCall { operation, tiling };
         let input = borrowed.input(stream).map_err(|error| raise(py, error))?;
-        let result = match wanted {
-            None => ResultPlace::Host,
-            Some(_) if wanted == borrowed.ordinal() => ResultPlace::LikeInput,
-            Some(ordinal) => {
-                let gpu = quick(py, || gpu_named(&format!("cuda:{ordinal}")))?;
-                ResultPlace::Gpu(gpu)
-            }
-        };
-        // Only torch gives memory of its own for a result to be copied to.
-        let unshared = if library == Library::Torch { Unshared::Staging } else { Unshared::Host };
+        let unshared = unshared(library);
         let output = released(py, self.timeout, |options| {
             self.vae.call(call, input, &CallOptions { result, unshared, ..*options })
         })?;
-        if let (Library::Numpy, Some(ordinal)) = (library, borrowed.ordinal()) {
-            // Libraries other than torch may reuse the input's memory, in an order of their own, once the call is over.
-            quick(py, || synchronize_default_stream(&format!("cuda:{ordinal}")))?;
-        }
+        settle(py, library, borrowed.ordinal())?;
         *self.last.lock() = Some(Call::from(&output));
         hand_out(py, output.tensor, library, wanted)
+    }
+}
+
+/// Where a result goes: the ordinal of its GPU in this process, and what that means to the client.
+pub(crate) fn result_place(
+    py: Python<'_>,
+    device: Option<&Bound<'_, PyAny>>,
+    given: Option<i32>,
+) -> PyResult<(Option<i32>, ResultPlace)> {
+    let wanted = match device.map(Device::named).transpose()? {
+        None => given,
+        Some(Device::Cpu) => None,
+        Some(Device::Cuda(ordinal)) => Some(ordinal),
+    };
+    let place = match wanted {
+        None => ResultPlace::Host,
+        Some(_) if wanted == given => ResultPlace::LikeInput,
+        Some(ordinal) => ResultPlace::Gpu(quick(py, || gpu_named(&format!("cuda:{ordinal}")))?),
+    };
+    Ok((wanted, place))
+}
+
+/// Only torch gives memory of its own for a result to be copied to.
+pub(crate) fn unshared(library: Library) -> Unshared {
+    if library == Library::Torch { Unshared::Staging } else { Unshared::Host }
+}
+
+/// Libraries other than torch may reuse an input's memory, in an order of their own, once the call is over.
+pub(crate) fn settle(py: Python<'_>, library: Library, given: Option<i32>) -> PyResult<()> {
+    match (library, given) {
+        (Library::Numpy, Some(ordinal)) => quick(py, || synchronize_default_stream(&format!("cuda:{ordinal}"))),
+        _ => Ok(()),
     }
 }
 

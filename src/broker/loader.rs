@@ -9,13 +9,13 @@ use super::registry::{ModelEntry, Source};
 use crate::config::BrokerConfig;
 use crate::device::CopyStream;
 use crate::error::Error;
-use crate::model::{Capability, HandOff, ModelError, Vae, VaeFacts, WeightStorage};
+use crate::model::{Capability, HandOff, ModelError, Unet, UnetFacts, Vae, VaeFacts, WeightStorage};
 use crate::service::Precision;
 #[cfg(feature = "torch")]
 use crate::{
     device::HostDevice,
     model::ModelFile,
-    model::torch::{self, LoadOptions, Target, TorchCuda, load_vae},
+    model::torch::{self, LoadOptions, Target, TorchCuda, load_unet, load_vae},
 };
 
 /// The setting for models on the CPU, and what it is called to users.
@@ -53,6 +53,11 @@ impl Placement {
         Ok(Self { device, gpu, precision: config.vae_precision })
     }
 
+    /// The element type that a UNet computes in here.
+    pub(super) fn unet_precision(&self, facts: &UnetFacts) -> Precision {
+        facts.precision(self.gpu.and_then(|gpu| gpu.capability))
+    }
+
     /// The facts of a VAE as it runs here.
     pub(super) fn facts(&self, facts: VaeFacts) -> VaeFacts {
         let suited = facts.precision(self.gpu.and_then(|gpu| gpu.capability));
@@ -85,6 +90,12 @@ fn find(name: &str) -> Result<(String, Gpu), Error> {
     };
     let ordinal = ordinal.ok_or_else(refused)?;
     Ok((format!("cuda:{ordinal}"), Gpu { ordinal, capability: None }))
+}
+
+#[cfg(not(feature = "torch"))]
+fn without_executors(file: &crate::model::ModelFile, what: &str) -> ModelError {
+    let what = format!("running {what} in a broker that was built without the feature torch");
+    ModelError::Unsupported { path: file.path().to_owned(), what }
 }
 
 /// Turns an entry into something that runs, on the lane's thread.
@@ -131,27 +142,42 @@ impl Loader {
     /// # Errors
     /// [`ModelError`]; [`ModelError::Cuda`] where the GPU cannot run models; [`ModelError::Unsupported`] for a file in a
     /// build without executors.
-    pub(super) fn load(&self, model: &ModelEntry) -> Result<Box<dyn Vae>, ModelError> {
+    pub(super) fn load_vae(&self, model: &ModelEntry) -> Result<Box<dyn Vae>, ModelError> {
         match model.source() {
             Source::HandOff => Ok(Box::new(self.queue.clone().map_or_else(HandOff::default, HandOff::on))),
             #[cfg(feature = "torch")]
-            Source::File(file) => self.load_file(file),
+            Source::File(file) => self.load_file(file, load_vae),
             #[cfg(not(feature = "torch"))]
-            Source::File(file) => Err(ModelError::Unsupported {
-                path: file.path().to_owned(),
-                what: "running a VAE in a broker that was built without the feature torch".to_owned(),
-            }),
+            Source::File(file) => Err(without_executors(file, "a VAE")),
+        }
+    }
+
+    /// # Errors
+    /// As [`Loader::load_vae`].
+    pub(super) fn load_unet(&self, model: &ModelEntry) -> Result<Box<dyn Unet>, ModelError> {
+        match model.source() {
+            Source::HandOff => Err(model.changed()),
+            #[cfg(feature = "torch")]
+            Source::File(file) => {
+                self.load_file(file, |file, options| Ok(Box::new(load_unet(file, options)?) as Box<dyn Unet>))
+            }
+            #[cfg(not(feature = "torch"))]
+            Source::File(file) => Err(without_executors(file, "a UNet")),
         }
     }
 
     #[cfg(feature = "torch")]
-    fn load_file(&self, file: &Arc<ModelFile>) -> Result<Box<dyn Vae>, ModelError> {
+    fn load_file<M: ?Sized>(
+        &self,
+        file: &Arc<ModelFile>,
+        load: impl FnOnce(Arc<ModelFile>, LoadOptions<'_>) -> Result<Box<M>, ModelError>,
+    ) -> Result<Box<M>, ModelError> {
         let started = Instant::now();
         let progress = |done: u64, _total: u64| self.loading.store(done, Ordering::Relaxed);
         let memory = HostDevice::default();
         let options =
             LoadOptions { target: self.target()?, storage: self.storage, memory: &memory, progress: &progress };
-        let loaded = load_vae(Arc::clone(file), options);
+        let loaded = load(Arc::clone(file), options);
         self.loading.store(0, Ordering::Relaxed);
         if loaded.is_ok() {
             tracing::info!(model = %file.path().display(), seconds = started.elapsed().as_secs_f64(), "model loaded");

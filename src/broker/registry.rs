@@ -7,14 +7,14 @@ use parking_lot::Mutex;
 
 use super::loader::{CPU, Placement};
 use crate::id::ModelId;
-use crate::model::{HandOff, ModelError, ModelFile, VaeFacts, vae_facts};
-use crate::protocol::ModelReport;
+use crate::model::{HandOff, ModelError, ModelFile, UnetFacts, VaeFacts, unet_facts, vae_facts};
+use crate::protocol::{ModelReport, UnetReport};
 use crate::service::Service;
 
-/// More VAEs than anybody keeps in a model folder; bounds a listing's length.
+/// More models than anybody keeps in a model folder; bounds a listing's length.
 const MAX_LISTED: usize = 1000;
 
-/// More files than anybody keeps in a model folder, most of them no VAEs; bounds what a listing opens.
+/// More files than anybody keeps in a model folder; bounds what a listing opens.
 const MAX_FILES: usize = 20_000;
 
 /// More names than anybody asks by; bounds what a client that makes up spellings of one path can fill.
@@ -26,10 +26,46 @@ pub(super) struct ModelEntry {
     id: ModelId,
     name: String,
     source: Source,
-    facts: VaeFacts,
+    facts: Facts,
     /// What it runs on, as users are told.
     device: String,
     loaded: AtomicBool,
+}
+
+/// What is known of a model before it is loaded.
+#[derive(Debug)]
+pub(super) enum Facts {
+    Vae(VaeFacts),
+    Unet(UnetFacts, UnetSizes),
+}
+
+/// What a UNet takes in the element type that it computes in here.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct UnetSizes {
+    pub(super) weight_bytes: u64,
+}
+
+impl Facts {
+    fn service(&self) -> Service {
+        match self {
+            Self::Vae(_) => Service::Vae,
+            Self::Unet(..) => Service::Unet,
+        }
+    }
+
+    fn family(&self) -> &'static str {
+        match self {
+            Self::Vae(facts) => facts.family,
+            Self::Unet(facts, _) => facts.family,
+        }
+    }
+
+    fn weight_bytes(&self) -> u64 {
+        match self {
+            Self::Vae(facts) => facts.weight_bytes,
+            Self::Unet(_, sizes) => sizes.weight_bytes,
+        }
+    }
 }
 
 /// Where a model comes from.
@@ -69,8 +105,34 @@ impl ModelEntry {
         &self.source
     }
 
-    pub(super) fn facts(&self) -> &VaeFacts {
-        &self.facts
+    pub(super) fn service(&self) -> Service {
+        self.facts.service()
+    }
+
+    /// What is known of a VAE.
+    ///
+    /// # Errors
+    /// [`ModelError::MissingPart`] for a model of another service, which requests for a VAE do not find.
+    pub(super) fn vae(&self) -> Result<&VaeFacts, ModelError> {
+        match &self.facts {
+            Facts::Vae(facts) => Ok(facts),
+            Facts::Unet(..) => Err(self.is_no("VAE")),
+        }
+    }
+
+    /// As [`ModelEntry::vae`], of a UNet.
+    ///
+    /// # Errors
+    /// As [`ModelEntry::vae`].
+    pub(super) fn unet(&self) -> Result<&UnetFacts, ModelError> {
+        match &self.facts {
+            Facts::Unet(facts, _) => Ok(facts),
+            Facts::Vae(_) => Err(self.is_no("UNet")),
+        }
+    }
+
+    fn is_no(&self, part: &'static str) -> ModelError {
+        ModelError::MissingPart { path: PathBuf::from(&self.name), part, found: self.facts.service().name().to_owned() }
     }
 
     fn is_loaded(&self) -> bool {
@@ -91,17 +153,33 @@ impl ModelEntry {
             Source::HandOff => String::new(),
             Source::File(file) => file.path().to_string_lossy().into_owned(),
         };
+        let (latent_channels, ratio, unet) = match &self.facts {
+            Facts::Vae(facts) => (facts.latent_channels, facts.ratio, None),
+            Facts::Unet(facts, _) => (facts.out_channels, 0, Some(unet_report(facts))),
+        };
         ModelReport {
             name: self.name.clone(),
             path,
-            service: Service::Vae,
-            family: self.facts.family.to_owned(),
+            service: self.facts.service(),
+            family: self.facts.family().to_owned(),
             loaded: self.is_loaded(),
-            bytes: self.facts.weight_bytes,
+            bytes: self.facts.weight_bytes(),
             device: self.device.clone(),
-            latent_channels: self.facts.latent_channels,
-            ratio: self.facts.ratio,
+            latent_channels,
+            ratio,
+            unet,
         }
+    }
+}
+
+fn unet_report(facts: &UnetFacts) -> UnetReport {
+    UnetReport {
+        variant: facts.variant.name().to_owned(),
+        prediction: facts.prediction.name().to_owned(),
+        zero_terminal_snr: facts.zero_terminal_snr,
+        in_channels: facts.in_channels,
+        context_width: facts.context_width,
+        vector_width: facts.vector_width,
     }
 }
 
@@ -114,8 +192,11 @@ pub(super) struct Registry {
     next: AtomicU64,
     /// By every name under which somebody asked for them. Only what is in here is kept loaded: nobody could unload
     /// the rest.
-    known: Mutex<HashMap<String, Arc<ModelEntry>>>,
+    known: Mutex<Known>,
 }
+
+/// Models by the service and the name they were asked for by.
+type Known = HashMap<(Service, String), Arc<ModelEntry>>;
 
 impl Registry {
     pub(super) fn new(folders: Vec<PathBuf>, bench_models: bool, placement: Placement) -> Self {
@@ -127,39 +208,70 @@ impl Registry {
         &self.placement.device
     }
 
-    /// The model of that name or path. Reads the header of a file that was not asked for before, or that changed while
-    /// it was not loaded; loads nothing.
+    /// The model of a service of that name or path. Reads the header of a file that was not asked for before, or that
+    /// changed while it was not loaded; loads nothing.
     ///
     /// # Errors
-    /// [`ModelError`]: not found, not a model, not one with a VAE.
-    pub(super) fn resolve(&self, name: &str) -> Result<Arc<ModelEntry>, ModelError> {
-        let known = self.known.lock().get(name).cloned();
+    /// [`ModelError`]: not found, not a model, not one with a part for this service.
+    pub(super) fn resolve(&self, service: Service, name: &str) -> Result<Arc<ModelEntry>, ModelError> {
+        let known = self.known.lock().get(&(service, name.to_owned())).cloned();
         if let Some(entry) = known {
             // A loaded one looks at its file itself, in each call.
             if entry.is_loaded() || !entry.source.is_outdated() || !self.give_up(&entry) {
                 return Ok(entry);
             }
         }
-        if let Some(facts) = HandOff::facts(name).filter(|_| self.bench_models) {
-            return Ok(self.add(name, Source::HandOff, facts));
+        let builtin = HandOff::facts(name).filter(|_| self.bench_models && service == Service::Vae);
+        if let Some(facts) = builtin {
+            return Ok(self.add(name, Source::HandOff, Facts::Vae(facts)));
         }
         let path = self.locate(name)?;
         let file = ModelFile::open(&path)?;
-        let facts = self.placement.facts(vae_facts(&file)?);
+        let facts = match service {
+            Service::Vae => Facts::Vae(self.placement.facts(vae_facts(&file)?)),
+            Service::Unet => {
+                let facts = unet_facts(&file)?;
+                let sizes = UnetSizes { weight_bytes: facts.weight_bytes(self.placement.unet_precision(&facts)) };
+                Facts::Unet(facts, sizes)
+            }
+        };
         Ok(self.add(name, Source::File(Arc::new(file)), facts))
     }
 
+    /// Every part of the file of that name or path that a service runs.
+    ///
+    /// # Errors
+    /// As [`Registry::resolve`], of the service that came closest.
+    pub(super) fn parts(&self, name: &str) -> Result<Vec<Arc<ModelEntry>>, ModelError> {
+        let mut parts = Vec::new();
+        let mut refused = None;
+        for service in Service::ALL {
+            match self.resolve(service, name) {
+                Ok(entry) => parts.push(entry),
+                // A part that is there and cannot be run says more than one that is not there.
+                Err(error @ ModelError::MissingPart { .. }) => _ = refused.get_or_insert(error),
+                Err(error) => refused = Some(error),
+            }
+        }
+        match refused {
+            Some(error) if parts.is_empty() => Err(error),
+            _ => Ok(parts),
+        }
+    }
+
     /// Remembers a model under `name`. Two names of one file are one model, and so are two requests at once.
-    fn add(&self, name: &str, source: Source, facts: VaeFacts) -> Arc<ModelEntry> {
+    fn add(&self, name: &str, source: Source, facts: Facts) -> Arc<ModelEntry> {
+        let key = (facts.service(), name.to_owned());
         let mut known = self.known.lock();
         if known.len() >= MAX_NAMES {
             purge(&mut known);
         }
         // Known by another name, and replaced since.
         known.retain(|_, entry| entry.is_loaded() || !entry.source.is_same(&source) || !entry.source.is_outdated());
-        if let Some(entry) = known.values().find(|entry| entry.source.is_same(&source)).cloned() {
+        let is_same = |entry: &&Arc<ModelEntry>| entry.facts.service() == key.0 && entry.source.is_same(&source);
+        if let Some(entry) = known.values().find(is_same).cloned() {
             if known.len() < MAX_NAMES {
-                known.insert(name.to_owned(), Arc::clone(&entry));
+                known.insert(key, Arc::clone(&entry));
             }
             return entry;
         }
@@ -171,12 +283,13 @@ impl Registry {
         let entry = ModelEntry { id, name: source.shown(name), source, facts, device, loaded: AtomicBool::new(false) };
         tracing::info!(
             model = entry.name,
-            family = entry.facts.family,
-            bytes = entry.facts.weight_bytes,
+            service = key.0.name(),
+            family = entry.facts.family(),
+            bytes = entry.facts.weight_bytes(),
             "model recognised"
         );
         let entry = Arc::new(entry);
-        known.insert(name.to_owned(), Arc::clone(&entry));
+        known.insert(key, Arc::clone(&entry));
         entry
     }
 
@@ -241,22 +354,22 @@ impl Registry {
         places.join(", ")
     }
 
-    /// Every model that was asked for, the do-nothing one where it is served, and every file with a VAE in the model
-    /// folders.
+    /// Every model that was asked for, the do-nothing one where it is served, and everything that can be run of the files
+    /// in the model folders.
     pub(super) fn list(&self) -> Vec<ModelReport> {
         let mut listed = 0;
         if self.bench_models {
             // Served whether or not somebody has asked for it.
-            _ = self.resolve(HandOff::NAME);
+            _ = self.resolve(Service::Vae, HandOff::NAME);
         }
         for path in self.files() {
             let name = self.relative_name(&path);
-            match self.resolve(&name) {
-                Ok(_) if listed == MAX_LISTED => {
-                    tracing::warn!(limit = MAX_LISTED, "the model folders hold more VAEs than are listed");
+            match self.parts(&name) {
+                Ok(_) if listed >= MAX_LISTED => {
+                    tracing::warn!(limit = MAX_LISTED, "the model folders hold more models than are listed");
                     break;
                 }
-                Ok(_) => listed += 1,
+                Ok(parts) => listed += parts.len(),
                 Err(error) => tracing::debug!(%name, %error, "not listed"),
             }
         }
@@ -306,7 +419,7 @@ impl Registry {
 }
 
 /// Forgets every model that is neither loaded nor waited for.
-fn purge(known: &mut HashMap<String, Arc<ModelEntry>>) {
+fn purge(known: &mut Known) {
     let mut names: HashMap<ModelId, usize> = HashMap::new();
     for entry in known.values() {
         *names.entry(entry.id).or_default() += 1;

@@ -7,7 +7,7 @@ use parking_lot::Mutex;
 
 use super::clock::Clock;
 use super::gpu::BrokerGpu;
-use super::jobs::VaeExecutor;
+use super::jobs::{UnetExecutor, VaeExecutor};
 use super::loader::{Loader, Placement};
 use super::permits::Permits;
 use super::registry::Registry;
@@ -20,6 +20,7 @@ use crate::id::Epoch;
 use crate::lane::{Lane, Policy, Queue};
 use crate::metrics::Metrics;
 use crate::protocol::{ModelReport, ServerMessage, Status};
+use crate::service::Service;
 use crate::transport::{Connection, Listener, LocalListener, MemoryConnection, MemoryListener};
 
 /// How long an orderly shutdown waits for clients to take their last replies.
@@ -89,11 +90,17 @@ fn make_state(config: BrokerConfig, address: String) -> Result<State> {
     let arena_ids = Arc::new(AtomicU32::new(0));
     let gpu = BrokerGpu::open(&config, &arena_ids)?;
     let queue = gpu.as_ref().map(BrokerGpu::queue).transpose()?;
+    // Each lane's libtorch is a stream of its own: a loader opens it on the lane's thread.
+    let unet_loader = Loader::new(&config, placement.clone(), Arc::clone(&loading), None);
     let loader = Loader::new(&config, placement, Arc::clone(&loading), queue);
     let lane_registry = Arc::clone(&registry);
     let queue = Queue::new(Policy::Fifo, config.lane_capacity).patience(config.input_patience);
     let vae_lane =
         Lane::spawn("luna-vae", queue, move || VaeExecutor::new(loader, lane_registry)).map_err(no_thread)?;
+    let lane_registry = Arc::clone(&registry);
+    let queue = Queue::new(Policy::FairBySession, config.lane_capacity).patience(config.input_patience);
+    let unet_lane =
+        Lane::spawn("luna-unet", queue, move || UnetExecutor::new(unet_loader, lane_registry)).map_err(no_thread)?;
     let limits = WeightLimits::new(config.weight_bytes, gpu.as_ref());
     let weights = Weights::start(limits).map_err(no_thread)?;
     Ok(State {
@@ -103,6 +110,7 @@ fn make_state(config: BrokerConfig, address: String) -> Result<State> {
         clock: Clock::start(),
         registry,
         vae_lane,
+        unet_lane,
         permits: Arc::new(Permits::default()),
         weights,
         loading,
@@ -190,12 +198,12 @@ impl Broker {
         self.state.metrics_text()
     }
 
-    /// Recognises a model by name or path without loading it.
+    /// Recognises the part of a model, by name or path, that a service runs, without loading it.
     ///
     /// # Errors
     /// [`ErrorKind::ModelNotFound`], [`ErrorKind::InvalidModel`], [`ErrorKind::Unsupported`].
-    pub fn describe(&self, model: &str) -> Result<ModelReport> {
-        Ok(self.state.registry.resolve(model)?.report())
+    pub fn describe(&self, service: Service, model: &str) -> Result<ModelReport> {
+        Ok(self.state.registry.resolve(service, model)?.report())
     }
 
     /// Bytes of weights of the model being loaded that are in place.
@@ -228,6 +236,7 @@ impl Broker {
         }
         self.state.permits.end_all();
         self.state.vae_lane.shut_down();
+        self.state.unet_lane.shut_down();
         let deadline = Instant::now() + FAREWELL;
         for link in &sessions {
             link.outbox.flush(deadline);

@@ -21,7 +21,9 @@ use crate::service::Service;
 use crate::tensor::{DType, Dims, TensorMeta};
 use crate::transport::{Abilities, Connection, FrameReader};
 
+mod models;
 mod opening;
+mod unet;
 mod vae;
 mod weights;
 
@@ -101,6 +103,7 @@ impl Session {
                 }
                 Action::Cancel(id) => {
                     self.state.vae_lane.cancel(self.link.id(), id);
+                    self.state.unet_lane.cancel(self.link.id(), id);
                     self.state.weights.cancel(self.link.id(), id);
                     // It may be granted in this moment.
                     self.recall(id);
@@ -162,6 +165,7 @@ impl Session {
         link.outbox.close();
         state.permits.end_session(link.id());
         state.vae_lane.end_session(link.id());
+        state.unet_lane.end_session(link.id());
         state.weights.end_session(link.id());
         connection.close();
         drop((probing, gpu_door));
@@ -212,16 +216,12 @@ impl Session {
             Operation::GpuProbed(probed) => {
                 self.step_gpu(responder, |door, state, memories, _| door.probed(state, memories, probed));
             }
-            Operation::Describe { model } => {
-                let described = self.state.registry.resolve(&model);
+            Operation::Unet(request) => self.unet(responder, deadline, *request)?,
+            Operation::Describe { service, model } => {
+                let described = self.state.registry.resolve(service, &model);
                 responder.settle(described.map(|model| Outcome::Model(model.report())).map_err(Error::from));
             }
-            Operation::Load { model } => match self.state.registry.resolve(&model) {
-                Ok(model) => {
-                    self.submit(responder.session(), responder.request(), deadline, VaeWork::Load { responder, model })
-                }
-                Err(error) => responder.fail(error),
-            },
+            Operation::Load { service, model } => self.load(responder, deadline, service, &model),
             Operation::Unload { model, force } => self.unload(responder, deadline, &model, force),
             Operation::Attach(request) => match self.weights_place(request.gpu) {
                 Ok(gpu) => self.state.weights.attach(&self.state, responder, request, gpu),
@@ -234,6 +234,10 @@ impl Session {
                 responder.settle(checked.map(|()| Outcome::Done));
             }
             Operation::Permit { service: Service::Vae, bytes } => self.permit(responder, deadline, bytes),
+            Operation::Permit { service, .. } => {
+                let message = format!("places in the {} lane are not given away", service.name());
+                responder.fail(Error::new(ErrorKind::Unsupported, message, "ask for a place in the lane of the VAE"));
+            }
             Operation::Verify { name } => self.state.weights.verify(&self.state, responder, name),
             Operation::Models => responder.answer(Outcome::Models(self.state.registry.list())),
             Operation::Status => responder.answer(Outcome::Status(Box::new(self.state.status()))),
@@ -244,7 +248,10 @@ impl Session {
 
     fn submit(&self, session: SessionId, request: RequestId, deadline: Option<Instant>, job: VaeWork) {
         if self.state.permits.is_held_by(session) {
-            return job.give_up().fail(waits_for_itself());
+            if let Some(responder) = job.give_up() {
+                responder.fail(waits_for_itself());
+            }
+            return;
         }
         self.state.vae_lane.submit(Entry { session, request, deadline, job });
     }

@@ -6,7 +6,7 @@ use parking_lot::{Condvar, Mutex};
 
 use super::clock::Clock;
 use super::gpu::BrokerGpu;
-use super::jobs::VaeWork;
+use super::jobs::{UnetWork, VaeWork};
 use super::permits::Permits;
 use super::registry::Registry;
 use super::responder::SessionLink;
@@ -25,6 +25,7 @@ pub(super) struct State {
     pub(super) clock: Clock,
     pub(super) registry: Arc<Registry>,
     pub(super) vae_lane: Lane<VaeWork>,
+    pub(super) unet_lane: Lane<UnetWork>,
     pub(super) permits: Arc<Permits>,
     pub(super) weights: Weights,
     /// Bytes of the model being loaded that are in place.

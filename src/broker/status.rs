@@ -2,6 +2,7 @@ use std::sync::atomic::Ordering;
 
 use super::responder::SessionLink;
 use super::state::State;
+use crate::lane::LaneCounts;
 use crate::protocol::{LaneReport, SessionReport, Status};
 use crate::service::Service;
 
@@ -28,16 +29,19 @@ impl State {
     }
 
     pub(super) fn lane_reports(&self) -> Vec<LaneReport> {
-        let counts = self.vae_lane.counts();
-        vec![LaneReport {
-            service: Service::Vae,
+        let report = |service: Service, counts: LaneCounts, permitted| LaneReport {
+            service,
             device: self.registry.device().to_owned(),
             queued: counts.queued as u64,
             capacity: counts.capacity as u64,
             busy: counts.busy,
             completed: counts.completed,
-            permitted: self.permits.holder(),
-        }]
+            permitted,
+        };
+        vec![
+            report(Service::Vae, self.vae_lane.counts(), self.permits.holder()),
+            report(Service::Unet, self.unet_lane.counts(), None),
+        ]
     }
 }
 

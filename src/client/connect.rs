@@ -11,12 +11,14 @@ use super::link::Link;
 use super::memory::Home;
 use super::session::SessionInfo;
 use super::tensor::{Storage, Tensor};
+use super::unet::Unet;
 use super::vae::Vae;
 use crate::config::{ADDRESS_VARIABLE, ClientConfig, rung_from_environment};
 use crate::device::StreamRef;
 use crate::error::{Error, ErrorKind, Result, Retry};
 use crate::id::GpuUuid;
 use crate::protocol::{DeviceRung, Force, ModelReport, Operation, Outcome, Rung, Status, VerifyReport};
+use crate::service::Service;
 use crate::tensor::TensorMeta;
 use crate::transport::{Connection, LocalConnection, default_address};
 
@@ -221,8 +223,24 @@ impl Client {
     /// [`ErrorKind::ModelNotFound`], [`ErrorKind::InvalidModel`], [`ErrorKind::Unsupported`].
     pub fn vae(&self, model: &str) -> Result<Vae> {
         let name = resolve_locally(model);
-        match self.ask(Operation::Describe { model: name.clone() }, &self.default_options())? {
-            Outcome::Model(info) => Ok(Vae::new(self.clone(), name, info)),
+        let info = self.describe(Service::Vae, &name)?;
+        Ok(Vae::new(self.clone(), name, info))
+    }
+
+    /// The UNet of that name or path. Looks at the file; its weights are loaded with the first call.
+    ///
+    /// # Errors
+    /// As [`Client::vae`].
+    pub fn unet(&self, model: &str) -> Result<Unet> {
+        let name = resolve_locally(model);
+        let info = self.describe(Service::Unet, &name)?;
+        Ok(Unet::new(self.clone(), name, info))
+    }
+
+    fn describe(&self, service: Service, model: &str) -> Result<ModelReport> {
+        let model = model.to_owned();
+        match self.ask(Operation::Describe { service, model }, &self.default_options())? {
+            Outcome::Model(info) => Ok(info),
             _ => Err(unexpected_outcome()),
         }
     }
@@ -281,21 +299,26 @@ impl Client {
         }
     }
 
-    /// Loads a model now instead of with its first call.
+    /// Loads every part of a model that the broker runs now, instead of with its first call.
     ///
     /// # Errors
     /// As [`Client::vae`], and what loading runs into.
-    pub fn load(&self, model: &str) -> Result<ModelReport> {
-        self.load_with(model, &self.default_options())
+    pub fn load(&self, model: &str) -> Result<Vec<ModelReport>> {
+        self.load_with(None, model, &self.default_options())
     }
 
-    /// As [`Client::load`], waiting as `options` say.
+    /// As [`Client::load`], or the part for one service alone, waiting as `options` say.
     ///
     /// # Errors
     /// As [`Client::load`].
-    pub fn load_with(&self, model: &str, options: &CallOptions<'_>) -> Result<ModelReport> {
-        match self.ask(Operation::Load { model: resolve_locally(model) }, options)? {
-            Outcome::Model(info) => Ok(info),
+    pub fn load_with(
+        &self,
+        service: Option<Service>,
+        model: &str,
+        options: &CallOptions<'_>,
+    ) -> Result<Vec<ModelReport>> {
+        match self.ask(Operation::Load { service, model: resolve_locally(model) }, options)? {
+            Outcome::Models(infos) => Ok(infos),
             _ => Err(unexpected_outcome()),
         }
     }

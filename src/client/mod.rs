@@ -1,5 +1,6 @@
 //! The calling side: typed calls, imported memory, leases, reconnection.
 
+mod compute;
 mod connect;
 #[cfg(all(feature = "cuda", unix))]
 mod gpu;
@@ -15,6 +16,7 @@ mod open_gpu;
 mod router;
 mod session;
 mod tensor;
+mod unet;
 mod vae;
 mod weights;
 
@@ -24,5 +26,6 @@ pub use connect::{
 pub use input::Input;
 pub use session::SessionInfo;
 pub use tensor::Tensor;
+pub use unet::{Unet, UnetOutput};
 pub use vae::{Vae, VaeOutput};
 pub use weights::{AttachOptions, Permit, Published, Weights};

@@ -345,7 +345,8 @@ impl ModelError {
             Self::OverBudget { .. } => "send a smaller batch, smaller tiles, or raise --vae-budget",
             Self::OutOfMemory { .. } => "send a smaller batch or ask for tiles",
             Self::Cuda(why) => why.remedy(),
-            Self::Tensor(_) | Self::Tiles { .. } | Self::Prompt { .. } | Self::Executor { .. } | Self::Cancelled => "",
+            Self::Tensor(_) => "send a tensor of the shape and element type that the model takes",
+            Self::Tiles { .. } | Self::Prompt { .. } | Self::Executor { .. } | Self::Cancelled => "",
         }
     }
 }

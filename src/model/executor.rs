@@ -1,10 +1,12 @@
 use std::path::PathBuf;
 
 use crate::device::{Span, StreamRef};
-use crate::service::{Precision, VaeMode, VaeOperation};
+use crate::service::{Precision, UnetInput, VaeMode, VaeOperation};
 use crate::tensor::TensorMeta;
 
 use super::ModelError;
+#[cfg(doc)]
+use super::UnetFacts;
 
 /// Where the weights of a loaded model live.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -100,8 +102,8 @@ pub struct VaePlan {
 }
 
 /// A tensor in memory that the caller keeps alive and unchanged while the call runs.
-#[derive(Debug)]
-pub struct VaeInput<'a> {
+#[derive(Debug, Clone, Copy)]
+pub struct ModelInput<'a> {
     /// Element type, shape and strides.
     pub meta: TensorMeta,
     /// Memory holding at least `meta.span_bytes()`.
@@ -129,7 +131,7 @@ pub trait Vae {
     fn run(
         &mut self,
         plan: &VaePlan,
-        input: VaeInput<'_>,
+        input: ModelInput<'_>,
         output: &Span,
         stop: &dyn Fn() -> bool,
     ) -> Result<VaeMode, ModelError>;
@@ -138,6 +140,30 @@ pub trait Vae {
     /// complete when `run` returns. Always the same answer, valid as long as the process.
     ///
     /// It does not order itself with the GPU's default stream.
+    fn stream(&self) -> Option<StreamRef> {
+        None
+    }
+}
+
+/// A loaded UNet. It belongs to its lane's thread and is never modified by a call.
+pub trait Unet {
+    /// Runs one step: the network's output for `input`, which is what [`UnetFacts::check`] said of it, straight into
+    /// `output`. `stop` is asked before it begins and ends the call with
+    /// [`ModelError::Cancelled`].
+    ///
+    /// With [`Unet::stream`], tensors may also lie in that GPU's memory, under the terms of [`Vae::run`].
+    ///
+    /// # Errors
+    /// As [`UnetFacts::check`]; [`ModelError::OutOfMemory`] after everything the attempt held was freed,
+    /// [`ModelError::Executor`], [`ModelError::Changed`], [`ModelError::Cancelled`].
+    fn run(
+        &mut self,
+        input: &UnetInput<ModelInput<'_>>,
+        output: &Span,
+        stop: &dyn Fn() -> bool,
+    ) -> Result<(), ModelError>;
+
+    /// The stream that GPU work of every [`Unet::run`] is enqueued on; as [`Vae::stream`].
     fn stream(&self) -> Option<StreamRef> {
         None
     }

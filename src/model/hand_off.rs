@@ -7,7 +7,7 @@ use crate::device::{CopyStream, DeviceError, Place, Span, StreamRef};
 use crate::service::{VaeMode, VaeOperation};
 use crate::tensor::{DType, TensorError, TensorMeta};
 
-use super::{ModelError, Vae, VaeFacts, VaeInput, VaePlan};
+use super::{ModelError, ModelInput, Vae, VaeFacts, VaePlan};
 
 /// Elements that are handed over.
 const MARKS: usize = 16;
@@ -36,7 +36,7 @@ impl HandOff {
     /// Copies the elements where one side is GPU memory.
     fn enqueue(
         queue: &dyn CopyStream,
-        input: &VaeInput<'_>,
+        input: &ModelInput<'_>,
         output: &Span,
         step: usize,
         marks: usize,
@@ -89,7 +89,7 @@ impl Vae for HandOff {
     fn run(
         &mut self,
         plan: &VaePlan,
-        input: VaeInput<'_>,
+        input: ModelInput<'_>,
         output: &Span,
         _stop: &dyn Fn() -> bool,
     ) -> Result<VaeMode, ModelError> {

@@ -20,7 +20,7 @@ pub mod weights;
 pub use detect::vae_facts;
 pub use detect_unet::unet_facts;
 pub use error::{CudaUnavailable, ModelError};
-pub use executor::{Capability, Vae, VaeFacts, VaeInput, VaePlan, WeightStorage};
+pub use executor::{Capability, ModelInput, Unet, Vae, VaeFacts, VaePlan, WeightStorage};
 pub use file::{FileState, ModelFile, StoredDType, StoredTensor};
 pub use hand_off::HandOff;
 pub use layout::{LayerId, Skip};

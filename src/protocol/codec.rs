@@ -217,7 +217,7 @@ mod tests {
             id: RequestId(0),
             timeout_ms: None,
             releases: Vec::new(),
-            operation: Operation::Load { model: "m".repeat(MAX_MESSAGE_BYTES) },
+            operation: Operation::Load { service: None, model: "m".repeat(MAX_MESSAGE_BYTES) },
         });
         assert!(matches!(encode(&message, &mut bytes), Err(CodecError::TooLong { .. })));
         assert_eq!(bytes, [1]);

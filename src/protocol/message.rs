@@ -2,7 +2,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::Fault;
 use crate::id::{ArenaId, AttachmentId, DraftId, Epoch, GpuUuid, LeaseRef, PermitId, RequestId};
-use crate::service::{Rung, Service, VaeCall, VaeMode};
+use crate::service::{Rung, Service, UnetInput, VaeCall, VaeMode};
 use crate::tensor::{DType, Dims, TensorMeta};
 
 use super::negotiate::{Accepted, DeviceRung, Hello, NONCE_BYTES, ProbeAnswer, RungFailure, Welcome};
@@ -112,17 +112,23 @@ pub enum Operation {
     GpuProbed(GpuProbed),
     /// A VAE call.
     Vae(VaeRequest),
+    /// One step of a UNet.
+    Unet(Box<UnetRequest>),
     /// What a model is; loads nothing.
     Describe {
+        /// Who runs it.
+        service: Service,
         /// Name or path.
         model: String,
     },
     /// Load a model now instead of with its first call.
     Load {
+        /// Who runs it; absent for every part of the file that is run by somebody.
+        service: Option<Service>,
         /// Name or path.
         model: String,
     },
-    /// Forget a model, and weights of that name; the next call loads them anew.
+    /// Forget all parts of a model, and weights of that name; the next call loads them anew.
     Unload {
         /// Name or path.
         model: String,
@@ -185,6 +191,17 @@ pub struct VaeRequest {
     pub result: SlotPlace,
 }
 
+/// One step of a UNet with its tensors. Those that cross inline lie behind the frame one after the other.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct UnetRequest {
+    /// Name or path of the model.
+    pub model: String,
+    /// The tensors.
+    pub input: UnetInput<TensorSource>,
+    /// The memory that the result goes to.
+    pub result: SlotPlace,
+}
+
 /// Which of a session's memories a slot is wanted in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum SlotPlace {
@@ -204,6 +221,17 @@ pub enum TensorSource {
     Leased(Descriptor),
     /// In the bytes behind this frame.
     Inline(TensorMeta),
+}
+
+impl TensorSource {
+    /// Element type, shape and strides.
+    #[must_use]
+    pub fn meta(&self) -> TensorMeta {
+        match self {
+            Self::Leased(descriptor) => descriptor.meta,
+            Self::Inline(meta) => *meta,
+        }
+    }
 }
 
 /// Plain data that lets the peer find a tensor.
@@ -429,15 +457,15 @@ pub enum Outcome {
     Tensor {
         /// Where it is.
         descriptor: Descriptor,
-        /// How it was computed.
-        mode: VaeMode,
+        /// How it was computed; absent where there is one way.
+        mode: Option<VaeMode>,
     },
     /// A tensor in the bytes behind this frame.
     InlineTensor {
         /// Element type, shape and strides.
         meta: TensorMeta,
-        /// How it was computed.
-        mode: VaeMode,
+        /// How it was computed; absent where there is one way.
+        mode: Option<VaeMode>,
     },
     /// The next step towards a GPU's rung.
     Gpu(Box<GpuAnswer>),

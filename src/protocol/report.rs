@@ -85,8 +85,28 @@ pub struct ModelReport {
     pub device: String,
     /// Channels of the latent.
     pub latent_channels: u64,
-    /// Pixels per latent element in each direction.
+    /// Pixels per latent element in each direction; 0 for a model that has to do with latents alone.
     pub ratio: u64,
+    /// What else there is to know of a UNet.
+    #[serde(default)]
+    pub unet: Option<UnetReport>,
+}
+
+/// What a UNet takes, and what its output means.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UnetReport {
+    /// What it takes on the channels beside the latent's: `plain`, `inpaint`, `instruct`, `other`.
+    pub variant: String,
+    /// What its output means: `eps`, `v`, `edm`, `v-edm`.
+    pub prediction: String,
+    /// Trained to start from pure noise.
+    pub zero_terminal_snr: bool,
+    /// Channels of the input: the latent's and those beside them.
+    pub in_channels: u64,
+    /// Width of a token of the context.
+    pub context_width: u64,
+    /// Width of `y`, the vector beside the context; absent where there is none.
+    pub vector_width: Option<u64>,
 }
 
 /// One lane.

@@ -100,7 +100,7 @@ mod at_work {
                 other => panic!("a fault was due, not {other:?}"),
             }
             // One that comes now is answered too, not left waiting.
-            raw.send(&request(2, Operation::Load { model: model.clone() }));
+            raw.send(&request(2, Operation::Load { service: None, model: model.clone() }));
             assert!(matches!(raw.reply().outcome, Outcome::Fault(fault) if fault.kind == ErrorKind::ShuttingDown));
             raw.send(&ClientMessage::Goodbye);
             let (first, refused) = told.recv().unwrap();

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use luna_broker::ErrorKind;
 use luna_broker::protocol::Operation;
+use luna_broker::service::Service;
 
 use crate::Expected;
 use crate::raw::Raw;
@@ -106,7 +107,9 @@ fn a_name_does_not_lead_out_of_the_model_folders() {
     for name in
         ["unheard-of", "../outside.safetensors", "a/../../outside.safetensors", "..", ".", "", " ", "builtin:other"]
     {
-        for operation in [Operation::Describe { model: name.to_owned() }, Operation::Load { model: name.to_owned() }] {
+        let model = name.to_owned();
+        let describe = Operation::Describe { service: Service::Vae, model: model.clone() };
+        for operation in [describe, Operation::Load { service: None, model }] {
             let fault = raw.fault(operation, &[]);
             expected.check("a name that leads nowhere", &fault);
             assert!(fault.message.contains(&format!("{name:?}")), "{fault}");
@@ -156,7 +159,7 @@ fn a_file_that_is_replaced_while_unloaded_is_loaded_anew_at_once() {
         tiny::write(&other, width);
         let bytes = std::fs::metadata(&other).unwrap().len();
         std::fs::rename(&other, &path).unwrap();
-        let report = scene.bystander.load(name).unwrap();
+        let report = scene.bystander.load(name).unwrap().remove(0);
         assert!(report.loaded && report.bytes < bytes && report.bytes > bytes / 2, "{report:?} of {bytes} bytes");
         assert_eq!(scene.broker.mapped_but_deleted(), 0, "the file that was replaced is let go");
         scene.bystander.unload(name).unwrap();

@@ -6,7 +6,7 @@ use luna_broker::protocol::{
     NONCE_BYTES, OpenGpu, Operation, Release, Request, Rung, RungFailure, ServerMessage, SlotPlace, TensorSource,
     VaeRequest,
 };
-use luna_broker::service::{TileShape, Tiling, VaeCall, VaeOperation};
+use luna_broker::service::{Service, TileShape, Tiling, VaeCall, VaeOperation};
 use luna_broker::tensor::{DType, Dims, TensorMeta};
 use luna_broker::transport::{HEADER_BYTES, TransportError};
 use proptest::prelude::*;
@@ -122,7 +122,7 @@ fn operation() -> impl Strategy<Value = Operation> {
         1 => gpu_search(),
         3 => (place(), number(), any::<bool>())
             .prop_map(|(place, size_bytes, kept)| Operation::Allocate { place, size_bytes, kept }),
-        1 => model.prop_map(|model| Operation::Describe { model }),
+        1 => model.prop_map(|model| Operation::Describe { service: Service::Unet, model }),
         1 => prop::sample::select(vec![Operation::Ping, Operation::Models, Operation::Status, Operation::Metrics]),
     ]
 }

@@ -155,6 +155,10 @@ pub(crate) struct ServeArgs {
     #[arg(long, value_name = "FILE")]
     pub(crate) vae: Vec<PathBuf>,
 
+    /// A UNet, or a checkpoint that holds one, to load at once. May be given several times.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) unet: Vec<PathBuf>,
+
     /// A folder of models that clients may name without a path. May be given several times.
     #[arg(long, value_name = "DIR")]
     pub(crate) models: Vec<PathBuf>,

@@ -27,8 +27,8 @@ pub(crate) fn models(connection: &ConnectionArgs, json: bool) -> Result<(), Erro
 }
 
 pub(crate) fn load(connection: &ConnectionArgs, model: &str) -> Result<(), Error> {
-    let info = client(connection)?.load(model)?;
-    print_text(&format!("loaded {} ({}, {} of weights)\n", info.name, info.family, show::bytes(info.bytes)))
+    let loaded = client(connection)?.load(model)?;
+    print_text(&loaded.iter().map(|info| format!("loaded {}\n", show::loaded(info))).collect::<String>())
 }
 
 pub(crate) fn unload(connection: &ConnectionArgs, model: &str, force: bool) -> Result<(), Error> {

@@ -131,10 +131,20 @@ pub(crate) fn models(models: &[ModelReport]) -> String {
     let rows: Vec<_> = models
         .iter()
         .map(|model| {
-            let latent = format!("{} channels, 1:{}", model.latent_channels, model.ratio);
+            let latent = match &model.unet {
+                None => format!("{} channels, 1:{}", model.latent_channels, model.ratio),
+                Some(unet) => format!("{} channels in, {}, {}", unet.in_channels, unet.variant, unet.prediction),
+            };
             let loaded = if model.loaded { "yes" } else { "no" }.to_owned();
-            [model.name.clone(), model.family.clone(), latent, loaded, bytes(model.bytes), model.device.clone()]
+            let (name, service, family) = (model.name.clone(), model.service.name().to_owned(), model.family.clone());
+            [name, service, family, latent, loaded, bytes(model.bytes), model.device.clone()]
         })
         .collect();
-    table(["name", "family", "latent", "loaded", "weights", "device"], &rows)
+    table(["name", "service", "family", "latent", "loaded", "weights", "device"], &rows)
+}
+
+/// A model that was loaded.
+pub(crate) fn loaded(model: &ModelReport) -> String {
+    let ModelReport { name, service, family, bytes: size, .. } = model;
+    format!("{name} ({}, {family}, {} of weights)", service.name(), bytes(*size))
 }

@@ -11,6 +11,7 @@ use crate::error::{Error, Result};
 use crate::lane::comes_true_soon;
 use crate::model::HandOff;
 use crate::protocol::{Rung, SlotPlace, TensorSource, VaeRequest};
+use crate::service::Service;
 use crate::tensor::TensorMeta;
 use crate::transport::TransportError;
 
@@ -28,7 +29,7 @@ impl Session {
             Ok((prepared, queue)) => {
                 let job = prepared.with(responder);
                 // One whose input does not come waits where it can be taken back, and this thread goes on reading.
-                if job.model.facts().runs_inline && comes_true_soon(|| job.input.is_written()) {
+                if job.model.vae().is_ok_and(|facts| facts.runs_inline) && comes_true_soon(|| job.input.is_written()) {
                     let mut vae = queue.map_or_else(HandOff::default, HandOff::on);
                     if let Some(Unfinished { responder, error }) = job.run_on(&mut vae, &|| false) {
                         responder.fail(error);
@@ -44,13 +45,10 @@ impl Session {
     /// Checks a call and finds its memory; the queue is that of the GPU where the memory is one's.
     fn prepare(&mut self, request: VaeRequest) -> Result<(Prepared, Option<Arc<dyn CopyStream>>), Unprepared> {
         let VaeRequest { model, call, input, result } = request;
-        let model = self.state.registry.resolve(&model)?;
-        let meta = match &input {
-            TensorSource::Leased(descriptor) => descriptor.meta,
-            TensorSource::Inline(meta) => *meta,
-        };
+        let model = self.state.registry.resolve(Service::Vae, &model)?;
+        let meta = input.meta();
         meta.validate()?;
-        let plan = model.facts().plan(&call, &meta, self.state.config.vae_budget_bytes)?;
+        let plan = model.vae()?.plan(&call, &meta, self.state.config.vae_budget_bytes)?;
         let (input, mut queue) = match input {
             TensorSource::Leased(descriptor) => self.memories()?.resolve(&descriptor)?,
             TensorSource::Inline(meta) => (self.receive(&meta)?, None),
@@ -64,7 +62,7 @@ impl Session {
     }
 
     /// Takes the bytes behind the frame into a slot.
-    fn receive(&mut self, meta: &TensorMeta) -> Result<Held, Unprepared> {
+    pub(super) fn receive(&mut self, meta: &TensorMeta) -> Result<Held, Unprepared> {
         let length = meta.span_bytes()?;
         let mut held = self.memories()?.host.lease(length as u64)?;
         let target = held.span_mut().bytes_mut(length)?;
@@ -78,7 +76,7 @@ impl Session {
 }
 
 /// Why a VAE call does not come to run.
-enum Unprepared {
+pub(super) enum Unprepared {
     /// The request is answered with this; the session goes on.
     Refused(Error),
     /// The bytes behind the request did not come: nothing more can be read from this client.

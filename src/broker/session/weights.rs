@@ -3,35 +3,13 @@ use std::time::Instant;
 use super::super::gpu::BrokerGpu;
 use super::super::jobs::VaeWork;
 use super::super::responder::Responder;
-use super::super::weights::Unloaded;
-use super::{Session, waits_for_itself};
+use super::Session;
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::GpuUuid;
-use crate::protocol::{Force, GpuTarget, MAX_TABLE_BYTES, Outcome, PublishRequest, Rung, decode_table};
+use crate::protocol::{GpuTarget, MAX_TABLE_BYTES, PublishRequest, Rung, decode_table};
 use crate::transport::{Connection, TransportError};
 
 impl Session {
-    /// Unloads weights and the model of that name.
-    pub(super) fn unload(&self, responder: Responder, deadline: Option<Instant>, name: &str, force: Force) {
-        // Before anything is unloaded.
-        if self.state.permits.is_held_by(responder.session()) && self.state.registry.resolve(name).is_ok() {
-            return responder.fail(waits_for_itself());
-        }
-        let weights = match self.state.weights.unload(&self.state, name, force) {
-            Ok(weights) => weights,
-            Err(error) => return responder.fail(error),
-        };
-        match (self.state.registry.resolve(name), weights) {
-            (Ok(model), _) => {
-                let (session, request) = (responder.session(), responder.request());
-                self.submit(session, request, deadline, VaeWork::Unload { responder, model });
-            }
-            // What attached it need not be a model that is run here.
-            (Err(_), Unloaded::Weights) => responder.answer(Outcome::Done),
-            (Err(error), Unloaded::Nothing) => responder.fail(error),
-        }
-    }
-
     /// Where weights go for this client: absent for host memory.
     ///
     /// # Errors

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use tch::{Device as Compute, Kind, TchError, Tensor};
 
 use super::super::detect::{VaeLayout, vae_layout};
-use super::super::{ModelError, ModelFile, Vae, VaeInput, VaePlan, vae_facts};
+use super::super::{ModelError, ModelFile, ModelInput, Vae, VaePlan, vae_facts};
 use super::failed;
 use super::ladder::descend;
 use super::spans::view;
@@ -68,7 +68,7 @@ impl Vae for TorchVae {
     fn run(
         &mut self,
         plan: &VaePlan,
-        input: VaeInput<'_>,
+        input: ModelInput<'_>,
         output: &Span,
         stop: &dyn Fn() -> bool,
     ) -> Result<VaeMode, ModelError> {
@@ -96,7 +96,7 @@ struct Call<'a> {
 impl TorchVae {
     /// Runs the whole call in one way. Every tensor made here is gone on return: what is out of memory now may fit in
     /// another way.
-    fn attempt(&self, call: &Call<'_>, mode: VaeMode, input: &VaeInput<'_>, output: &Span) -> Result<(), ModelError> {
+    fn attempt(&self, call: &Call<'_>, mode: VaeMode, input: &ModelInput<'_>, output: &Span) -> Result<(), ModelError> {
         let what = call.operation.name();
         // Both are views on the caller's memory. They and whatever is made of them stay inside this call.
         let source = view(what, &input.meta, input.memory, &self.target)?;

@@ -63,7 +63,7 @@ fn decode(failures: u32, mode: VaeMode) -> (Result<VaeMode, ModelError>, Vec<i64
     let (input, output) = (span(meta.size_bytes().unwrap()), span(plan.output.size_bytes().unwrap()));
     // One half everywhere: a picture that shows where nothing was written.
     input.write(&0x3800u16.to_ne_bytes().repeat(meta.elements().unwrap())).unwrap();
-    let answer = vae.run(&plan, VaeInput { meta, memory: &input }, &output, &|| false);
+    let answer = vae.run(&plan, ModelInput { meta, memory: &input }, &output, &|| false);
     if answer.is_ok() {
         let image = output.elements::<f32>(plan.output.elements().unwrap()).unwrap();
         assert!(image.iter().all(|&value| (value - 0.5).abs() < 1e-6), "all of the picture is there");

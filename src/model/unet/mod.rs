@@ -3,5 +3,5 @@
 mod facts;
 mod input;
 
+pub use crate::service::{Control, UnetInput};
 pub use facts::{Prediction, UnetFacts, UnetVariant};
-pub use input::{Control, UnetInput};

@@ -6,6 +6,7 @@ mod load;
 mod patches;
 mod run;
 mod stack;
+mod step;
 
 pub use load::{TorchUnet, load_unet};
 pub use patches::Patches;

@@ -1,0 +1,10 @@
+//! What lanes are given: calls with their memory, and models to load and to forget.
+
+mod models;
+mod refusal;
+mod unet;
+mod vae;
+
+pub(super) use models::{ModelJob, ModelTask, Shared};
+pub(super) use unet::{UnetCallJob, UnetExecutor, UnetOperand, UnetWork};
+pub(super) use vae::{Unfinished, VaeCallJob, VaeExecutor, VaeWork};

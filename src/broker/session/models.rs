@@ -1,0 +1,67 @@
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::super::jobs::{ModelJob, ModelTask, Shared, UnetWork, VaeWork};
+use super::super::registry::ModelEntry;
+use super::super::responder::Responder;
+use super::super::weights::Unloaded;
+use super::{Session, waits_for_itself};
+use crate::lane::Entry;
+use crate::protocol::{Force, Outcome};
+use crate::service::Service;
+
+impl Session {
+    /// Loads one part of a model, or every part that is run by somebody.
+    pub(super) fn load(&self, responder: Responder, deadline: Option<Instant>, service: Option<Service>, model: &str) {
+        let registry = &self.state.registry;
+        let parts = match service {
+            Some(service) => registry.resolve(service, model).map(|entry| vec![entry]),
+            None => registry.parts(model),
+        };
+        match parts {
+            Ok(parts) => self.submit_each(responder, deadline, ModelTask::Load, parts),
+            Err(error) => responder.fail(error),
+        }
+    }
+
+    /// Unloads weights and the models of that name.
+    pub(super) fn unload(&self, responder: Responder, deadline: Option<Instant>, name: &str, force: Force) {
+        let parts = self.state.registry.parts(name);
+        let runs_vae = parts.iter().flatten().any(|part| part.service() == Service::Vae);
+        // Before anything is unloaded.
+        if self.state.permits.is_held_by(responder.session()) && runs_vae {
+            return responder.fail(waits_for_itself());
+        }
+        let weights = match self.state.weights.unload(&self.state, name, force) {
+            Ok(weights) => weights,
+            Err(error) => return responder.fail(error),
+        };
+        match (parts, weights) {
+            (Ok(parts), _) => self.submit_each(responder, deadline, ModelTask::Unload, parts),
+            // What attached it need not be a model that is run here.
+            (Err(_), Unloaded::Weights) => responder.answer(Outcome::Done),
+            (Err(error), Unloaded::Nothing) => responder.fail(error),
+        }
+    }
+
+    fn submit_each(
+        &self,
+        responder: Responder,
+        deadline: Option<Instant>,
+        task: ModelTask,
+        models: Vec<Arc<ModelEntry>>,
+    ) {
+        let (session, request) = (responder.session(), responder.request());
+        let answer = Shared::new(responder, models.len());
+        for model in models {
+            let service = model.service();
+            let job = ModelJob { task, model, answer: answer.clone() };
+            match service {
+                Service::Vae => self.submit(session, request, deadline, VaeWork::Model(job)),
+                Service::Unet => {
+                    self.state.unet_lane.submit(Entry { session, request, deadline, job: UnetWork::Model(job) });
+                }
+            }
+        }
+    }
+}
