@@ -7,6 +7,7 @@ mod error;
 mod executor;
 mod file;
 mod hand_off;
+mod header;
 mod layout;
 mod plan;
 #[cfg(feature = "torch")]
