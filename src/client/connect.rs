@@ -9,6 +9,7 @@ use super::gpu;
 use super::input::{allocate, unexpected_outcome};
 use super::link::Link;
 use super::memory::Home;
+use super::opener::Opener;
 use super::session::SessionInfo;
 use super::tensor::{Storage, Tensor};
 use super::vae::Vae;
@@ -65,6 +66,9 @@ impl fmt::Debug for CallOptions<'_> {
 type Connector = Box<dyn Fn() -> Result<Arc<dyn Connection>> + Send + Sync>;
 
 /// A connection to a broker, for any number of threads. It comes back by itself after a restart of the broker.
+///
+/// It is of the process that connected: in a forked child each call is [`ErrorKind::ConnectionLost`], and the child
+/// connects for itself.
 #[derive(Clone)]
 pub struct Client {
     inner: Arc<Inner>,
@@ -76,6 +80,7 @@ struct Inner {
     config: ClientConfig,
     link: Mutex<Arc<Link>>,
     closed: AtomicBool,
+    opener: Opener,
 }
 
 impl fmt::Debug for Client {
@@ -122,7 +127,8 @@ impl Client {
 
     fn start(address: String, config: ClientConfig, connector: Connector) -> Result<Self> {
         let link = Mutex::new(Link::open(connector()?, &address, &config)?);
-        Ok(Self { inner: Arc::new(Inner { connector, address, config, link, closed: AtomicBool::new(false) }) })
+        let closed = AtomicBool::new(false);
+        Ok(Self { inner: Arc::new(Inner { connector, address, config, link, closed, opener: Opener::this() }) })
     }
 
     /// What negotiation settled: rung per device and why, broker version, name.
@@ -331,7 +337,7 @@ impl Client {
     /// Ends the session. Tensors already received stay readable; further calls fail. Repeating it is harmless.
     pub fn close(&self) {
         self.inner.closed.store(true, Ordering::Release);
-        self.inner.link.lock().close();
+        self.inner.end();
     }
 
     fn ask(&self, operation: Operation, options: &CallOptions<'_>) -> Result<Outcome> {
@@ -363,7 +369,11 @@ impl Inner {
     }
 
     /// The current session, or a new one where it is over.
+    ///
+    /// # Errors
+    /// As [`Link::open`] and [`Opener::check`]; [`ErrorKind::ConnectionLost`] where the client is closed.
     fn live_link(&self) -> Result<Arc<Link>> {
+        self.opener.check()?;
         let mut link = self.link.lock();
         // Under the lock that `close` takes after it has set the mark: a closed client opens no new session.
         if self.is_closed() {
@@ -377,11 +387,17 @@ impl Inner {
         }
         Ok(Arc::clone(&link))
     }
+
+    fn end(&self) {
+        if self.opener.is_here() {
+            self.link.lock().close();
+        }
+    }
 }
 
 impl Drop for Inner {
     fn drop(&mut self) {
-        self.link.lock().close();
+        self.end();
     }
 }
 
