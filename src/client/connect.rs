@@ -426,10 +426,11 @@ pub fn address_from_environment() -> String {
     }
 }
 
-/// A file the caller can see is named by its full path: the broker has another working directory.
+/// A file the caller can see is named by its full path: the broker has another working directory. A folder is not: it is
+/// no model, and beside one that is called as published weights are, those are meant.
 pub(super) fn resolve_locally(model: &str) -> String {
     let path = std::path::Path::new(model);
-    if path.is_absolute() || model.starts_with("builtin:") || !path.exists() {
+    if path.is_absolute() || model.starts_with("builtin:") || !path.is_file() {
         return model.to_owned();
     }
     std::path::absolute(path).map_or_else(|_| model.to_owned(), |path| path.to_string_lossy().into_owned())

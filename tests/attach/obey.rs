@@ -51,6 +51,8 @@ pub(crate) fn run() {
 impl Holdings {
     fn obey(&mut self, socket: &str, words: &[&str]) -> Result<String, Error> {
         match *words {
+            ["enter", folder] => std::env::set_current_dir(folder).expect("there is such a folder"),
+            ["digest"] => crate::publishing::digest_without_threads(),
             ["connect", name] => {
                 let config = ClientConfig { name: name.to_owned(), ..ClientConfig::default() };
                 self.client = Some(Client::connect_with(Some(socket), config)?);
