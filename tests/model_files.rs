@@ -1,6 +1,7 @@
 //! Model files without libtorch: what is opened, what is recognised, how a call is planned, and what is refused.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use luna_broker::device::{Device, InProcessDevice, Span};
 use luna_broker::model::{HandOff, ModelError, ModelFile, ModelInput, Vae, VaeFacts, vae_facts};
@@ -224,6 +225,39 @@ fn a_file_that_was_touched_replaced_or_removed_is_noticed() {
     assert!(matches!(file.check_unchanged(), Err(ModelError::Changed { .. })));
     std::fs::remove_file(&path).expect("removing");
     assert!(matches!(file.check_unchanged(), Err(ModelError::Changed { .. })));
+}
+
+#[test]
+fn a_file_that_is_rewritten_while_it_is_opened_is_an_error_at_the_worst() {
+    let folder = folder();
+    // A scale, which describing reads too, and a header that takes its time.
+    let mut layers = tiny_decoder("decoder.", 0, 8, 4, false);
+    layers.push(("vae_scale".to_owned(), vec![1]));
+    layers.extend((0..5000).map(|at| (format!("other.{at}"), vec![1])));
+    let path = write_layers(&folder, "file.safetensors", &layers);
+    let whole = std::fs::read(&path).expect("readable");
+    let is_over = AtomicBool::new(false);
+    let results: Vec<_> = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !is_over.load(Ordering::Relaxed) {
+                // As `cp` does it: the file is emptied first.
+                std::fs::write(&path, &whole).expect("writable");
+            }
+        });
+        let results = (0..500).map(|_| ModelFile::open(&path).and_then(|file| vae_facts(&file))).collect();
+        is_over.store(true, Ordering::Relaxed);
+        results
+    });
+    let mut cut_short = 0;
+    for result in results {
+        match result {
+            // Zero, as everything in the file is.
+            Err(ModelError::Malformed { reason, .. }) if reason == "vae_scale is zero" => {}
+            Err(ModelError::Changed { .. } | ModelError::Malformed { .. }) => cut_short += 1,
+            other => panic!("{other:?}"),
+        }
+    }
+    eprintln!("{cut_short} of 500 were cut short");
 }
 
 #[test]

@@ -9,6 +9,7 @@ use super::gpu;
 use super::input::{allocate, unexpected_outcome};
 use super::link::Link;
 use super::memory::Home;
+use super::opener::Opener;
 use super::session::SessionInfo;
 use super::tensor::{Storage, Tensor};
 use super::unet::Unet;
@@ -67,6 +68,9 @@ impl fmt::Debug for CallOptions<'_> {
 type Connector = Box<dyn Fn() -> Result<Arc<dyn Connection>> + Send + Sync>;
 
 /// A connection to a broker, for any number of threads. It comes back by itself after a restart of the broker.
+///
+/// It is of the process that connected: in a forked child each call is [`ErrorKind::ConnectionLost`], and the child
+/// connects for itself.
 #[derive(Clone)]
 pub struct Client {
     inner: Arc<Inner>,
@@ -78,6 +82,7 @@ struct Inner {
     config: ClientConfig,
     link: Mutex<Arc<Link>>,
     closed: AtomicBool,
+    opener: Opener,
 }
 
 impl fmt::Debug for Client {
@@ -124,7 +129,8 @@ impl Client {
 
     fn start(address: String, config: ClientConfig, connector: Connector) -> Result<Self> {
         let link = Mutex::new(Link::open(connector()?, &address, &config)?);
-        Ok(Self { inner: Arc::new(Inner { connector, address, config, link, closed: AtomicBool::new(false) }) })
+        let closed = AtomicBool::new(false);
+        Ok(Self { inner: Arc::new(Inner { connector, address, config, link, closed, opener: Opener::this() }) })
     }
 
     /// What negotiation settled: rung per device and why, broker version, name.
@@ -354,7 +360,7 @@ impl Client {
     /// Ends the session. Tensors already received stay readable; further calls fail. Repeating it is harmless.
     pub fn close(&self) {
         self.inner.closed.store(true, Ordering::Release);
-        self.inner.link.lock().close();
+        self.inner.end();
     }
 
     fn ask(&self, operation: Operation, options: &CallOptions<'_>) -> Result<Outcome> {
@@ -386,7 +392,11 @@ impl Inner {
     }
 
     /// The current session, or a new one where it is over.
+    ///
+    /// # Errors
+    /// As [`Link::open`] and [`Opener::check`]; [`ErrorKind::ConnectionLost`] where the client is closed.
     fn live_link(&self) -> Result<Arc<Link>> {
+        self.opener.check()?;
         let mut link = self.link.lock();
         // Under the lock that `close` takes after it has set the mark: a closed client opens no new session.
         if self.is_closed() {
@@ -400,11 +410,17 @@ impl Inner {
         }
         Ok(Arc::clone(&link))
     }
+
+    fn end(&self) {
+        if self.opener.is_here() {
+            self.link.lock().close();
+        }
+    }
 }
 
 impl Drop for Inner {
     fn drop(&mut self) {
-        self.link.lock().close();
+        self.end();
     }
 }
 
@@ -433,10 +449,11 @@ pub fn address_from_environment() -> String {
     }
 }
 
-/// A file the caller can see is named by its full path: the broker has another working directory.
+/// A file the caller can see is named by its full path: the broker has another working directory. A folder is not: it is
+/// no model, and beside one that is called as published weights are, those are meant.
 pub(super) fn resolve_locally(model: &str) -> String {
     let path = std::path::Path::new(model);
-    if path.is_absolute() || model.starts_with("builtin:") || !path.exists() {
+    if path.is_absolute() || model.starts_with("builtin:") || !path.is_file() {
         return model.to_owned();
     }
     std::path::absolute(path).map_or_else(|_| model.to_owned(), |path| path.to_string_lossy().into_owned())

@@ -96,11 +96,20 @@ impl GpuWeights {
     /// Puts other memory of equal content behind the same addresses.
     ///
     /// # Errors
-    /// [`DeviceError::WrongHandle`] for plain memory, whose addresses the driver chooses; [`DeviceError::Cuda`].
+    /// [`DeviceError::WrongHandle`] for plain memory, whose addresses the driver chooses; as [`CudaWeights::replace`].
     pub(super) fn replace(&self, handle: RegionHandle) -> Result<(), DeviceError> {
         match (self, handle) {
             (Self::ReadOnly(weights), RegionHandle::CudaVmm(fd)) => weights.replace(fd),
             _ => Err(DeviceError::WrongHandle { device: "CUDA" }),
+        }
+    }
+
+    /// # Errors
+    /// As [`CudaWeights::check`].
+    pub(super) fn check(&self) -> Result<(), DeviceError> {
+        match self {
+            Self::ReadOnly(weights) => weights.check(),
+            Self::Plain(_) => Ok(()),
         }
     }
 }

@@ -6,6 +6,7 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 use parking_lot::Mutex;
 
 use super::open_gpu::LinkGpu;
+use super::opener::Opener;
 use crate::device::{DeviceError, Span, StreamRef};
 use crate::id::LeaseRef;
 use crate::protocol::Release;
@@ -21,6 +22,7 @@ const MAX_RELEASES: usize = 4096;
 pub(super) struct Leases {
     notes: Mutex<Notes>,
     doorbell: Sender<()>,
+    opener: Opener,
 }
 
 #[derive(Debug, Default)]
@@ -148,7 +150,7 @@ impl Leases {
     /// An empty table, and the doorbell that rings when a lease was dropped.
     pub(super) fn new() -> (Arc<Self>, Receiver<()>) {
         let (doorbell, rings) = bounded(1);
-        (Arc::new(Self { notes: Mutex::default(), doorbell }), rings)
+        (Arc::new(Self { notes: Mutex::default(), doorbell, opener: Opener::this() }), rings)
     }
 
     /// Takes up a lease on `span`, which starts `offset` bytes into its arena.
@@ -254,6 +256,9 @@ impl Lease {
 
 impl Drop for Lease {
     fn drop(&mut self) {
+        if !self.leases.opener.is_here() {
+            return;
+        }
         let mut notes = self.leases.notes.lock();
         notes.live.remove(&self.span.address());
         if notes.over {

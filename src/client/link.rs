@@ -11,6 +11,7 @@ use super::janitor;
 use super::leases::Leases;
 use super::memory::{ImportedMemory, Retired};
 use super::open_gpu::{LinkGpu, travels_beside};
+use super::opener::Opener;
 use super::router::{Answer, Router, Turn};
 use super::session::{Negotiation, SessionInfo};
 use super::weights::WeightMaps;
@@ -49,8 +50,7 @@ pub(super) struct Link {
     closing: AtomicBool,
     /// The connection ended before the client closed it.
     lost: AtomicBool,
-    /// The process that opened the session.
-    process: u32,
+    opener: Opener,
     pub(super) session: SessionInfo,
     /// The only rung that the client wants, on every device it can have.
     pub(super) forced: Option<Rung>,
@@ -101,7 +101,7 @@ impl Link {
             next: AtomicU64::new(1),
             closing: AtomicBool::new(false),
             lost: AtomicBool::new(false),
-            process: std::process::id(),
+            opener: Opener::this(),
             session,
             forced: config.rung,
             gpu_order: config.gpu_order,
@@ -134,8 +134,10 @@ impl Link {
     /// Sends a request, with `payload` behind it, and waits for its answer. A fault is an error.
     ///
     /// # Errors
-    /// The broker's fault, [`ErrorKind::ConnectionLost`], [`ErrorKind::Timeout`], [`ErrorKind::Cancelled`].
+    /// The broker's fault, [`ErrorKind::ConnectionLost`], [`ErrorKind::Timeout`], [`ErrorKind::Cancelled`]; as
+    /// [`Opener::check`].
     pub(super) fn call(&self, operation: Operation, payload: &[u8], options: &CallOptions<'_>) -> Result<Answer> {
+        self.opener.check()?;
         let started = Instant::now();
         let id = RequestId(self.next.fetch_add(1, Ordering::Relaxed));
         self.router.expect(id)?;
@@ -313,6 +315,7 @@ impl Link {
     }
 
     fn send(&self, message: &ClientMessage) -> Result<()> {
+        self.opener.check()?;
         let mut writer = self.writer.lock();
         self.write(&mut writer.frame, message, &[])
     }
@@ -351,14 +354,9 @@ impl Link {
         }
     }
 
-    /// Whether this process opened the session. A forked child has a copy of this value, but the session is its parent's.
-    fn is_mine(&self) -> bool {
-        std::process::id() == self.process
-    }
-
     /// Ends the session in order. Tensors already received stay readable.
     pub(super) fn close(&self) {
-        if !self.is_mine() {
+        if !self.opener.is_here() {
             return;
         }
         if !self.router.is_lost() {
@@ -381,7 +379,7 @@ impl Drop for Link {
         self.close();
         let is_janitor = self.janitor.get() == Some(&std::thread::current().id());
         // Who connects anew because the broker went away does not wait.
-        if !was_lost && !is_janitor && std::process::id() == self.process {
+        if !was_lost && !is_janitor && self.opener.is_here() {
             _ = self.janitor_gone.recv_timeout(FAREWELL);
         }
     }

@@ -13,6 +13,7 @@ mod leases;
 mod link;
 mod memory;
 mod open_gpu;
+mod opener;
 mod router;
 mod session;
 mod tensor;

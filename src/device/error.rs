@@ -72,6 +72,11 @@ pub enum DeviceError {
     /// The region was imported for reading.
     #[error("the region is mapped for reading only")]
     ReadOnly,
+    /// Other memory was to take the place of a region's, and the driver refused it, and then refused what was there before.
+    #[error(
+        "nothing is mapped any more where this memory was: the driver refused what was to replace it, and then it too"
+    )]
+    NothingMapped,
     /// CUDA cannot be used by this process.
     #[error("no CUDA driver that this process can use: {reason}")]
     NoDriver {
@@ -166,13 +171,22 @@ impl DeviceError {
             Self::TooSmall { .. } | Self::NotSealed | Self::StillMapped | Self::Imported | Self::OutOfBounds { .. } => {
                 ErrorKind::Protocol
             }
-            Self::NotRecorded { .. } | Self::OwnerGone => ErrorKind::Stale,
+            Self::NotRecorded { .. } | Self::OwnerGone | Self::NothingMapped => ErrorKind::Stale,
+        }
+    }
+}
+
+impl DeviceError {
+    fn remedy(&self) -> &'static str {
+        match self {
+            Self::NothingMapped => "compute nothing with it; reattach once the GPU has room, or attach anew",
+            _ => "",
         }
     }
 }
 
 impl From<DeviceError> for Error {
     fn from(error: DeviceError) -> Self {
-        Self::caused(error.kind(), "", error)
+        Self::caused(error.kind(), error.remedy(), error)
     }
 }

@@ -162,8 +162,11 @@ fn scale(file: &ModelFile, prefix: &str, latent_channels: u64) -> Result<Scale, 
 
 /// The one finite number in `stored`.
 fn scalar(file: &ModelFile, name: &str, stored: &StoredTensor) -> Result<f64, ModelError> {
-    let bytes = file.bytes(stored)?;
-    let value = match (stored.dtype, bytes) {
+    // Read and not mapped: whoever describes a file must survive one that is rewritten meanwhile.
+    let mut bytes = [0; size_of::<f64>()];
+    let bytes = bytes.get_mut(..stored.bytes.len()).unwrap_or_default();
+    file.read_exact_at(stored.bytes.start as u64, bytes)?;
+    let value = match (stored.dtype, &*bytes) {
         (StoredDType::F32, &[a, b, c, d]) => f64::from(f32::from_le_bytes([a, b, c, d])),
         (StoredDType::F16, &[a, b]) => f16::from_le_bytes([a, b]).to_f64(),
         (StoredDType::BF16, &[a, b]) => bf16::from_le_bytes([a, b]).to_f64(),

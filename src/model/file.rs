@@ -3,24 +3,17 @@ use std::fs::{File, Metadata, OpenOptions};
 use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::time::SystemTime;
 
 use memmap2::Mmap;
-use safetensors::SafeTensors;
-use safetensors::tensor::SafeTensorError;
 
 use super::ModelError;
+use super::header::{Header, quote, read_header};
 use crate::tensor::DType;
 
 /// Element type as a file stores it; wider than [`DType`], which lists what can be computed with.
 pub type StoredDType = safetensors::Dtype;
-
-/// Bytes before the header: its length as a little-endian 64-bit integer.
-const LENGTH_BYTES: usize = 8;
-/// Longest piece of a file's own text that is repeated in a message.
-const MAX_QUOTED_CHARS: usize = 120;
-/// Endings under which pickle checkpoints are published.
-const PICKLE_ENDINGS: [&str; 5] = ["ckpt", "pt", "pth", "bin", "pkl"];
 
 /// One tensor of a model file, as the header describes it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -64,15 +57,16 @@ impl StoredTensor {
     }
 }
 
-/// An open safetensors file: header parsed and checked, data mapped read-only.
+/// An open safetensors file: header read and checked, data mapped read-only once [`ModelFile::bytes`] asks for it.
 ///
-/// The mapping shows the file itself. Whoever shortens the file in place takes the process down with it; replacing
-/// it by renaming another over it is harmless, and [`ModelFile::check_unchanged`] notices both.
+/// The mapping shows the file itself. Whoever shortens a mapped file in place takes the process down with it; replacing
+/// it by renaming another over it is harmless, and [`ModelFile::check_unchanged`] notices both. A file that is not mapped
+/// may be shortened at any moment.
 #[derive(Debug)]
 pub struct ModelFile {
     state: FileState,
     file: File,
-    mapping: Mmap,
+    mapping: OnceLock<Mmap>,
     tensors: BTreeMap<String, StoredTensor>,
 }
 
@@ -133,25 +127,16 @@ impl Identity {
 }
 
 impl ModelFile {
-    /// Opens and checks the file at `path`. Reads the header only.
+    /// Opens and checks the file at `path`. Reads the header only, and maps nothing.
     ///
     /// # Errors
     /// [`ModelError::Unreadable`] for a missing or forbidden file and for what is no regular file,
-    /// [`ModelError::Directory`], [`ModelError::Pickle`], and [`ModelError::Malformed`] for all else that is not a
-    /// safetensors file whose tensors fill it exactly.
+    /// [`ModelError::Directory`], [`ModelError::Pickle`], [`ModelError::Changed`] for a file that is shortened meanwhile,
+    /// and [`ModelError::Malformed`] for all else that is not a safetensors file whose tensors fill it exactly.
     pub fn open(path: &Path) -> Result<Self, ModelError> {
         let (file, metadata) = open_regular(path)?;
-        if metadata.len() < LENGTH_BYTES as u64 {
-            return Err(refuse(path, &[], format!("{} bytes are too few for a header", metadata.len())));
-        }
-        // SAFETY: the mapping is read-only and private to this type. The file may change while it is mapped: the
-        // bytes are then other numbers or, where it was shortened, the documented end of the process; no Rust
-        // value other than plain numbers is ever read from them.
-        let mapping =
-            unsafe { Mmap::map(&file) }.map_err(|cause| ModelError::Unreadable { path: path.to_owned(), cause })?;
-        let (header_bytes, header) =
-            SafeTensors::read_metadata(&mapping).map_err(|error| refuse(path, &mapping, explain(&error, &mapping)))?;
-        let data_start = LENGTH_BYTES + header_bytes;
+        let read = |at, target: &mut [u8]| read_exact_at(&file, path, at, target);
+        let Header { metadata: header, data_start } = read_header(path, metadata.len(), read)?;
         let tensors = header
             .tensors()
             .into_iter()
@@ -162,7 +147,7 @@ impl ModelFile {
             })
             .collect();
         let state = FileState { path: path.to_owned(), identity: Identity::of(&metadata) };
-        Ok(Self { state, file, mapping, tensors })
+        Ok(Self { state, file, mapping: OnceLock::new(), tensors })
     }
 
     /// The path the file was opened by.
@@ -194,34 +179,36 @@ impl ModelFile {
         self.tensors.get(name)
     }
 
-    /// The mapped bytes of a tensor of this file.
+    /// The mapped bytes of a tensor of this file. From the first of them on, the file must not be shortened.
     ///
     /// # Errors
-    /// [`ModelError::Malformed`] where `stored` is not of this file and reaches beyond it.
+    /// [`ModelError::Malformed`] where `stored` is not of this file and reaches beyond it, or the file was shortened
+    /// before it was mapped; [`ModelError::Unreadable`] where it cannot be mapped.
     pub fn bytes(&self, stored: &StoredTensor) -> Result<&[u8], ModelError> {
-        self.mapping.get(stored.bytes.clone()).ok_or_else(|| ModelError::Malformed {
+        self.mapping()?.get(stored.bytes.clone()).ok_or_else(|| ModelError::Malformed {
             path: self.state.path.clone(),
             reason: "a tensor reaches beyond the end of the file".to_owned(),
         })
+    }
+
+    fn mapping(&self) -> Result<&Mmap, ModelError> {
+        if let Some(mapping) = self.mapping.get() {
+            return Ok(mapping);
+        }
+        // SAFETY: the mapping is read-only and private to this type. The file may change while it is mapped: the
+        // bytes are then other numbers or, where it was shortened, the documented end of the process; no Rust
+        // value other than plain numbers is ever read from them.
+        let mapping = unsafe { Mmap::map(&self.file) }
+            .map_err(|cause| ModelError::Unreadable { path: self.state.path.clone(), cause })?;
+        Ok(self.mapping.get_or_init(|| mapping))
     }
 
     /// Fills `target` with what the file holds from byte `at` on. Unlike the mapping, it survives a file that shrinks.
     ///
     /// # Errors
     /// [`ModelError::Changed`] where the file now ends before, [`ModelError::Unreadable`] where it cannot be read.
-    pub fn read_exact_at(&self, mut at: u64, mut target: &mut [u8]) -> Result<(), ModelError> {
-        while !target.is_empty() {
-            match read_at(&self.file, target, at) {
-                Ok(0) => return Err(ModelError::Changed { path: self.state.path.clone() }),
-                Ok(read) => {
-                    target = target.get_mut(read..).unwrap_or_default();
-                    at += read as u64;
-                }
-                Err(cause) if cause.kind() == io::ErrorKind::Interrupted => {}
-                Err(cause) => return Err(ModelError::Unreadable { path: self.state.path.clone(), cause }),
-            }
-        }
-        Ok(())
+    pub fn read_exact_at(&self, at: u64, target: &mut [u8]) -> Result<(), ModelError> {
+        read_exact_at(&self.file, &self.state.path, at, target)
     }
 
     /// The open file, for questions about how it is stored.
@@ -246,6 +233,21 @@ impl ModelFile {
             Some(first) => format!("{} tensors, first: {}", self.tensors.len(), quote(first)),
         }
     }
+}
+
+fn read_exact_at(file: &File, path: &Path, mut at: u64, mut target: &mut [u8]) -> Result<(), ModelError> {
+    while !target.is_empty() {
+        match read_at(file, target, at) {
+            Ok(0) => return Err(ModelError::Changed { path: path.to_owned() }),
+            Ok(read) => {
+                target = target.get_mut(read..).unwrap_or_default();
+                at += read as u64;
+            }
+            Err(cause) if cause.kind() == io::ErrorKind::Interrupted => {}
+            Err(cause) => return Err(ModelError::Unreadable { path: path.to_owned(), cause }),
+        }
+    }
+    Ok(())
 }
 
 #[cfg(unix)]
@@ -278,45 +280,4 @@ fn open_regular(path: &Path) -> Result<(File, Metadata), ModelError> {
         return Err(unreadable(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file")));
     }
     Ok((file, metadata))
-}
-
-/// The error for bytes that are not safetensors: a pickle is named as one, whatever it is called.
-fn refuse(path: &Path, bytes: &[u8], reason: String) -> ModelError {
-    let zipped = bytes.starts_with(b"PK\x03\x04");
-    let pickled = matches!(bytes, [0x80, 2..=5, ..]);
-    let named = path
-        .extension()
-        .and_then(|ending| ending.to_str())
-        .is_some_and(|ending| PICKLE_ENDINGS.iter().any(|known| ending.eq_ignore_ascii_case(known)));
-    if zipped || pickled || named {
-        return ModelError::Pickle { path: path.to_owned() };
-    }
-    ModelError::Malformed { path: path.to_owned(), reason }
-}
-
-/// The library's complaint in terms of what the user has, with the file's own text cut short.
-fn explain(error: &SafeTensorError, bytes: &[u8]) -> String {
-    if bytes.starts_with(b"version https://git-lfs") {
-        return "it is a Git LFS pointer, not the file it points to".to_owned();
-    }
-    match error {
-        SafeTensorError::InvalidHeaderLength => "the header is longer than the file".to_owned(),
-        SafeTensorError::MetadataIncompleteBuffer => {
-            "the tensors do not end where the file ends; it is truncated or has bytes appended".to_owned()
-        }
-        other => shorten(&other.to_string()),
-    }
-}
-
-/// `text` up to a length that is fit for a message.
-fn shorten(text: &str) -> String {
-    match text.char_indices().nth(MAX_QUOTED_CHARS) {
-        Some((end, _)) => format!("{}…", &text[..end]),
-        None => text.to_owned(),
-    }
-}
-
-/// A tensor's name fit for a message: quoted, escaped, shortened.
-pub(in crate::model) fn quote(name: &str) -> String {
-    format!("{:?}", shorten(name))
 }

@@ -9,6 +9,7 @@ mod error;
 mod executor;
 mod file;
 mod hand_off;
+mod header;
 mod layout;
 mod plan;
 pub mod text;

@@ -42,7 +42,10 @@ pub(crate) fn each<S, T: Send, E: Send>(
     };
     thread::scope(|scope| {
         for _ in 1..threads(sizes) {
-            scope.spawn(run);
+            // Where the system has no thread left, those that there are do all of it, be it this one alone.
+            if thread::Builder::new().spawn_scoped(scope, run).is_err() {
+                break;
+            }
         }
         run();
     });

@@ -138,3 +138,36 @@ fn a_file_that_changes_while_it_is_loaded_is_an_error_and_nothing_is_kept() {
     eventually("the end of what was loaded", || scene.footprint().is_back_to(&before));
     scene.check_bystander();
 }
+
+#[test]
+fn a_file_that_is_rewritten_over_and_over_takes_nobody_down() {
+    let mut scene = Scene::new(&[]);
+    // Many tensors: reading the header takes its time.
+    let path = counted(&scene.place, "model.safetensors", 4000, 1);
+    let name = path.to_str().unwrap();
+    let whole = std::fs::read(&path).unwrap();
+    let client = client_at(&scene.place);
+    let is_over = AtomicBool::new(false);
+    let (described, attached): (Vec<_>, Vec<_>) = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !is_over.load(Ordering::Relaxed) {
+                // As `cp` does it: the file is emptied first.
+                std::fs::write(&path, &whole).unwrap();
+            }
+        });
+        let results = (0..1000).map(|_| (client.vae(name), client.attach(name))).unzip();
+        is_over.store(true, Ordering::Relaxed);
+        results
+    });
+    assert!(scene.broker.is_running());
+    let (attached, refused): (Vec<_>, Vec<_>) = attached.into_iter().partition(Result::is_ok);
+    let refused = refused.into_iter().map(Result::unwrap_err);
+    for error in described.into_iter().map(Result::unwrap_err).chain(refused) {
+        let is_expected = matches!(error.kind(), ErrorKind::Stale | ErrorKind::InvalidModel);
+        assert!(is_expected && error.message().contains(name), "{:?}: {error}", error.kind());
+    }
+    eprintln!("{} of 1000 found the file whole", attached.len());
+    let again = client.attach(name).unwrap();
+    assert!(attached.into_iter().flatten().chain([again]).all(|weights| first(&weights, "t1") == 1000.0));
+    scene.check_bystander();
+}

@@ -16,6 +16,7 @@ mod draft;
 mod file;
 mod footprint;
 mod force;
+mod forked;
 mod kinds;
 mod large;
 mod leases;

@@ -51,6 +51,8 @@ pub(crate) fn run() {
 impl Holdings {
     fn obey(&mut self, socket: &str, words: &[&str]) -> Result<String, Error> {
         match *words {
+            ["enter", folder] => std::env::set_current_dir(folder).expect("there is such a folder"),
+            ["digest"] => crate::publishing::digest_without_threads(),
             ["connect", name] => {
                 let config = ClientConfig { name: name.to_owned(), ..ClientConfig::default() };
                 self.client = Some(Client::connect_with(Some(socket), config)?);
@@ -79,10 +81,33 @@ impl Holdings {
             ["permit", bytes] => self.permit(bytes.parse().expect("a number"), None)?,
             ["hurry"] => self.permit(1, Some(Duration::from_millis(200)))?,
             ["release"] => self.permit = None,
+            ["fork"] => return Ok(crate::forked::in_a_child(|| self.refuse_as_a_child())),
             ["churn", path, seed] => self.churn(path, seed.parse().expect("a number"))?,
             _ => panic!("{words:?} is no command"),
         }
         Ok("done".to_owned())
+    }
+
+    /// What the parent has is refused to its child, and dropping it means nothing.
+    fn refuse_as_a_child(&mut self) {
+        let client = self.client().clone();
+        let calls: [(&str, Box<dyn Fn() -> Result<(), Error>>); 6] = [
+            ("ping", Box::new(|| client.ping().map(|_| ()))),
+            ("attach", Box::new(|| client.attach(self.weights().name()).map(|_| ()))),
+            ("publish", Box::new(|| publish(&client, "child", 1.0, 5000).map(|_| ()))),
+            ("unload", Box::new(|| client.unload(self.weights().name()))),
+            ("check", Box::new(|| self.weights().check())),
+            ("reattach", Box::new(|| self.weights().reattach())),
+        ];
+        for (call, made) in calls {
+            let error = made().expect_err(call);
+            assert_eq!(error.kind(), ErrorKind::ConnectionLost, "{call}: {error}");
+            assert!(error.message().contains("forked") && !error.remedy().is_empty(), "{call}: {error}");
+        }
+        assert_eq!(first(self.weights(), "t0"), 0.0, "what was attached stays readable");
+        client.close();
+        drop(client);
+        *self = Self::default();
     }
 
     fn client(&self) -> &Client {

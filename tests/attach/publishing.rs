@@ -1,14 +1,34 @@
 //! Tensors that a worker hands to the broker for others.
 
 use luna_broker::client::{AttachOptions, CallOptions, Published};
-use luna_broker::tensor::{CastRule, DType, Dims, TensorMeta};
+use luna_broker::tensor::{CastRule, DType, Dims, TensorMeta, digest_tensors};
 use luna_broker::{Error, ErrorKind};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::file::{bytes, counted, first, floats, publish};
 use crate::leases::{holders, only};
 use crate::obey::{is, worker};
 use crate::scene::Scene;
 use crate::support::{client_at, eventually};
+
+/// Hashes as who publishes does, where no thread can be started.
+pub(crate) fn digest_without_threads() {
+    /// Less than the stack of a thread, enough for what else is allocated.
+    const ROOM_BYTES: u64 = 1 << 20;
+    let data = vec![1u8; 1 << 20];
+    let keys = ["a", "b", "c", "d"];
+    let digest = || digest_tensors(keys.map(|key| (key, DType::U8, &[1 << 20][..], &data[..])));
+    let pages = std::fs::read_to_string("/proc/self/statm").expect("readable");
+    let pages: u64 = pages.split(' ').next().and_then(|pages| pages.parse().ok()).expect("a number");
+    let before = getrlimit(Resource::As);
+    let limit = pages * rustix::param::page_size() as u64 + ROOM_BYTES;
+    setrlimit(Resource::As, Rlimit { current: Some(limit), ..before }).expect("a limit may be lowered");
+    let thread = std::thread::Builder::new().spawn(|| {});
+    let alone = digest();
+    setrlimit(Resource::As, before).expect("a limit may be raised again");
+    assert!(thread.is_err(), "there was room for a thread");
+    assert!(alone == digest());
+}
 
 #[test]
 fn what_two_workers_publish_is_there_once_and_outlives_them() {
@@ -138,4 +158,30 @@ fn answers_of_other_processes_are_typed() {
     let mut two = worker(&scene, "two");
     assert!(is(&two.ask("publish name 2"), ErrorKind::InUse));
     scene.check_bystander();
+}
+
+#[test]
+fn a_folder_where_the_worker_runs_does_not_stand_for_what_was_published() {
+    let scene = Scene::new(&[]);
+    let path = counted(&scene.place, "model.safetensors", 1, 5000);
+    // As the folders of diffusers are called.
+    let folder = scene.place.file("diffusers");
+    std::fs::create_dir_all(folder.join("unet")).unwrap();
+    std::os::unix::fs::symlink(path, folder.join("linked.safetensors")).unwrap();
+    let mut worker = worker(&scene, "worker");
+    for command in [&format!("enter {}", folder.display()), "publish unet 5", "drop", "attach unet"] {
+        assert_eq!(worker.ask(command), "done", "{command}");
+    }
+    assert_eq!(worker.ask("first t0"), "5");
+    // A file does, also by a link, to attach and to publish alike.
+    assert_eq!(worker.ask("attach linked.safetensors"), "done");
+    assert_eq!(worker.ask("first t0"), "0");
+    assert!(is(&worker.ask("publish linked.safetensors 5"), ErrorKind::InUse));
+    scene.check_bystander();
+}
+
+#[test]
+fn who_can_start_no_thread_can_publish() {
+    let scene = Scene::new(&[]);
+    assert_eq!(worker(&scene, "crowded").ask("digest"), "done");
 }

@@ -8,6 +8,7 @@ use luna_broker::tensor::{CastRule, Dims, TensorMeta};
 use safetensors::tensor::{Dtype, TensorView};
 
 use super::*;
+use crate::cuda::refuse_maps;
 use crate::deaths::Victim;
 use crate::roles::Role;
 
@@ -131,6 +132,39 @@ fn weights_taken_by_force_are_replaced_behind_the_same_addresses() {
         check(&weights);
         let sets = guest.status()["weights"].as_array().unwrap().len();
         assert_eq!(sets, 1, "the old memory is given up");
+    });
+}
+
+#[test]
+fn weights_that_the_driver_does_not_map_again_are_the_old_ones_or_say_that_they_are_not_there() {
+    let stage = Stage::new().only_on_the_substitute("a driver refuses to map memory where we say so");
+    play(stage, on_the_gpu(), |guest| {
+        let model = Model::new();
+        let client = guest.connect();
+        let weights = client.attach_with(&model.path, &on_gpu()).unwrap();
+        let tensor = weights.tensor("second").unwrap();
+        refuse_maps(1);
+        let refused = weights.reattach().unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::OutOfMemory, "{refused}");
+        weights.check().unwrap();
+        check(&weights);
+        // Twice in a row is no better for having been tried before.
+        for _ in 0..2 {
+            refuse_maps(2);
+            let lost = [weights.reattach().unwrap_err(), weights.check().unwrap_err(), tensor.to_vec().unwrap_err()];
+            for error in lost {
+                assert!(error.kind() == ErrorKind::Stale && !error.remedy().is_empty(), "{:?}: {error}", error.kind());
+            }
+        }
+        // Who attaches them anew is not given what is not there; nor is anything left of it once nobody has it.
+        let anew = client.attach_with(&model.path, &on_gpu()).unwrap();
+        check(&anew);
+        weights.reattach().unwrap();
+        weights.check().unwrap();
+        check(&weights);
+        assert!(tensor.to_vec().unwrap() == counted(1));
+        refuse_maps(2);
+        weights.reattach().unwrap_err();
     });
 }
 

@@ -116,6 +116,13 @@ pub fn live() -> u64 {
     counters::<11>("substituteCudaLive").iter().sum()
 }
 
+/// Has the substitute driver refuse the next so many mappings of this process.
+pub fn refuse_maps(calls: u64) {
+    // SAFETY: the substitute's function has this signature.
+    let function: extern "C" fn(u64) = unsafe { std::mem::transmute(driver_function("substituteCudaRefuseMaps")) };
+    function(calls);
+}
+
 /// Bytes that copies of this process took between host memory and a GPU's, on the substitute driver.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Transit {

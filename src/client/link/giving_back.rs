@@ -20,6 +20,9 @@ impl Link {
 
     /// Weights are no longer used by this process. Noted here, said by the next message.
     pub(in crate::client) fn detach(&self, attachment: AttachmentId) {
+        if !self.opener.is_here() {
+            return;
+        }
         self.detached.lock().push(attachment);
         self.memory.leases.ring();
     }
@@ -27,7 +30,7 @@ impl Link {
     /// A draft will not be filled.
     pub(in crate::client) fn abandon(&self, draft: DraftId) {
         // A connection that is gone has dropped it already.
-        if self.is_mine() && !self.router.is_lost() {
+        if self.opener.is_here() && !self.router.is_lost() {
             _ = self.send(&ClientMessage::Abandon { draft });
         }
     }
@@ -35,7 +38,7 @@ impl Link {
     /// A turn in a lane is given back.
     pub(in crate::client) fn end_permit(&self, permit: PermitId) {
         // A connection that is gone has given it back already.
-        if self.is_mine() && !self.router.is_lost() {
+        if self.opener.is_here() && !self.router.is_lost() {
             _ = self.send(&ClientMessage::EndPermit { permit });
         }
     }

@@ -176,7 +176,8 @@ impl Weights {
     ///
     /// # Errors
     /// [`ErrorKind::ConnectionLost`] where the broker is gone, [`ErrorKind::Stale`] where they were unloaded by force.
-    /// They stay readable in either case; [`Weights::reattach`] makes it good again.
+    /// They stay readable in either case, unless reattaching failed as told there; [`Weights::reattach`] makes it good
+    /// again.
     pub fn check(&self) -> Result<()> {
         self.check_with(&self.attached.client.default_options())
     }
@@ -186,6 +187,7 @@ impl Weights {
     /// # Errors
     /// As [`Weights::check`].
     pub fn check_with(&self, options: &CallOptions<'_>) -> Result<()> {
+        self.attached.map.check()?;
         let hold = || {
             let hold = self.attached.hold.lock();
             (Arc::clone(&hold.link), hold.attachment)
@@ -211,7 +213,9 @@ impl Weights {
     /// # Errors
     /// [`ErrorKind::Stale`] where the weights of that name are not the same any more,
     /// [`ErrorKind::Unsupported`] for memory of a GPU that the driver hands out in no way that allows it, or as
-    /// [`Client::attach`]. The old memory is kept then.
+    /// [`Client::attach`]. The old memory is kept then, except where a GPU's driver maps neither the new memory nor, after
+    /// that, the old: this too is [`ErrorKind::Stale`], as is every [`Weights::check`] until reattaching succeeds, and what
+    /// computes with the weights before fails as the driver pleases.
     pub fn reattach(&self) -> Result<()> {
         self.reattach_with(&AttachOptions::default())
     }

@@ -21,7 +21,7 @@ impl WeightMaps {
     /// The map of a set: the one that there is, else what `open` makes.
     pub(super) fn share(&self, set: WeightSetId, open: impl FnOnce() -> Result<WeightMap>) -> Result<Arc<WeightMap>> {
         let mut by_set = self.by_set.lock();
-        if let Some(map) = by_set.get(&set).and_then(Weak::upgrade) {
+        if let Some(map) = by_set.get(&set).and_then(Weak::upgrade).filter(|map| map.check().is_ok()) {
             return Ok(map);
         }
         let map = Arc::new(open()?);
@@ -96,10 +96,23 @@ impl WeightMap {
         }
     }
 
+    /// That there is memory behind the addresses.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Stale`] where [`WeightMap::replace`] left none.
+    pub(super) fn check(&self) -> Result<()> {
+        match self {
+            #[cfg(target_os = "linux")]
+            Self::Host(_) => Ok(()),
+            Self::Gpu { weights, .. } => Ok(weights.check()?),
+        }
+    }
+
     /// Puts other memory of equal content behind the same addresses.
     ///
     /// # Errors
-    /// [`ErrorKind::Unsupported`] for plain memory of a GPU; as [`WeightMap::open`], and the map is as it was then.
+    /// [`ErrorKind::Unsupported`] for plain memory of a GPU; as [`WeightMap::open`], and the map is as it was then;
+    /// [`ErrorKind::Stale`] where the driver takes neither the new memory of a GPU nor the old, and nothing is mapped.
     pub(super) fn replace(&self, handle: &ArenaHandle, attached: Option<Attachment>) -> Result<()> {
         match (self, handle, attached) {
             #[cfg(target_os = "linux")]

@@ -1,6 +1,6 @@
 use std::sync::Arc;
 
-use super::super::connect::{CallOptions, Client};
+use super::super::connect::{CallOptions, Client, resolve_locally};
 use super::super::input::unexpected_outcome;
 use super::super::link::Link;
 use super::super::router::Answer;
@@ -66,7 +66,7 @@ impl Client {
                 offset: 0,
             })
             .collect();
-        let request = PublishRequest { name: name.to_owned(), content };
+        let request = PublishRequest { name: resolve_locally(name), content };
         let table = encode_table(&entries)?;
         self.with_shared_link(|link| {
             let answer = link.call(Operation::Publish(request.clone()), &table, options)?;

@@ -7,7 +7,7 @@ use cudarc::driver::sys::CUmemAccess_flags as Access;
 use super::context::Context;
 use super::driver::Gpu;
 use super::ipc::{Allocated, Opened};
-use super::region::CudaRegion;
+use super::region::{CudaRegion, Memory};
 use super::stream::{self, CopyWay, CudaStream};
 use super::vmm::{Mapped, ReadOnly};
 use crate::device::{Device, DeviceError, LockBudget, PageLock, Place, Region, RegionHandle, StreamRef};
@@ -169,9 +169,18 @@ impl CudaWeights {
     /// the memory may be enqueued meanwhile.
     ///
     /// # Errors
-    /// [`DeviceError::Cuda`]; the memory is what it was then.
+    /// [`DeviceError::Cuda`]; the memory is what it was then. [`DeviceError::NothingMapped`] where the driver would not have
+    /// that back: until a later call succeeds, nothing may be computed with it.
     pub fn replace(&self, fd: OwnedFd) -> Result<(), DeviceError> {
         self.0.0.replace(&fd)
+    }
+
+    /// Whether the memory is there.
+    ///
+    /// # Errors
+    /// [`DeviceError::NothingMapped`] since [`CudaWeights::replace`] said so.
+    pub fn check(&self) -> Result<(), DeviceError> {
+        self.0.0.check()
     }
 }
 

@@ -12,6 +12,13 @@ pub(super) trait Memory: Debug + Send + Sync + 'static {
     fn address(&self) -> sys::CUdeviceptr;
     fn size_bytes(&self) -> usize;
     fn is_writable(&self) -> bool;
+
+    /// # Errors
+    /// [`DeviceError::NothingMapped`] where nothing is at its addresses.
+    fn check(&self) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
     fn export(&self) -> Result<RegionHandle, DeviceError>;
 }
 
@@ -79,6 +86,7 @@ unsafe impl<M: Memory> Region for CudaRegion<M> {
         if target.is_empty() {
             return Ok(());
         }
+        self.0.check()?;
         let cuda = self.0.context().current()?;
         let stream = self.0.context().copies();
         // SAFETY: as in `copy_in`; `target` is borrowed exclusively.

@@ -3,6 +3,7 @@
 
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use cudarc::driver::sys;
 use parking_lot::Mutex;
@@ -103,6 +104,8 @@ pub(super) struct Mapped {
     physical: Option<Physical>,
     addresses: Reserved,
     is_writable: bool,
+    /// Whether anything lies at the addresses: not where a replacement failed, and the way back too.
+    is_there: AtomicBool,
 }
 
 impl Mapped {
@@ -137,22 +140,17 @@ impl Mapped {
         access: Access,
     ) -> Result<Self, DeviceError> {
         let addresses = Reserved::new(context, size_bytes)?;
-        let cuda = context.current()?;
-        // SAFETY: the addresses are reserved for as many bytes and nothing is mapped there.
-        unsafe { cuda.cuMemMap(addresses.address, size_bytes, 0, physical.handle, 0) }?;
+        map_at(&addresses, physical, access)?;
         let is_writable = access == Access::CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
-        // From here on dropping the value unmaps.
-        let this = Self { physical: None, addresses, is_writable };
-        let access = sys::CUmemAccessDesc { location: location(context), flags: access };
-        // SAFETY: mapped above; the one description is valid for the call.
-        unsafe { cuda.cuMemSetAccess(this.addresses.address, size_bytes, &raw const access, 1) }?;
-        drop(cuda);
-        Ok(this)
+        Ok(Self { physical: None, addresses, is_writable, is_there: AtomicBool::new(true) })
     }
 }
 
 impl Drop for Mapped {
     fn drop(&mut self) {
+        if !*self.is_there.get_mut() {
+            return;
+        }
         let context = &self.addresses.context;
         // Unmapping does not wait for work that uses the memory.
         note_failure(context.synchronize());
@@ -205,22 +203,28 @@ impl ReadOnly {
 
     /// Maps other memory of the same size at the same addresses. Waits for the GPU before; nothing that uses the memory
     /// may be enqueued meanwhile.
+    ///
+    /// # Errors
+    /// [`DeviceError::Cuda`], and what was there is there again; [`DeviceError::NothingMapped`] where the driver refuses
+    /// that too. A later call may still succeed.
     pub(super) fn replace(&self, fd: &OwnedFd) -> Result<(), DeviceError> {
         let mut behind = self.behind.lock();
-        let Reserved { context, address, size_bytes } = &self.mapped.addresses;
+        let addresses = &self.mapped.addresses;
+        let Reserved { context, address, size_bytes } = addresses;
         let other = Physical::import(context, fd)?;
         context.synchronize()?;
-        // SAFETY: mapped with this size; the GPU is done with it, and the caller enqueues nothing.
-        unsafe { context.current()?.cuMemUnmap(*address, *size_bytes) }?;
-        if let Err(error) = map_at(context, *address, *size_bytes, &other, READ) {
-            // SAFETY: part of it may be mapped now; a refusal says that nothing is.
-            note_failure(context.current().and_then(|cuda| match unsafe { cuda.cuMemUnmap(*address, *size_bytes) } {
-                Err(DeviceError::Cuda { .. }) => Ok(()),
-                other => other,
-            }));
-            note_failure(map_at(context, *address, *size_bytes, &behind, READ));
-            return Err(error);
+        if self.mapped.is_there.load(Ordering::Acquire) {
+            // SAFETY: mapped with this size; the GPU is done with it, and the caller enqueues nothing.
+            unsafe { context.current()?.cuMemUnmap(*address, *size_bytes) }?;
         }
+        let replaced = map_at(addresses, &other, READ);
+        let restored = if replaced.is_ok() { Ok(()) } else { map_at(addresses, &behind, READ) };
+        self.mapped.is_there.store(restored.is_ok(), Ordering::Release);
+        if let (Err(error), Err(also)) = (&replaced, &restored) {
+            tracing::error!(%error, %also, "weights are mapped no more: the driver takes neither the new memory nor the old");
+            return Err(DeviceError::NothingMapped);
+        }
+        replaced?;
         *behind = other;
         Ok(())
     }
@@ -243,25 +247,37 @@ impl Memory for ReadOnly {
         false
     }
 
+    fn check(&self) -> Result<(), DeviceError> {
+        match self.mapped.is_there.load(Ordering::Acquire) {
+            true => Ok(()),
+            false => Err(DeviceError::NothingMapped),
+        }
+    }
+
     fn export(&self) -> Result<RegionHandle, DeviceError> {
         Err(DeviceError::Imported)
     }
 }
 
-/// Maps memory at reserved addresses, and lets this GPU reach it.
-fn map_at(
-    context: &Arc<Context>,
-    address: sys::CUdeviceptr,
-    size_bytes: usize,
-    physical: &Physical,
-    access: Access,
-) -> Result<(), DeviceError> {
+/// Maps memory at reserved addresses where nothing is, and lets this GPU reach it; nothing is there after an error either.
+fn map_at(addresses: &Reserved, physical: &Physical, access: Access) -> Result<(), DeviceError> {
+    let Reserved { context, address, size_bytes } = addresses;
     let cuda = context.current()?;
-    // SAFETY: the callers reserved the addresses for as many bytes and have nothing mapped there.
-    unsafe { cuda.cuMemMap(address, size_bytes, 0, physical.handle, 0) }?;
+    // SAFETY: the addresses are reserved for as many bytes, and the callers have nothing mapped there.
+    unsafe { cuda.cuMemMap(*address, *size_bytes, 0, physical.handle, 0) }.map_err(|error| match error {
+        DeviceError::OutOfMemory { what, cause, .. } => {
+            DeviceError::OutOfMemory { what, size_bytes: *size_bytes, cause }
+        }
+        other => other,
+    })?;
     let access = sys::CUmemAccessDesc { location: location(context), flags: access };
     // SAFETY: mapped above; the one description is valid for the call.
-    unsafe { cuda.cuMemSetAccess(address, size_bytes, &raw const access, 1) }
+    let allowed = unsafe { cuda.cuMemSetAccess(*address, *size_bytes, &raw const access, 1) };
+    if allowed.is_err() {
+        // SAFETY: mapped above with this size; nobody was told of it.
+        note_failure(unsafe { cuda.cuMemUnmap(*address, *size_bytes) });
+    }
+    allowed
 }
 
 fn location(context: &Context) -> sys::CUmemLocation {

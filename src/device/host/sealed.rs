@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
-use memmap2::{MmapOptions, MmapRaw};
+use memmap2::{Advice, MmapOptions, MmapRaw};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, fstat, ftruncate, memfd_create};
 use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
@@ -32,8 +32,7 @@ impl DraftRegion {
             let fd = memfd_create("luna-broker-weights", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
             ftruncate(&fd, size_bytes as u64)?;
             fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW)?;
-            let map = MmapOptions::new().len(size_bytes).map_raw(&fd)?;
-            Ok(Self { map, fd })
+            Self::map(fd, size_bytes)
         };
         let out_of_memory = |cause| DeviceError::OutOfMemory { what: "shared memory for weights", size_bytes, cause };
         Ok(Arc::new(create().map_err(out_of_memory)?))
@@ -45,9 +44,15 @@ impl DraftRegion {
     /// [`DeviceError::NotSealed`], [`DeviceError::TooSmall`], [`DeviceError::Os`].
     pub fn import(fd: OwnedFd, size_bytes: usize) -> Result<Arc<Self>, DeviceError> {
         check(&fd, size_bytes, SealFlags::SHRINK)?;
-        let map = MmapOptions::new().len(size_bytes).map_raw(&fd);
-        let map = map.map_err(|cause| DeviceError::Os { call: "mmap", cause })?;
-        Ok(Arc::new(Self { map, fd }))
+        Ok(Arc::new(Self::map(fd, size_bytes).map_err(|cause| DeviceError::Os { call: "mmap", cause })?))
+    }
+
+    /// A child that is forked while this process fills the draft does not get the mapping: it would keep the draft from
+    /// being sealed for as long as it lives.
+    fn map(fd: OwnedFd, size_bytes: usize) -> io::Result<Self> {
+        let map = MmapOptions::new().len(size_bytes).map_raw(&fd)?;
+        map.advise(Advice::DontFork)?;
+        Ok(Self { map, fd })
     }
 
     /// Ends the writing, everywhere and for good. The draft must be mapped nowhere else for writing: not in this
@@ -278,6 +283,28 @@ mod tests {
         let ours = DraftRegion::import(fd.try_clone().unwrap(), 1 << 16).unwrap();
         assert_eq!(&read(&*ours.seal().unwrap()), b"theirs");
         assert!(matches!(DraftRegion::import(fd, 1 << 16), Err(DeviceError::Os { call: "mmap", .. })));
+    }
+
+    #[test]
+    fn a_child_that_is_forked_while_a_draft_is_filled_does_not_keep_it_from_being_sealed() {
+        let ours = DraftRegion::allocate(1 << 16).unwrap();
+        let theirs = DraftRegion::import(fd_of(&*ours), 1 << 16).unwrap();
+        // SAFETY: the child does nothing but wait for its end.
+        let child = unsafe { libc::fork() };
+        while child == 0 {
+            // SAFETY: touches no memory.
+            unsafe { libc::pause() };
+        }
+        theirs.copy_in(0, b"filled").unwrap();
+        drop(theirs);
+        let sealed = ours.seal();
+        // SAFETY: the child was forked above, is ended here, and nobody else waits for it; where its end is not told, none
+        // is asked for.
+        unsafe {
+            libc::kill(child, libc::SIGKILL);
+            libc::waitpid(child, std::ptr::null_mut(), 0);
+        }
+        assert_eq!(&read(&*sealed.unwrap()), b"filled");
     }
 
     #[test]

@@ -1,6 +1,6 @@
 use std::collections::BTreeSet;
 
-use super::super::file::quote;
+use super::super::header::quote;
 use super::super::{ModelError, ModelFile, StoredTensor};
 use crate::tensor::DType;
 

@@ -7,7 +7,7 @@ use super::plan::{WeightPlan, file_tensors};
 use super::transfer::{CHUNK_BYTES, Caller, Hashes, Target, Transfer, Workspace, room};
 use crate::device::{Region, Span};
 use crate::id::ContentDigest;
-use crate::model::file::quote;
+use crate::model::header::quote;
 use crate::model::{ModelError, ModelFile, StoredTensor};
 use crate::tensor::{DType, Dims};
 use crate::tensor::{Digested, digest_of, parallel};

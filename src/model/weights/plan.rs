@@ -1,4 +1,4 @@
-use crate::model::file::quote;
+use crate::model::header::quote;
 use crate::model::{ModelError, ModelFile};
 use crate::tensor::{CastRule, DType, Dims, TensorError, TensorMeta};
 

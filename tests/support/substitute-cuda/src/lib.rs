@@ -33,6 +33,7 @@
 //!
 //! `substituteCudaLive` and `substituteCudaReport` (not part of CUDA) give the same counts at any time, and
 //! `substituteCudaTransit` the bytes that copies took between host memory and a GPU's, page-locked or not.
+//! `substituteCudaRefuseMaps` has the next so many `cuMemMap` of the process fail (2).
 //!
 //! # Differences that a test must know
 //! - Fresh memory reads as zeroes unless it is set to be dirty; the real driver promises nothing.

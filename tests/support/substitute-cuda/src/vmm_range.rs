@@ -2,12 +2,16 @@
 
 use std::ffi::{c_int, c_uint, c_ulonglong};
 use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::abi::{AccessDescription, DevicePointer, In, Location, Out, call};
-use crate::code::{INVALID_DEVICE, INVALID_VALUE, Result};
+use crate::code::{INVALID_DEVICE, INVALID_VALUE, OUT_OF_MEMORY, Result};
 use crate::mapping::{Access, GRANULE, Mapping};
 use crate::region::{self, Kind, Region, Table};
 use crate::{context, device, vmm};
+
+/// Calls of `cuMemMap` that are still to be refused.
+static REFUSED: AtomicU64 = AtomicU64::new(0);
 
 impl Access {
     fn from_flags(flags: c_uint) -> Result<Self> {
@@ -121,8 +125,17 @@ extern "C" fn cuMemMap(pointer: DevicePointer, bytes: usize, offset: usize, hand
         if bytes == 0 || !is_whole(bytes) || !is_whole(address) || offset != 0 || flags != 0 {
             return Err(INVALID_VALUE);
         }
+        if REFUSED.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1)).is_ok() {
+            return Err(OUT_OF_MEMORY);
+        }
         region::write(|table| map(table, address, bytes, handle))
     })
+}
+
+/// The next so many `cuMemMap` of this process have no memory for their page tables.
+#[unsafe(no_mangle)]
+extern "C" fn substituteCudaRefuseMaps(calls: u64) {
+    REFUSED.store(calls, Ordering::Relaxed);
 }
 
 #[unsafe(no_mangle)]
