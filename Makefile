@@ -92,7 +92,7 @@ test-gpu-check: extension $(VENV)/.test
 golden: $(VENV)/.test
 	@$(BIN)/python tests/golden/make_vae.py $(LUNA_BROKER_GOLDEN)
 	@$(BIN)/python tests/golden/make_unet.py $(LUNA_BROKER_GOLDEN)
-	@$(BIN)/python tests/golden/make_clip.py $(LUNA_BROKER_GOLDEN)
+	@$(BIN)/python tests/golden/make_clip.py $(LUNA_BROKER_GOLDEN)/clip
 
 lint: $(VENV)/.test
 	$(CARGO) fmt --all --check

@@ -19,9 +19,10 @@ const LENGTH: usize = 77;
 
 /// The generated files, or `None` with a word about how to get them.
 fn golden() -> Option<PathBuf> {
-    let folder = std::env::var_os("LUNA_BROKER_GOLDEN").map(PathBuf::from).filter(|folder| folder.is_dir());
+    let folder = std::env::var_os("LUNA_BROKER_GOLDEN").map(|folder| PathBuf::from(folder).join("clip"));
+    let folder = folder.filter(|folder| folder.is_dir());
     if folder.is_none() {
-        eprintln!("skipped: set LUNA_BROKER_GOLDEN to a folder made by `python tests/golden/make_clip.py FOLDER`");
+        eprintln!("skipped: set LUNA_BROKER_GOLDEN to FOLDER after `python tests/golden/make_clip.py FOLDER/clip`");
     }
     folder
 }

@@ -1,8 +1,8 @@
 use tch::{TchError, Tensor};
 
-use super::super::super::clip::ClipKind;
+use super::super::super::ModelError;
+use super::super::super::clip::{ClipFacts, ClipKind};
 use super::super::super::layout::{Block, Clip, Qkv};
-use super::super::super::{ModelError, clip::ClipFacts};
 use super::super::failed;
 use super::WHAT;
 use super::linear::{Adapters, linear, norm};
