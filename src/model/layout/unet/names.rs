@@ -1,6 +1,6 @@
 use std::collections::{BTreeMap, HashMap};
 
-use super::super::super::file::quote;
+use super::super::super::header::quote;
 use super::super::super::{ModelError, ModelFile, StoredTensor};
 
 /// What a UNet's tensors are called under in a checkpoint.

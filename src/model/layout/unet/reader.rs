@@ -1,6 +1,6 @@
 use std::collections::BTreeSet;
 
-use super::super::super::file::quote;
+use super::super::super::header::quote;
 use super::super::super::{ModelError, StoredTensor};
 use super::{Layer, LayerId, Names};
 use crate::tensor::DType;
