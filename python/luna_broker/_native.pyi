@@ -547,7 +547,7 @@ def connect(
     means the default of the client. `name`: how this client appears in the broker's status and
     logs; `None` means one made of the process id.
 
-    The client is of this process: in a forked child its calls raise `ConnectionLost`, and the child connects for itself.
+    The client is of this process: in a forked child its calls raise `ConnectionLost`; the child connects for itself.
 
     Raises `ConnectionLost` if nobody listens there, `Refused`, `Timeout`, `ConfigurationError`.
     """

@@ -155,6 +155,53 @@ def speed(chosen, socket: str, model: str) -> dict:
     return {"attached_s": attached, "private_s": private, "ratio": round(attached / private, 4), "is_right": same}
 
 
+class Layers(torch.nn.Module):
+    """The same forward, as a module."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        made = (torch.nn.Linear(WIDTH, WIDTH, bias=False, dtype=torch.float16) for _ in range(count))
+        self.layers = torch.nn.ModuleList(made)
+
+    def forward(self, given: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            given = layer(given).tanh()
+        return given
+
+
+def in_module(chosen, socket: str, model: str) -> dict:
+    """A module built without memory: what the weights cost it, and whether it goes on after they were taken away."""
+    import luna_broker
+    from luna_broker.torch import load_attached, skeleton
+
+    with luna_broker.connect(socket, timeout=300) as client:
+        views = client.attach(model, device=chosen.place, progress=False)
+        with skeleton():
+            module = Layers(len(views)).eval()
+        wanted, before = forward(views, given(chosen.place)), used(chosen.place)
+        weights = load_attached(module, model, client=client, device=chosen.place)
+        took = used(chosen.place) - before
+        shared = all(parameter.data_ptr() == views[key].data_ptr() for key, parameter in module.named_parameters())
+        same = [torch.equal(module(given(chosen.place)), wanted)]
+        # A session is good again once it has attached anew all that was taken from it.
+        del views
+        client.unload(model, force=True)
+        try:
+            refused = f"nothing: it computed {tuple(module(given(chosen.place)).shape)}"
+        except luna_broker.Stale as error:
+            refused = said(error)
+        try:
+            weights.reattach()
+            outcome = "reattached"
+        except luna_broker.Unsupported as error:
+            # Plain memory, where the driver hands out no other.
+            outcome = said(error)
+        else:
+            same.append(torch.equal(module(given(chosen.place)), wanted))
+        is_right = all(same) and shared and refused.startswith("Stale")
+        return {"took_bytes": took, "is_shared": shared, "refused": refused, "outcome": outcome, "is_right": is_right}
+
+
 def write_access(chosen, socket: str, model: str) -> dict:
     """What comes of a write, in a process that may die of it."""
     code = (
@@ -197,6 +244,7 @@ def main() -> int:
         found: dict[str, set[float]] = {}
         parts: list[tuple[str, Callable[[], dict]]] = [
             ("speed", lambda: speed(chosen, broker.socket, str(model))),
+            ("module", lambda: in_module(chosen, broker.socket, str(model))),
             ("write", lambda: write_access(chosen, broker.socket, str(model))),
         ]
         good = True
