@@ -6,8 +6,6 @@ use super::{ClipFacts, ClipKind, TextEncoders};
 const PART: &str = "CLIP text encoder";
 /// Most blocks of CLIP-L and of what is taken for one.
 const MOST_L: u64 = 12;
-/// Least blocks of CLIP-H, which is published with 23 and with 24.
-const LEAST_H: u64 = 23;
 /// Least blocks of CLIP-G, which is published with 31 and with 32.
 const LEAST_G: u64 = 31;
 /// Width of CLIP-L.
@@ -30,8 +28,8 @@ pub(in crate::model) struct FoundClip {
 
 /// Recognises the text encoders in `file` by names and shapes alone; no weight is read. In the order L, H, G.
 ///
-/// Which one it is follows from the number of blocks: 31 or more are G, 23 or more H, up to 12 under transformers'
-/// names L. What is left is G in a place of a checkpoint that is G's or from a width of 1280 on, else H.
+/// Which one it is follows from the number of blocks: 31 or more are G, up to 12 under transformers' names L. What is
+/// left is G in a place of a checkpoint that is G's or from a width of 1280 on, else H.
 /// L computes with the quick form of GELU, the others with the exact one; a head has 64 numbers in each.
 ///
 /// # Errors
@@ -118,7 +116,6 @@ fn kind(reader: &Reader<'_>, root: &Root, layers: u64, width: u64) -> Result<Cli
     let is_place_of_g = PLACES_OF_G.iter().any(|place| root.outer.contains(place));
     Ok(match root.naming {
         _ if layers >= LEAST_G => ClipKind::G,
-        _ if layers >= LEAST_H => ClipKind::H,
         Naming::Transformers if layers <= MOST_L => ClipKind::L,
         // Published with either activation, and nothing in the file tells which.
         Naming::OpenClip if width == WIDTH_L => {
