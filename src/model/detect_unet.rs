@@ -69,8 +69,11 @@ pub(super) fn facts(file: &ModelFile, unet: &Unet<StoredTensor>) -> Result<UnetF
     let out_channels = unet.conv_out.rows();
     let (prediction, zero_terminal_snr) = prediction(file, unet, family)?;
     let skips = unet.skips();
-    let mut weight_elements = 0u64;
+    let (mut weight_elements, mut reordered_elements) = (0u64, 0u64);
     unet.each(|layer| {
+        if layer.weight.shape.len() == 4 {
+            reordered_elements = reordered_elements.max(layer.weight.elements());
+        }
         for stored in std::iter::once(&layer.weight).chain(&layer.bias) {
             weight_elements = weight_elements.saturating_add(stored.elements());
         }
@@ -90,6 +93,7 @@ pub(super) fn facts(file: &ModelFile, unet: &Unet<StoredTensor>) -> Result<UnetF
         skips,
         weight_elements,
         elements_per_position: unet.elements_per_position(),
+        reordered_elements,
     })
 }
 
