@@ -148,6 +148,22 @@ pub enum ModelError {
         /// What does not fit.
         reason: String,
     },
+    /// An adapter's file holds something that cannot be what its names say, or nothing for the model.
+    #[error("adapter {}: {reason}", path.display())]
+    AdapterFile {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong, with the key.
+        reason: String,
+    },
+    /// An adapter was asked for at a strength that is no number.
+    #[error("adapter {}: a strength of {strength} cannot be computed with", path.display())]
+    AdapterStrength {
+        /// The file.
+        path: PathBuf,
+        /// The strength asked for.
+        strength: f64,
+    },
     /// Tiles of an impossible shape.
     #[error("tiles of {width} × {height} with an overlap of {overlap} cannot be used: {reason}")]
     Tiles {
@@ -305,7 +321,8 @@ impl ModelError {
             | Self::Prompt { .. }
             | Self::MissingInput { .. }
             | Self::UnwantedInput { .. } => ErrorKind::InvalidTensor,
-            Self::Adapter { .. } => ErrorKind::InvalidModel,
+            Self::Adapter { .. } | Self::AdapterFile { .. } => ErrorKind::InvalidModel,
+            Self::AdapterStrength { .. } => ErrorKind::Configuration,
             Self::OverBudget { .. } | Self::OutOfMemory { .. } => ErrorKind::OutOfMemory,
             Self::Executor { .. } => ErrorKind::Internal,
             Self::Cuda(CudaUnavailable::NoSuchDevice { .. }) => ErrorKind::Configuration,
@@ -342,6 +359,10 @@ impl ModelError {
             Self::MissingInput { .. } => "encode the prompt as this model's family does, and pass all that it gives",
             Self::UnwantedInput { .. } => "leave it out, or use what was made for this model",
             Self::Adapter { .. } => "use an adapter that was made for this model's family",
+            Self::AdapterFile { .. } => {
+                "use an adapter that was made for this model's family; if this one was, download or export it again"
+            }
+            Self::AdapterStrength { .. } => "give a finite strength; 0 leaves the adapter out",
             Self::OverBudget { .. } => "send a smaller batch, smaller tiles, or raise --vae-budget",
             Self::OutOfMemory { .. } => "send a smaller batch or ask for tiles",
             Self::Cuda(why) => why.remedy(),

@@ -2,6 +2,7 @@
 //!
 //! Opening and recognising need no libtorch; running does (feature `torch`), except for the do-nothing model.
 
+mod adapter;
 pub mod clip;
 mod detect;
 mod detect_unet;
@@ -18,6 +19,7 @@ pub mod torch;
 mod unet;
 pub mod weights;
 
+pub use adapter::{AdapterFile, AdapterKind, AdapterReport, LayerNames, UnknownKeys};
 pub use detect::vae_facts;
 pub use detect_unet::unet_facts;
 pub use error::{CudaUnavailable, ModelError};

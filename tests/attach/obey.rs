@@ -91,16 +91,16 @@ impl Holdings {
     /// What the parent has is refused to its child, and dropping it means nothing.
     fn refuse_as_a_child(&mut self) {
         let client = self.client().clone();
-        let calls: [(&str, Box<dyn Fn() -> Result<(), Error>>); 6] = [
-            ("ping", Box::new(|| client.ping().map(|_| ()))),
-            ("attach", Box::new(|| client.attach(self.weights().name()).map(|_| ()))),
-            ("publish", Box::new(|| publish(&client, "child", 1.0, 5000).map(|_| ()))),
-            ("unload", Box::new(|| client.unload(self.weights().name()))),
-            ("check", Box::new(|| self.weights().check())),
-            ("reattach", Box::new(|| self.weights().reattach())),
+        let calls = [
+            ("ping", client.ping().map(|_| ())),
+            ("attach", client.attach(self.weights().name()).map(|_| ())),
+            ("publish", publish(&client, "child", 1.0, 5000).map(|_| ())),
+            ("unload", client.unload(self.weights().name())),
+            ("check", self.weights().check()),
+            ("reattach", self.weights().reattach()),
         ];
         for (call, made) in calls {
-            let error = made().expect_err(call);
+            let error = made.expect_err(call);
             assert_eq!(error.kind(), ErrorKind::ConnectionLost, "{call}: {error}");
             assert!(error.message().contains("forked") && !error.remedy().is_empty(), "{call}: {error}");
         }

@@ -291,9 +291,11 @@ mod tests {
         let theirs = DraftRegion::import(fd_of(&*ours), 1 << 16).unwrap();
         // SAFETY: the child does nothing but wait for its end.
         let child = unsafe { libc::fork() };
-        while child == 0 {
-            // SAFETY: touches no memory.
-            unsafe { libc::pause() };
+        if child == 0 {
+            loop {
+                // SAFETY: touches no memory.
+                unsafe { libc::pause() };
+            }
         }
         theirs.copy_in(0, b"filled").unwrap();
         drop(theirs);

@@ -1,5 +1,6 @@
 //! Running models with libtorch. Every tensor call is the kind that returns an error; none may panic.
 
+mod adapter;
 mod clip;
 mod cuda;
 mod kl;
@@ -19,7 +20,9 @@ use tch::{Kind, TchError};
 pub use clip::{SdxlSizes, load_clip, sdxl_vector};
 pub use cuda::{CudaSwitches, GpuFacts, TorchCuda, TorchMemory, shim_version};
 pub use target::Target;
-pub use unet::{LayerPatch, LowRank, Patches, Replaced, Stack, Started, TorchUnet, load_unet};
+pub use unet::{
+    Adapted, Adapter, AdapterMode, LayerPatch, LowRank, Patches, Replaced, Stack, Started, TorchUnet, load_unet,
+};
 pub use vae::load_vae;
 pub use weights::LoadOptions;
 

@@ -1,5 +1,6 @@
 //! UNets of the Stable Diffusion family: the tree of their layers, read from names and shapes.
 
+mod diffusers;
 mod names;
 mod read;
 mod reader;

@@ -22,7 +22,7 @@ const DIFFUSERS_ROOTS: [&str; 9] = [
     "class_embedding.",
 ];
 /// Layers that are called otherwise in diffusers and are not in a block: its name, the single file's.
-const DIFFUSERS_STEMS: [(&str, &str); 9] = [
+pub(super) const DIFFUSERS_STEMS: [(&str, &str); 9] = [
     ("conv_in", "input_blocks.0.0"),
     ("time_embedding.linear_1", "time_embed.0"),
     ("time_embedding.linear_2", "time_embed.2"),
@@ -34,7 +34,7 @@ const DIFFUSERS_STEMS: [(&str, &str); 9] = [
     ("conv_out", "out.2"),
 ];
 /// Layers of a residual block: diffusers' name, the single file's.
-const DIFFUSERS_RES: [(&str, &str); 6] = [
+pub(super) const DIFFUSERS_RES: [(&str, &str); 6] = [
     ("norm1", "in_layers.0"),
     ("conv1", "in_layers.2"),
     ("time_emb_proj", "emb_layers.1"),

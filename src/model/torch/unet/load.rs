@@ -5,7 +5,7 @@ use tch::{Kind, Tensor};
 
 use super::super::super::detect_unet::{facts, unet_layout};
 use super::super::super::layout::unet::{Layer, Unet};
-use super::super::super::{LayerId, ModelError, ModelFile, UnetFacts};
+use super::super::super::{LayerId, LayerNames, ModelError, ModelFile, UnetFacts};
 use super::super::target::{Target, kind_of_precision};
 use super::super::weights::{Backing, LoadOptions, Weights};
 use super::stack::{LayerPatch, Slot, Stack, StackBuilder};
@@ -16,8 +16,10 @@ pub struct TorchUnet {
     // Both are declared before `backing`, so that they are dropped before the memory that their tensors point into.
     pub(super) net: Unet<Tensor>,
     /// By id: other names for the tensors in `net`.
-    layers: Vec<Layer<Tensor>>,
+    pub(super) layers: Vec<Layer<Tensor>>,
     ids: HashMap<String, LayerId>,
+    /// What adapters call the layers.
+    pub(super) names: LayerNames,
     pub(super) facts: UnetFacts,
     pub(super) kind: Kind,
     pub(super) target: Target,
@@ -44,6 +46,7 @@ fn load(file: &Arc<ModelFile>, options: LoadOptions<'_>) -> Result<TorchUnet, Mo
     file.check_unchanged()?;
     let layout = unet_layout(file)?;
     let facts = facts(file, &layout)?;
+    let names = LayerNames::of(&layout);
     let kind = kind_of_precision(options.target.unet_precision(&facts));
     let mut lengths = Vec::new();
     layout.each(|layer| {
@@ -61,7 +64,7 @@ fn load(file: &Arc<ModelFile>, options: LoadOptions<'_>) -> Result<TorchUnet, Mo
     let ids = layers.iter().filter_map(|layer| Some((net.stems.get(layer.id.0)?.clone(), layer.id))).collect();
     let backing = weights.into_backing(file);
     let target = options.target.clone();
-    Ok(TorchUnet { net, layers, ids, facts, kind, target, backing, identity: Arc::new(()) })
+    Ok(TorchUnet { net, layers, ids, names, facts, kind, target, backing, identity: Arc::new(()) })
 }
 
 fn same(id: LayerId, weight: &Tensor, bias: Option<&Tensor>) -> Layer<Tensor> {

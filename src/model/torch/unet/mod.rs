@@ -1,5 +1,6 @@
 //! UNets: loaded once, run for rows of several requests at a time, never modified.
 
+mod adapt;
 mod blocks;
 mod embed;
 mod load;
@@ -8,6 +9,7 @@ mod run;
 mod stack;
 mod step;
 
+pub use adapt::{Adapted, Adapter, AdapterMode};
 pub use load::{TorchUnet, load_unet};
 pub use patches::Patches;
 pub use run::Started;

@@ -1,0 +1,19 @@
+//! Adapters: files of small changes to a model's layers, as trainers write them.
+//!
+//! A key is a layer's name in one of many spellings, and a suffix that says what the tensor is to the layer. Spellings
+//! are made from the model's own names and looked up: names with underscores cannot be taken apart.
+
+mod build;
+#[cfg_attr(not(feature = "torch"), expect(dead_code, reason = "only executors read the tensors"))]
+mod change;
+mod file;
+mod names;
+mod number;
+mod piece;
+mod report;
+
+#[cfg(feature = "torch")]
+pub(super) use change::{Change, Delta, Factor, Part};
+pub use file::AdapterFile;
+pub use names::LayerNames;
+pub use report::{AdapterKind, AdapterReport, UnknownKeys};

@@ -1,0 +1,171 @@
+use std::collections::BTreeMap;
+
+use tch::{Kind, TchError, Tensor};
+
+use super::super::super::adapter::{Change, Delta, Part};
+use super::super::super::layout::unet::Layer;
+use super::super::super::{AdapterFile, AdapterReport, LayerId, ModelError};
+use super::super::adapter::{Narrow, merged, narrow, tensors};
+use super::super::failed;
+use super::super::weights::Backing;
+use super::WHAT;
+use super::load::TorchUnet;
+use super::stack::{LayerPatch, LowRank, Replaced, Stack};
+
+/// An adapter, and how much of it.
+#[derive(Debug, Clone, Copy)]
+pub struct Adapter<'a> {
+    /// Its file.
+    pub file: &'a AdapterFile,
+    /// Times what the file says; 0 leaves it out, less turns it round.
+    pub strength: f64,
+}
+
+/// How adapters are applied. Results of the modes differ by rounding only: whoever repeats a result names the mode.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum AdapterMode {
+    /// Beside the layer where all its adapters are of low rank and cost less there than the layer itself; else merged.
+    #[default]
+    Auto,
+    /// Beside the layer whatever can run there, and a private copy of its weights for the rest: the least memory.
+    Side,
+    /// A private copy of every weight that is changed: the fastest run.
+    Merged,
+}
+
+/// What adapters make of a model.
+#[derive(Debug)]
+pub struct Adapted {
+    /// For [`super::Patches`].
+    pub stack: Stack,
+    /// By adapter: what the model took up of it.
+    pub reports: Vec<AdapterReport>,
+}
+
+/// What one adapter changes in a layer.
+struct Step<T> {
+    change: Change<T>,
+    strength: f64,
+}
+
+impl TorchUnet {
+    /// Makes a stack of adapters, which are applied in this order. The model is not modified.
+    ///
+    /// # Errors
+    /// As [`AdapterFile::report`]; [`ModelError::AdapterStrength`], [`ModelError::Changed`] where a file is no longer the
+    /// one that was opened, [`ModelError::OutOfMemory`].
+    pub fn adapt(&self, adapters: &[Adapter<'_>], mode: AdapterMode) -> Result<Adapted, ModelError> {
+        let mut reports = Vec::new();
+        let mut layers: BTreeMap<LayerId, Vec<(&AdapterFile, Step<Part>)>> = BTreeMap::new();
+        for &Adapter { file, strength } in adapters {
+            if !strength.is_finite() {
+                return Err(ModelError::AdapterStrength { path: file.path().to_owned(), strength });
+            }
+            file.file().check_unchanged()?;
+            let fitted = file.fit(&self.names)?;
+            reports.push(fitted.report);
+            if strength == 0.0 {
+                continue;
+            }
+            for (id, change) in fitted.changes {
+                layers.entry(id).or_default().push((file, Step { change, strength }));
+            }
+        }
+        if let Backing::File(file) = &self.backing {
+            file.check_unchanged()?;
+        }
+        let changes = self.changes(&layers, mode)?;
+        Ok(Adapted { stack: self.stack(changes)?, reports })
+    }
+
+    fn changes(
+        &self,
+        layers: &BTreeMap<LayerId, Vec<(&AdapterFile, Step<Part>)>>,
+        mode: AdapterMode,
+    ) -> Result<Vec<(LayerId, LayerPatch)>, ModelError> {
+        let _no_grad = tch::no_grad_guard();
+        let _current = self.target.make_current()?;
+        let mut changes = Vec::new();
+        for (id, steps) in layers {
+            let Some(layer) = self.layers.get(id.0) else { continue };
+            let read = |(file, Step { change, strength }): &(&AdapterFile, Step<Part>)| {
+                Ok(Step { change: tensors(file, change, self.target.device())?, strength: *strength })
+            };
+            let steps = steps.iter().map(read).collect::<Result<Vec<_>, ModelError>>()?;
+            changes.push((*id, patch(layer, &steps, mode, self.kind).map_err(failed(WHAT))?));
+        }
+        Ok(changes)
+    }
+}
+
+/// What the steps, in their order, make of a layer that computes in `kind`.
+fn patch(layer: &Layer<Tensor>, steps: &[Step<Tensor>], mode: AdapterMode, kind: Kind) -> Result<LayerPatch, TchError> {
+    // Differences commute with each other. What comes before a step that depends on the weight is merged with it.
+    let free_from = steps.iter().rposition(|step| step.change.depends_on_order()).map_or(0, |last| last + 1);
+    let apart = mode == AdapterMode::Side || (mode == AdapterMode::Auto && is_cheaper_apart(layer, steps));
+    let (mut paths, mut bias) = (Vec::new(), None);
+    let original = layer.weight.f_to_kind(Kind::Float)?;
+    let mut weight = None;
+    for (at, Step { change, strength }) in steps.iter().enumerate() {
+        match &change.weight {
+            Some(Delta::LowRank { up, down, mid }) if apart && at >= free_from && change.is_low_rank() => {
+                let Narrow { down, up } = narrow(up, down, mid.as_ref(), &layer.weight.size())?;
+                paths.push(LowRank { down, up: up.f_mul_scalar(strength * change.scale)? });
+            }
+            Some(_) => weight = Some(merged(weight.as_ref().unwrap_or(&original), change, *strength)?),
+            None => {}
+        }
+        if let (Some(own), Some(difference)) = (&layer.bias, &change.bias) {
+            let before = match bias {
+                Some(bias) => bias,
+                None => own.f_to_kind(Kind::Float)?,
+            };
+            bias = Some(before.f_add(&difference.f_flatten(0, -1)?.f_mul_scalar(*strength)?)?);
+        }
+    }
+    let replaced = match (weight, bias) {
+        (None, None) => None,
+        (weight, bias) => Some(Replaced {
+            weight: own(weight.as_ref(), &layer.weight, kind)?,
+            bias: match &layer.bias {
+                Some(original) => Some(own(bias.as_ref(), original, kind)?),
+                None => None,
+            },
+        }),
+    };
+    Ok(LayerPatch { low_rank: joined(paths)?, replaced })
+}
+
+/// A changed tensor in the element type computed in, or a copy of the original: nothing points into the model's memory.
+fn own(changed: Option<&Tensor>, original: &Tensor, kind: Kind) -> Result<Tensor, TchError> {
+    match changed {
+        Some(changed) => changed.f_to_kind(kind),
+        None => original.f_detach_copy(),
+    }
+}
+
+/// Whether only side paths are wanted and two narrow products are less work than one with the weight.
+fn is_cheaper_apart(layer: &Layer<Tensor>, steps: &[Step<Tensor>]) -> bool {
+    let mut rank = 0;
+    for step in steps {
+        match &step.change.weight {
+            Some(Delta::LowRank { up, .. }) if step.change.is_low_rank() => {
+                rank += up.size().iter().skip(1).product::<i64>();
+            }
+            Some(_) => return false,
+            None => {}
+        }
+    }
+    let rows = layer.weight.size().first().copied().unwrap_or(0);
+    let inner: i64 = layer.weight.size().iter().skip(1).product();
+    rank * (rows + inner) < rows * inner
+}
+
+/// Several side paths as one: their ranks add up, and two products do for all.
+fn joined(mut paths: Vec<LowRank>) -> Result<Vec<LowRank>, TchError> {
+    if paths.len() > 1 {
+        let (downs, ups): (Vec<_>, Vec<_>) = paths.into_iter().map(|LowRank { down, up }| (down, up)).unzip();
+        paths = vec![LowRank { down: Tensor::f_cat(&downs, 0)?, up: Tensor::f_cat(&ups, 1)? }];
+    }
+    Ok(paths)
+}
