@@ -225,7 +225,7 @@ fn the_model_is_as_it_was() {
         for (name, file) in scene.adapters("") {
             for mode in MODES {
                 let adapted = scene.unet.adapt(&[Adapter { file: &file, strength: 1.3 }], mode).expect(&name);
-                scene.run(&for_all_rows(adapted));
+                let _ = scene.run(&for_all_rows(adapted));
             }
             assert_eq!(digest(&scene.unet), before, "after {name}");
         }
