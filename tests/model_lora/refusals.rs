@@ -69,7 +69,7 @@ fn what_does_not_fit_is_refused_by_file_and_key() {
         all
     };
     let cases: Vec<(&str, Vec<Entry<'_>>, &str)> = vec![
-        ("no other half", vec![up()], "no lora_down.weight"),
+        ("no other half", vec![up()], "needs a lora_down.weight"),
         ("other columns", vec![up(), f32(KEY, "lora_down.weight", &[4, 41])], "lora_down.weight"),
         ("other rows", vec![f32(KEY, "lora_up.weight", &[63, 4]), down()], "lora_up.weight"),
         ("other ranks", vec![f32(KEY, "lora_up.weight", &[64, 5]), down()], "lora_up.weight"),
@@ -107,7 +107,7 @@ fn what_does_not_fit_is_refused_by_file_and_key() {
             ],
             "lora_mid.weight",
         ),
-        ("half a product", ["hada_w1_a", "hada_w1_b", "hada_w2_a"].map(loha).into(), "no hada_w2_b"),
+        ("half a product", ["hada_w1_a", "hada_w1_b", "hada_w2_a"].map(loha).into(), "needs a hada_w2_b"),
         (
             "one core",
             vec![
@@ -117,16 +117,16 @@ fn what_does_not_fit_is_refused_by_file_and_key() {
                 f32(CONV, "hada_w2_b", &[4, 64]),
                 f32(CONV, "hada_t1", &[4, 4, 3, 3]),
             ],
-            "no hada_t2",
+            "needs a hada_t2",
         ),
         ("other product", vec![f32(KEY, "lokr_w1", &[8, 8]), f32(KEY, "lokr_w2", &[8, 6])], "lokr_w2"),
-        ("first factor only", vec![f32(KEY, "lokr_w1", &[8, 8])], "no lokr_w2"),
+        ("first factor only", vec![f32(KEY, "lokr_w1", &[8, 8])], "needs a lokr_w2"),
         ("other channels", glora(&[41, 4]), "a1.weight"),
-        ("half a pair", glora(&[40, 4])[..3].to_vec(), "no b2.weight"),
+        ("half a pair", glora(&[40, 4])[..3].to_vec(), "needs a b2.weight"),
         ("other blocks", vec![f32(KEY, "oft_blocks", &[8, 7, 7])], "oft_blocks"),
         ("too many rounds", vec![f32(KEY, "oft_blocks", &[6, 8, 8, 8])], "oft_blocks"),
         ("odd rounds", vec![f32(KEY, "oft_blocks", &[1, 64, 1, 1])], "oft_blocks"),
-        ("no blocks", vec![f32(KEY, "rescale", &[64, 1])], "no oft_blocks"),
+        ("no blocks", vec![f32(KEY, "rescale", &[64, 1])], "needs a oft_blocks"),
         ("lengths of nothing", vec![f32(KEY, "dora_scale", &[64, 1])], "dora_scale"),
         ("other lengths", vec![up(), down(), f32(KEY, "dora_scale", &[1, 64])], "dora_scale"),
         ("lengths of a turn", vec![f32(KEY, "oft_blocks", &[8, 8, 8]), f32(KEY, "dora_scale", &[64, 1])], "dora_scale"),

@@ -15,6 +15,8 @@ pub(super) struct Builder<'a> {
     /// What is not used yet.
     pieces: BTreeMap<Piece, Part>,
     alpha: Option<f64>,
+    /// The first of all keys, to tell by it what is incomplete.
+    first: String,
 }
 
 /// Rows and columns; of what has more extents, all but the first together.
@@ -27,7 +29,8 @@ impl<'a> Builder<'a> {
         pieces: BTreeMap<Piece, Part>,
         alpha: Option<f64>,
     ) -> Self {
-        Self { path, layer, pieces, alpha }
+        let first = pieces.values().next().map_or_else(String::new, |part| quote(&part.key));
+        Self { path, layer, pieces, alpha, first }
     }
 
     pub(super) fn build(mut self) -> Result<Change<Part>, ModelError> {
@@ -84,8 +87,8 @@ impl<'a> Builder<'a> {
                     return Err(self.missing(if self.pieces.contains_key(&HadaT1) { HadaT2 } else { HadaT1 }));
                 }
                 let rank = self.rows_of(HadaW1B)?;
-                let first = self.factor(None, [HadaW1A, HadaW1B], HadaT1)?;
-                let second = self.factor(None, [HadaW2A, HadaW2B], HadaT2)?;
+                let first = self.factor(None, [HadaW1A, HadaW1B], Some(HadaT1))?;
+                let second = self.factor(None, [HadaW2A, HadaW2B], Some(HadaT2))?;
                 for (_, part, sides) in [&first, &second] {
                     self.must(part, *sides == (self.rows(), self.inner()))?;
                 }
@@ -95,8 +98,8 @@ impl<'a> Builder<'a> {
                 use Piece::{KronT2, KronW1, KronW1A, KronW1B, KronW2, KronW2A, KronW2B};
                 // Where both are products, alpha is divided by the rank of the second.
                 let rank = self.rows_of(KronW2B).or_else(|_| self.rows_of(KronW1B)).ok();
-                let (first, _, sides) = self.factor(Some(KronW1), [KronW1A, KronW1B], KronT2)?;
-                let (second, part, other) = self.factor(Some(KronW2), [KronW2A, KronW2B], KronT2)?;
+                let (first, _, sides) = self.factor(Some(KronW1), [KronW1A, KronW1B], None)?;
+                let (second, part, other) = self.factor(Some(KronW2), [KronW2A, KronW2B], Some(KronT2))?;
                 let product = (sides.0.saturating_mul(other.0), sides.1.saturating_mul(other.1));
                 self.must(&part, product == (self.rows(), self.inner()))?;
                 Ok((Delta::Kron([first, second]), rank))
@@ -138,16 +141,15 @@ impl<'a> Builder<'a> {
         &mut self,
         whole: Option<Piece>,
         [a, b]: [Piece; 2],
-        core: Piece,
+        core: Option<Piece>,
     ) -> Result<(Factor<Part>, Part, Sides), ModelError> {
         if let Some(part) = whole.and_then(|piece| self.pieces.remove(&piece)) {
             let sides = self.sides(&part)?;
             return Ok((Factor::Whole(part.clone()), part, sides));
         }
-        let is_first = a == Piece::KronW1A;
         let (a, b) = (self.take(a)?, self.take(b)?);
         let (inner, columns) = self.sides(&b)?;
-        if let Some(core) = self.pieces.remove(&core).filter(|_| !is_first) {
+        if let Some(core) = core.and_then(|piece| self.pieces.remove(&piece)) {
             let outer = self.core(&core, inner)?;
             let (wanted, rows) = self.sides(&a)?;
             self.must(&a, wanted == outer)?;
@@ -285,8 +287,7 @@ impl<'a> Builder<'a> {
     }
 
     fn missing(&self, piece: Piece) -> ModelError {
-        let beside = self.pieces.values().next().map_or_else(String::new, |part| quote(&part.key));
-        let reason = format!("for {} there is no {}, only {beside} and what is like it", self.layer.stem, piece.name());
+        let reason = format!("{} needs a {} beside it, which is not there", self.first, piece.name());
         ModelError::AdapterFile { path: self.path.to_owned(), reason }
     }
 
