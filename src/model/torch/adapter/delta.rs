@@ -66,7 +66,8 @@ fn factor(factor: &Factor<Tensor>) -> Result<Tensor, TchError> {
             // [k, k, r, q] · [q, columns] → [k, k, r, columns]; then [rows, r] · that.
             let wide = core.f_permute([2, 3, 0, 1])?.f_matmul(&flat(b)?)?;
             let turned = flat(a)?.f_transpose(0, 1)?.f_matmul(&wide)?;
-            flat(&turned.f_permute([2, 3, 0, 1])?)
+            // Kronecker products are only of what lies in order.
+            flat(&turned.f_permute([2, 3, 0, 1])?)?.f_contiguous()
         }
     }
 }
