@@ -137,9 +137,11 @@ fn payload<'a>(all: &'a [Staged<'_>]) -> Cow<'a, [u8]> {
     }
 }
 
-/// Slots of a call that was not sent are as good as before.
+/// Slots of a call that was not sent are as good as before. Those of a GPU are given back behind the mark of the copy that
+/// may still be on its way there: whoever used them next would not wait for it.
 fn keep<'a>(link: &Link, all: impl IntoIterator<Item = Staged<'a>>) {
-    all.into_iter().filter_map(|staged| staged.slot).for_each(|slot| link.memory.keep_input(slot));
+    let slots = all.into_iter().filter_map(|staged| staged.slot);
+    slots.filter(|slot| slot.gpu().is_none()).for_each(|slot| link.memory.keep_input(slot));
 }
 
 /// Keeps an input's slot for the next call, behind the mark that says when this one has read it.

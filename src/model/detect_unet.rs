@@ -155,7 +155,7 @@ fn sd2_prediction(file: &ModelFile, unet: &Unet<StoredTensor>) -> Result<Predict
 
 /// The values of a tensor of floating-point numbers.
 fn numbers(file: &ModelFile, stored: &StoredTensor) -> Result<Vec<f64>, ModelError> {
-    let bytes = file.bytes(stored)?;
+    let bytes = file.read(stored)?;
     Ok(match stored.dtype {
         StoredDType::F16 => bytes.as_chunks().0.iter().map(|&value| f16::from_le_bytes(value).to_f64()).collect(),
         StoredDType::BF16 => bytes.as_chunks().0.iter().map(|&value| bf16::from_le_bytes(value).to_f64()).collect(),

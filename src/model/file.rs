@@ -211,6 +211,17 @@ impl ModelFile {
         read_exact_at(&self.file, &self.state.path, at, target)
     }
 
+    /// The stored bytes of a tensor, read and not mapped: whoever looks at a file for others must survive one that is
+    /// rewritten meanwhile.
+    ///
+    /// # Errors
+    /// As [`ModelFile::read_exact_at`].
+    pub(super) fn read(&self, stored: &StoredTensor) -> Result<Vec<u8>, ModelError> {
+        let mut bytes = vec![0; stored.bytes.len()];
+        self.read_exact_at(stored.bytes.start as u64, &mut bytes)?;
+        Ok(bytes)
+    }
+
     /// The open file, for questions about how it is stored.
     #[cfg_attr(not(target_os = "linux"), expect(dead_code, reason = "only Linux is asked for holes"))]
     pub(super) fn file(&self) -> &File {

@@ -160,3 +160,21 @@ fn unloading_one_name_leaves_the_set_to_its_other_names() {
     assert!(scene.bystander.status().unwrap().weights.is_empty());
     scene.check_bystander();
 }
+
+#[test]
+fn a_set_whose_file_is_gone_is_unloaded_by_the_name_it_was_attached_by() {
+    let scene = Scene::new(&[]);
+    let path = counted(&scene.place, "model.safetensors", 1, 5000);
+    let alias = scene.place.file("alias.safetensors");
+    std::os::unix::fs::symlink(&path, &alias).unwrap();
+    let client = client_at(&scene.place);
+    drop(client.attach(alias.to_str().unwrap()).unwrap());
+    eventually("nobody holds it", || only(&scene).holders.is_empty());
+    for gone in [&alias, &path] {
+        std::fs::remove_file(gone).unwrap();
+    }
+    assert_eq!(client.verify(alias.to_str().unwrap()).unwrap().len(), 1);
+    scene.bystander.unload(alias.to_str().unwrap()).unwrap();
+    assert!(scene.bystander.status().unwrap().weights.is_empty());
+    scene.check_bystander();
+}

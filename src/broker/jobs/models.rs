@@ -85,10 +85,12 @@ impl Shared {
         Self(Arc::new(Mutex::new(Pending { responder: Some(responder), left: jobs, reports: Vec::new() })))
     }
 
-    fn started(&self) {
-        if let Some(responder) = &mut self.0.lock().responder {
-            responder.started();
-        }
+    /// A job begins; `false` where the request is answered already, and nobody wants it done.
+    fn starts(&self) -> bool {
+        let mut pending = self.0.lock();
+        let Some(responder) = &mut pending.responder else { return false };
+        responder.started();
+        true
     }
 
     /// One job is done. The last one's answer carries what all reported.
@@ -119,7 +121,9 @@ impl ModelJob {
         load: impl FnOnce(&ModelEntry) -> Result<Box<M>, ModelError>,
     ) {
         let Self { task, model, answer } = self;
-        answer.started();
+        if !answer.starts() {
+            return;
+        }
         match task {
             ModelTask::Load => match models.obtain(&model, load).map(|_| ()) {
                 Ok(()) => answer.done(Some(model.report())),

@@ -80,10 +80,8 @@ impl UnetCallJob {
             output.give_up(stream);
             return responder.fail(error);
         }
-        // Given back before the client can know, so that its next call finds the slots free; but behind the mark that
-        // says when the GPU is done with them.
-        drop(input);
         if inline {
+            drop(input);
             return match meta.size_bytes() {
                 Ok(length) => {
                     let outcome = Outcome::InlineTensor { meta, mode: None };
@@ -92,7 +90,11 @@ impl UnetCallJob {
                 Err(error) => responder.fail(error),
             };
         }
-        match output.hand_over(meta, stream) {
+        let handed_over = output.hand_over(meta, stream);
+        // Given back before the client can know, so that its next call finds the slots free; but behind the mark that
+        // says when the GPU is done with them.
+        drop(input);
+        match handed_over {
             Ok(descriptor) => responder.answer(Outcome::Tensor { descriptor, mode: None }),
             Err(error) => responder.fail(error),
         }

@@ -19,6 +19,8 @@ impl Session {
             None => registry.parts(model),
         };
         match parts {
+            // Before anything is loaded.
+            Ok(parts) if self.would_wait_for_itself(&responder, &parts) => responder.fail(waits_for_itself()),
             Ok(parts) => self.submit_each(responder, deadline, ModelTask::Load, parts),
             Err(error) => responder.fail(error),
         }
@@ -27,9 +29,8 @@ impl Session {
     /// Unloads weights and the models of that name.
     pub(super) fn unload(&self, responder: Responder, deadline: Option<Instant>, name: &str, force: Force) {
         let parts = self.state.registry.parts(name);
-        let runs_vae = parts.iter().flatten().any(|part| part.service() == Service::Vae);
         // Before anything is unloaded.
-        if self.state.permits.is_held_by(responder.session()) && runs_vae {
+        if parts.as_ref().is_ok_and(|parts| self.would_wait_for_itself(&responder, parts)) {
             return responder.fail(waits_for_itself());
         }
         let weights = match self.state.weights.unload(&self.state, name, force) {
@@ -42,6 +43,12 @@ impl Session {
             (Err(_), Unloaded::Weights) => responder.answer(Outcome::Done),
             (Err(error), Unloaded::Nothing) => responder.fail(error),
         }
+    }
+
+    /// Whether the session has the VAE's lane by a permit, and one of the models is run there.
+    fn would_wait_for_itself(&self, asker: &Responder, models: &[Arc<ModelEntry>]) -> bool {
+        let runs_vae = models.iter().any(|model| model.service() == Service::Vae);
+        runs_vae && self.state.permits.is_held_by(asker.session())
     }
 
     fn submit_each(

@@ -300,7 +300,9 @@ impl Weights {
     /// [`ErrorKind::InUse`] for weights that somebody holds.
     pub(in crate::broker) fn unload(&self, state: &State, name: &str, force: Force) -> Result<Unloaded> {
         let path = state.registry.locate(name).ok();
-        self.lock().table.unload(name, path.as_deref(), force)
+        let files = self.lock().table.files_meant(name, path.as_deref());
+        let gone: Vec<FileState> = files.into_iter().filter(has_changed).collect();
+        self.lock().table.unload(name, path.as_deref(), &gone, force)
     }
 
     /// Takes a load up; `false` where nobody waits for it any more, and it is not done.

@@ -35,12 +35,16 @@ impl Weights {
     /// Compares what the sets of a name contain with what they should.
     pub(in crate::broker) fn verify(&self, state: &Arc<State>, responder: Responder, name: String) {
         let (session, request) = (responder.session(), responder.request());
-        match self.looks.lock().entry(session) {
-            Entry::Occupied(_) => {
-                let message = "the session waits for a look at weights already";
-                return responder.fail(Error::new(ErrorKind::Busy, message, "ask again when that is answered"));
+        let refused = match self.looks.lock().entry(session) {
+            Entry::Occupied(_) => Some(responder),
+            Entry::Vacant(place) => {
+                place.insert(Pending { name, responder });
+                None
             }
-            Entry::Vacant(place) => _ = place.insert(Pending { name, responder }),
+        };
+        if let Some(responder) = refused {
+            let message = "the session waits for a look at weights already";
+            return responder.fail(Error::new(ErrorKind::Busy, message, "ask again when that is answered"));
         }
         if self.send_look(Look { state: Arc::clone(state), session, request }).is_err()
             && let Some(pending) = self.take_look(session, request)

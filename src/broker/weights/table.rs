@@ -425,14 +425,35 @@ impl Table {
         }
     }
 
+    /// The sets that a name or path means: those that are called so, else those that were asked for by a name that leads to
+    /// nothing any more.
+    fn meant(&self, name: &str, path: Option<&Path>) -> Vec<WeightSetId> {
+        let called: Vec<_> =
+            self.ready().filter(|known| known.is_called(name, path)).map(|known| known.set.id).collect();
+        if !called.is_empty() {
+            return called;
+        }
+        self.ready().filter(|known| known.names.contains(name)).map(|known| known.set.id).collect()
+    }
+
+    /// Files of the sets that a name or path means, to be looked at without the lock.
+    pub(super) fn files_meant(&self, name: &str, path: Option<&Path>) -> Vec<FileState> {
+        let meant = self.meant(name, path).into_iter().filter_map(|id| self.sets.get(&id));
+        meant.flat_map(|known| known.files.iter().cloned()).collect()
+    }
+
     /// Gives up the sets of a name or path; without force those that are called by another name as well stay under that.
     ///
     /// # Errors
     /// [`ErrorKind::InUse`] where somebody holds one and `force` does not say that it goes nevertheless.
-    pub(super) fn unload(&mut self, name: &str, path: Option<&Path>, force: Force) -> Result<Unloaded> {
-        // What was asked for by a name that leads to no file any more is still meant by it.
-        let is_meant = |known: &&Known| known.is_called(name, path) || path.is_none() && known.names.contains(name);
-        let meant: Vec<WeightSetId> = self.ready().filter(is_meant).map(|known| known.set.id).collect();
+    pub(super) fn unload(
+        &mut self,
+        name: &str,
+        path: Option<&Path>,
+        gone: &[FileState],
+        force: Force,
+    ) -> Result<Unloaded> {
+        let meant = self.meant(name, path);
         if force == Force::No
             && let Some(held) = meant.iter().filter_map(|id| self.sets.get(id)).find(|known| known.is_held())
         {
@@ -448,9 +469,8 @@ impl Table {
                 known.state = WeightState::Revoked;
                 continue;
             }
-            if !known.is_called(name, path) {
-                known.files.clear();
-            }
+            // Where no file is at the path any more, it is those that are gone.
+            known.files.retain(|file| !gone.contains(file));
             known.published.remove(name);
             known.variant_of.remove(name);
             known.files.retain(|file| Some(file.path()) != path);
@@ -461,7 +481,9 @@ impl Table {
 
     /// The sets of a name or path, for a look at what they contain.
     pub(super) fn named(&self, name: &str, path: Option<&Path>) -> Vec<(String, Arc<WeightSet>)> {
-        let meant = self.sets.values().filter(|known| known.is_called(name, path));
-        meant.map(|known| (known.shown(), Arc::clone(&known.set))).collect()
+        let called: Vec<_> = self.sets.values().filter(|known| known.is_called(name, path)).collect();
+        let asked = || self.sets.values().filter(|known| known.names.contains(name)).collect();
+        let meant: Vec<&Known> = if called.is_empty() { asked() } else { called };
+        meant.into_iter().map(|known| (known.shown(), Arc::clone(&known.set))).collect()
     }
 }

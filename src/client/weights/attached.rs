@@ -18,8 +18,8 @@ use crate::tensor::{CastRule, TensorMeta};
 /// Weights that lie in the broker's memory once for everybody, as this process sees them. Cloning shares them; the hold
 /// on them ends with the last clone and the last tensor.
 ///
-/// Each tensor is a view. In host memory a write to one gives this process a page of its own: nobody else sees it, and
-/// `status` counts it. The memory stays mapped for as long as anything refers to it, whatever becomes of the broker.
+/// Each tensor is a view; attachments of the same set in one session share it. In host memory a write to one gives this
+/// process a page of its own: no other sees it, and `status` counts it. The memory stays mapped for as long as anything refers to it, whatever becomes of the broker.
 #[derive(Debug, Clone)]
 pub struct Weights {
     attached: Arc<Attached>,

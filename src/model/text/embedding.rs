@@ -93,7 +93,7 @@ fn fits(stored: &StoredTensor, width: u64) -> bool {
 }
 
 fn numbers(file: &ModelFile, stored: &StoredTensor, width: usize) -> Result<Vec<Arc<[f32]>>, ModelError> {
-    let bytes = file.bytes(stored)?;
+    let bytes = &file.read(stored)?;
     let values: Vec<f32> = match stored.element() {
         Some(DType::F16) => each(bytes, |bytes| f16::from_le_bytes(bytes).to_f32()),
         Some(DType::Bf16) => each(bytes, |bytes| bf16::from_le_bytes(bytes).to_f32()),
