@@ -9,7 +9,9 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use luna_broker::device::InProcessDevice;
-use luna_broker::model::torch::{Adapted, Adapter, AdapterMode, LoadOptions, Patches, Target, TorchUnet, load_unet};
+use luna_broker::model::torch::{
+    Adapted, Adapter, AdapterMode, LoadOptions, Patches, Target, TorchUnet, load_unet, set_threads,
+};
 use luna_broker::model::{AdapterFile, AdapterKind, ModelFile, UnetInput, WeightStorage};
 use tch::Tensor;
 
@@ -36,6 +38,8 @@ impl Scene {
             );
             return None;
         };
+        // Layers this small take longer to be shared out than to be computed, and other tests run beside.
+        set_threads(1);
         let model = if name == "sd15" { "sd15.checkpoint" } else { "sdxl.bare" };
         let unet = load(&folder.join("unet").join(format!("{model}.safetensors")));
         let folder = folder.join("lora");
