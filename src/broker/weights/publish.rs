@@ -208,11 +208,9 @@ impl Filled {
         let mut inner = weights.lock();
         inner.table.unreserve(WeightPlace::Host, bytes);
         let is_taken_back = inner.drafts.completing.remove(&(responder.session(), responder.request()));
-        let is_taken_back = is_taken_back.map(|is_taken_back| is_taken_back || responder.is_over());
         let granted = sealed.and_then(|set| {
             // Somebody else may have published something meanwhile: the same, or other tensors under this name.
             let refused = match is_taken_back {
-                // Nor is anything published for a session that has ended.
                 Some(true) => Err(Error::new(ErrorKind::Cancelled, format!("{name} was not published"), "")),
                 _ => inner.table.check_free(&name, set.content),
             };
