@@ -125,9 +125,9 @@ impl BrokerGpu {
         self.plain.arenas.arena_bytes() + descriptors
     }
 
-    /// Bytes of the GPU's memory; 0 where the driver does not say.
-    pub(super) fn memory_bytes(&self) -> u64 {
-        self.plain.device.free_and_total_bytes().map_or(0, |(_, total)| total)
+    /// Bytes of the GPU's memory, where the driver says.
+    pub(super) fn memory_bytes(&self) -> Option<u64> {
+        self.plain.device.free_and_total_bytes().ok().map(|(_, total)| total)
     }
 
     /// A stream for work that needs no lane.

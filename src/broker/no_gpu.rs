@@ -45,7 +45,7 @@ impl BrokerGpu {
         match *self {}
     }
 
-    pub(super) fn memory_bytes(&self) -> u64 {
+    pub(super) fn memory_bytes(&self) -> Option<u64> {
         match *self {}
     }
 

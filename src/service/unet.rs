@@ -79,9 +79,7 @@ impl<T> UnetInput<T> {
         });
         [&self.x, &self.timesteps, &self.context].into_iter().chain(&self.y).chain(control)
     }
-}
 
-impl<T> UnetInput<T> {
     /// As [`UnetInput::each`], to be changed.
     pub fn each_mut<'a>(&'a mut self) -> impl Iterator<Item = &'a mut T> + use<'a, T> {
         let Self { x, timesteps, context, y, control } = self;

@@ -1,5 +1,6 @@
 //! What lanes are given: calls with their memory, and models to load and to forget.
 
+mod finished;
 mod models;
 mod refusal;
 mod unet;

@@ -2,16 +2,15 @@ use std::sync::Arc;
 
 use super::super::loader::Loader;
 use super::super::memory::Held;
-use super::super::outbox::Payload;
 use super::super::registry::{ModelEntry, Registry};
 use super::super::responder::Responder;
+use super::finished::{Finished, enqueue_failed};
 use super::models::{LoadedModels, ModelJob};
 use super::refusal::{late, refuse};
 use crate::device::StreamRef;
 use crate::error::Error;
 use crate::lane::{Job, Refusal, StopSignal};
 use crate::model::{ModelError, ModelInput, Unet};
-use crate::protocol::Outcome;
 use crate::service::{Service, UnetInput};
 use crate::tensor::TensorMeta;
 
@@ -62,10 +61,7 @@ impl UnetCallJob {
         stop: &dyn Fn() -> bool,
     ) -> Result<(), ModelError> {
         for operand in self.input.each_mut() {
-            operand
-                .held
-                .await_written(stream)
-                .map_err(|error| ModelError::Executor { what: "waiting for the input", cause: error.to_string() })?;
+            operand.held.await_written(stream).map_err(enqueue_failed)?;
         }
         let input = self.input.try_map(&mut |operand| {
             Ok::<_, ModelError>(ModelInput { meta: operand.meta, memory: operand.held.span() })
@@ -74,30 +70,11 @@ impl UnetCallJob {
     }
 
     fn answer(self, stream: Option<StreamRef>) {
-        let Self { responder, mut input, output, output_meta: meta, inline, .. } = self;
-        let marked = input.each_mut().try_for_each(|operand| operand.held.mark_read(&output, stream));
-        if let Err(error) = marked {
-            output.give_up(stream);
-            return responder.fail(error);
-        }
-        if inline {
-            drop(input);
-            return match meta.size_bytes() {
-                Ok(length) => {
-                    let outcome = Outcome::InlineTensor { meta, mode: None };
-                    responder.answer_with_payload(outcome, Payload::Slot { held: output, length });
-                }
-                Err(error) => responder.fail(error),
-            };
-        }
-        let handed_over = output.hand_over(meta, stream);
-        // Given back before the client can know, so that its next call finds the slots free; but behind the mark that
-        // says when the GPU is done with them.
-        drop(input);
-        match handed_over {
-            Ok(descriptor) => responder.answer(Outcome::Tensor { descriptor, mode: None }),
-            Err(error) => responder.fail(error),
-        }
+        let Self { responder, input, output, output_meta: meta, inline, .. } = self;
+        let mark = |input: &mut UnetInput<UnetOperand>, output: &Held| {
+            input.each_mut().try_for_each(|operand| operand.held.mark_read(output, stream))
+        };
+        Finished { responder, output, meta, mode: None, inline }.answer(input, mark, stream);
     }
 }
 

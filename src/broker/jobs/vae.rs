@@ -2,16 +2,15 @@ use std::sync::Arc;
 
 use super::super::loader::Loader;
 use super::super::memory::Held;
-use super::super::outbox::Payload;
 use super::super::permits::PermitJob;
 use super::super::registry::{ModelEntry, Registry};
 use super::super::responder::Responder;
+use super::finished::{Finished, enqueue_failed};
 use super::models::{LoadedModels, ModelJob};
 use super::refusal::{late, refuse};
-use crate::device::{DeviceError, StreamRef};
+use crate::device::StreamRef;
 use crate::lane::{Job, Refusal, StopSignal};
 use crate::model::{ModelError, ModelInput, Vae, VaePlan};
-use crate::protocol::Outcome;
 use crate::service::{Service, VaeMode};
 use crate::tensor::TensorMeta;
 
@@ -53,36 +52,10 @@ impl VaeCallJob {
     }
 
     fn answer(self, mode: VaeMode, stream: Option<StreamRef>) {
-        let Self { responder, plan, mut input, output, inline, .. } = self;
-        let meta = plan.output;
-        if let Err(error) = input.mark_read(&output, stream) {
-            output.give_up(stream);
-            return responder.fail(error);
-        }
-        if inline {
-            let length = match meta.size_bytes() {
-                Ok(length) => length,
-                Err(error) => return responder.fail(error),
-            };
-            drop(input);
-            return responder.answer_with_payload(
-                Outcome::InlineTensor { meta, mode: Some(mode) },
-                Payload::Slot { held: output, length },
-            );
-        }
-        let handed_over = output.hand_over(meta, stream);
-        // Given back before the client can know, so that its next call finds the slot free; but behind the mark that
-        // says when the GPU is done with it.
-        drop(input);
-        match handed_over {
-            Ok(descriptor) => responder.answer(Outcome::Tensor { descriptor, mode: Some(mode) }),
-            Err(error) => responder.fail(error),
-        }
+        let Self { responder, plan, input, output, inline, .. } = self;
+        let finished = Finished { responder, output, meta: plan.output, mode: Some(mode), inline };
+        finished.answer(input, |input, output| input.mark_read(output, stream), stream);
     }
-}
-
-fn enqueue_failed(error: DeviceError) -> ModelError {
-    ModelError::Executor { what: "waiting for the input", cause: error.to_string() }
 }
 
 /// A call that failed and is not answered yet.

@@ -40,10 +40,7 @@ impl WeightLimits {
     /// weights. A machine that does not tell has no bound.
     pub(in crate::broker) fn new(asked_for: Option<u64>, gpu: Option<&BrokerGpu>) -> Self {
         let most = |bytes: Option<u64>| asked_for.or(bytes).unwrap_or(u64::MAX);
-        Self {
-            host: most(host_bytes().map(|host| host / 4 * 3)),
-            gpu: most(gpu.map(BrokerGpu::memory_bytes).filter(|&bytes| bytes > 0)),
-        }
+        Self { host: most(host_bytes().map(|host| host / 4 * 3)), gpu: most(gpu.and_then(BrokerGpu::memory_bytes)) }
     }
 
     pub(super) fn of(self, place: WeightPlace) -> u64 {
