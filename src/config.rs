@@ -21,6 +21,11 @@ pub struct ConfigError {
 pub struct BrokerConfig {
     /// Folders in which model names are looked up. None by default: models are then named by path.
     pub model_folders: Vec<PathBuf>,
+    /// Folders in which names of adapters (LoRA and its kin) are looked up. None by default: adapters are then named by path.
+    pub adapter_folders: Vec<PathBuf>,
+    /// Folders in which names of embeddings (textual inversion) are looked up. None by default: prompts that name one are
+    /// refused.
+    pub embedding_folders: Vec<PathBuf>,
     /// Whether the do-nothing VAE `builtin:hand-off` is served. Off by default.
     pub bench_models: bool,
     /// Requests that may wait for their turn in one lane; more are refused as busy. Default 64. Those that had their turn and
@@ -81,6 +86,8 @@ impl Default for BrokerConfig {
     fn default() -> Self {
         Self {
             model_folders: Vec::new(),
+            adapter_folders: Vec::new(),
+            embedding_folders: Vec::new(),
             bench_models: false,
             lane_capacity: 64,
             session_in_flight: 32,

@@ -2,6 +2,7 @@
 
 mod admission;
 mod clock;
+mod folders;
 #[cfg(all(feature = "cuda", unix))]
 mod gpu;
 #[cfg(not(all(feature = "cuda", unix)))]

@@ -1,11 +1,13 @@
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 
+use super::folders::Folders;
 use super::loader::{CPU, Placement};
+use crate::config::BrokerConfig;
 use crate::id::ModelId;
 use crate::model::{HandOff, ModelError, ModelFile, UnetFacts, VaeFacts, unet_facts, vae_facts};
 use crate::protocol::{ModelReport, UnetReport};
@@ -13,9 +15,6 @@ use crate::service::Service;
 
 /// More models than anybody keeps in a model folder; bounds a listing's length.
 const MAX_LISTED: usize = 1000;
-
-/// More files than anybody keeps in a model folder; bounds what a listing opens.
-const MAX_FILES: usize = 20_000;
 
 /// More names than anybody asks by; bounds what a client that makes up spellings of one path can fill.
 const MAX_NAMES: usize = 2000;
@@ -186,7 +185,8 @@ fn unet_report(facts: &UnetFacts) -> UnetReport {
 /// Models by name.
 #[derive(Debug)]
 pub(super) struct Registry {
-    folders: Vec<PathBuf>,
+    models: Folders,
+    adapters: Folders,
     bench_models: bool,
     placement: Placement,
     next: AtomicU64,
@@ -199,8 +199,15 @@ pub(super) struct Registry {
 type Known = HashMap<(Service, String), Arc<ModelEntry>>;
 
 impl Registry {
-    pub(super) fn new(folders: Vec<PathBuf>, bench_models: bool, placement: Placement) -> Self {
-        Self { folders, bench_models, placement, next: AtomicU64::new(1), known: Mutex::default() }
+    pub(super) fn new(config: &BrokerConfig, placement: Placement) -> Self {
+        Self {
+            models: Folders::of_models(config.model_folders.clone()),
+            adapters: Folders::of_adapters(config.adapter_folders.clone()),
+            bench_models: config.bench_models,
+            placement,
+            next: AtomicU64::new(1),
+            known: Mutex::default(),
+        }
     }
 
     /// What models run on: `cpu`, or a GPU by a name that means the same in every process.
@@ -225,17 +232,32 @@ impl Registry {
         if let Some(facts) = builtin {
             return Ok(self.add(name, Source::HandOff, Facts::Vae(facts)));
         }
-        let path = self.locate(name)?;
-        let file = ModelFile::open(&path)?;
-        let facts = match service {
-            Service::Vae => Facts::Vae(self.placement.facts(vae_facts(&file)?)),
-            Service::Unet => {
-                let facts = unet_facts(&file)?;
-                let sizes = UnetSizes { weight_bytes: facts.weight_bytes(self.placement.unet_precision(&facts)) };
-                Facts::Unet(facts, sizes)
+        let mut refused = None;
+        for path in self.models.all(name) {
+            let file = ModelFile::open(&path)?;
+            match self.facts(service, &file) {
+                Ok(facts) => return Ok(self.add(name, Source::File(Arc::new(file)), facts)),
+                // Folders by kind may each have a file of this name, with a part of their kind in it.
+                Err(error @ ModelError::MissingPart { .. }) => _ = refused.get_or_insert(error),
+                Err(error) => return Err(error),
             }
-        };
-        Ok(self.add(name, Source::File(Arc::new(file)), facts))
+        }
+        Err(refused.unwrap_or_else(|| self.models.not_found(name)))
+    }
+
+    /// What is known of the part of a file that a service runs.
+    ///
+    /// # Errors
+    /// [`ModelError`]: no such part, or none that can be run.
+    fn facts(&self, service: Service, file: &ModelFile) -> Result<Facts, ModelError> {
+        match service {
+            Service::Vae => Ok(Facts::Vae(self.placement.facts(vae_facts(file)?))),
+            Service::Unet => {
+                let facts = unet_facts(file)?;
+                let sizes = UnetSizes { weight_bytes: facts.weight_bytes(self.placement.unet_precision(&facts)) };
+                Ok(Facts::Unet(facts, sizes))
+            }
+        }
     }
 
     /// Every part of the file of that name or path that a service runs.
@@ -329,29 +351,16 @@ impl Registry {
     /// # Errors
     /// [`ModelError::NotFound`].
     pub(super) fn locate(&self, name: &str) -> Result<PathBuf, ModelError> {
-        let given = Path::new(name);
-        let not_found = || ModelError::NotFound { name: name.to_owned(), searched: self.places() };
-        if given.is_absolute() {
-            // Missing files are the opener's to report: it knows the reason.
-            return Ok(std::fs::canonicalize(given).unwrap_or_else(|_| given.to_owned()));
-        }
-        // A name must stay inside the folders.
-        let plain = given.components().all(|part| matches!(part, std::path::Component::Normal(_)));
-        if !plain || name.is_empty() {
-            return Err(not_found());
-        }
-        let with_extension = format!("{name}.safetensors");
-        let candidates = self.folders.iter().flat_map(|folder| [folder.join(given), folder.join(&with_extension)]);
-        let found = candidates.into_iter().find(|path| path.is_file()).ok_or_else(not_found)?;
-        Ok(std::fs::canonicalize(&found).unwrap_or(found))
+        self.models.first(name)
     }
 
-    fn places(&self) -> String {
-        let mut places: Vec<String> = self.folders.iter().map(|folder| folder.display().to_string()).collect();
-        if places.is_empty() {
-            places.push("no folder, as none was named with --models".to_owned());
-        }
-        places.join(", ")
+    /// The adapter of that name or path.
+    ///
+    /// # Errors
+    /// [`ModelError::NotFound`].
+    #[expect(dead_code, reason = "requests do not name adapters yet")]
+    pub(super) fn locate_adapter(&self, name: &str) -> Result<PathBuf, ModelError> {
+        self.adapters.first(name)
     }
 
     /// Every model that was asked for, the do-nothing one where it is served, and everything that can be run of the files
@@ -362,8 +371,8 @@ impl Registry {
             // Served whether or not somebody has asked for it.
             _ = self.resolve(Service::Vae, HandOff::NAME);
         }
-        for path in self.files() {
-            let name = self.relative_name(&path);
+        for path in self.models.files() {
+            let name = self.models.relative_name(&path);
             match self.parts(&name) {
                 Ok(_) if listed >= MAX_LISTED => {
                     tracing::warn!(limit = MAX_LISTED, "the model folders hold more models than are listed");
@@ -383,38 +392,6 @@ impl Registry {
         entries.sort_by_key(|entry| entry.id);
         entries.dedup_by_key(|entry| entry.id);
         entries.into_iter().map(|entry| entry.report()).collect()
-    }
-
-    fn files(&self) -> Vec<PathBuf> {
-        let mut files = Vec::new();
-        let mut folders = self.folders.clone();
-        while let Some(folder) = folders.pop() {
-            let Ok(entries) = std::fs::read_dir(&folder) else { continue };
-            for entry in entries.flatten() {
-                // Links to folders are not followed: a circle would never end.
-                let path = entry.path();
-                if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-                    folders.push(path);
-                } else if path.extension().is_some_and(|extension| extension == "safetensors") {
-                    if files.len() == MAX_FILES {
-                        tracing::warn!(
-                            limit = MAX_FILES,
-                            "the model folders hold more files than are looked at for a listing"
-                        );
-                        folders.clear();
-                        break;
-                    }
-                    files.push(path);
-                }
-            }
-        }
-        files.sort();
-        files
-    }
-
-    fn relative_name(&self, path: &Path) -> String {
-        let relative = self.folders.iter().find_map(|folder| path.strip_prefix(folder).ok());
-        relative.unwrap_or(path).to_string_lossy().into_owned()
     }
 }
 

@@ -86,7 +86,7 @@ fn make_state(config: BrokerConfig, address: String) -> Result<State> {
     getrandom::fill(&mut epoch).map_err(|error| Error::new(ErrorKind::Internal, error.to_string(), ""))?;
     let loading = Arc::new(AtomicU64::new(0));
     let placement = Placement::new(&config)?;
-    let registry = Arc::new(Registry::new(config.model_folders.clone(), config.bench_models, placement.clone()));
+    let registry = Arc::new(Registry::new(&config, placement.clone()));
     let arena_ids = Arc::new(AtomicU32::new(0));
     let gpu = BrokerGpu::open(&config, &arena_ids)?;
     let queue = gpu.as_ref().map(BrokerGpu::queue).transpose()?;

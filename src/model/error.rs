@@ -11,8 +11,10 @@ use crate::tensor::{DType, TensorError};
 #[non_exhaustive]
 pub enum ModelError {
     /// Nothing of that name.
-    #[error("no model {name:?}; looked in {searched}")]
+    #[error("no {what} {name:?}; looked in {searched}")]
     NotFound {
+        /// What was looked for: a model, an adapter.
+        what: &'static str,
         /// The name asked for.
         name: String,
         /// The places looked at.
@@ -335,7 +337,9 @@ impl ModelError {
     #[must_use]
     pub fn remedy(&self) -> &'static str {
         match self {
-            Self::NotFound { .. } => "give a path, or put the file into a folder named with --models",
+            Self::NotFound { .. } => {
+                "give a path, or put the file into one of the folders that --models, --loras and --comfyui-paths name"
+            }
             Self::Directory { .. } => "name the .safetensors file inside it",
             Self::Unreadable { .. } => "check the path and that the broker's user may read it",
             Self::Pickle { .. } => {
