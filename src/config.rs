@@ -78,6 +78,14 @@ pub struct BrokerConfig {
     /// the GPU. Default `None`: three quarters of the host's memory, and all of the GPU's. Sets that nobody holds give way
     /// to others; what is beyond it then is refused as out of memory.
     pub weight_bytes: Option<u64>,
+    /// Bytes of weights of models that the lanes hold, on each device. Default `None`: no bound. Before a model is loaded
+    /// beyond it, the longest unused ones that no request waits for or runs on are unloaded; where those do not suffice, it
+    /// is refused as out of memory. What is used from the mapped file counts too, although it takes no memory but the
+    /// system's cache of the file.
+    pub model_bytes: Option<u64>,
+    /// How long a model that no request waits for or runs on is kept loaded. Default `None`: until it is unloaded. The next
+    /// request for it loads it again.
+    pub model_idle: Option<Duration>,
     /// How long a client may keep a permit before the lane goes on without it. Default 10 min.
     pub permit_patience: Duration,
 }
@@ -108,6 +116,8 @@ impl Default for BrokerConfig {
             pinned_bytes: 1 << 30,
             gpu_order: GpuOrder::Events,
             weight_bytes: None,
+            model_bytes: None,
+            model_idle: None,
             permit_patience: Duration::from_secs(600),
         }
     }
@@ -137,6 +147,9 @@ impl BrokerConfig {
         }
         if self.input_patience.is_zero() {
             return refuse("input patience", "an input needs some time to be written");
+        }
+        if self.model_idle.is_some_and(|idle| idle.is_zero()) {
+            return refuse("model idle time", "a model that is unloaded at once is loaded for every request");
         }
         if self.permit_patience.is_zero() {
             return refuse("permit patience", "a permit that has ended before it begins is of no use");
@@ -229,6 +242,7 @@ mod tests {
             ("requests in flight", BrokerConfig { session_in_flight: 0, ..config() }),
             ("sessions", BrokerConfig { max_sessions: 0, ..config() }),
             ("input patience", BrokerConfig { input_patience: Duration::ZERO, ..config() }),
+            ("model idle time", BrokerConfig { model_idle: Some(Duration::ZERO), ..config() }),
             ("permit patience", BrokerConfig { permit_patience: Duration::ZERO, ..config() }),
         ];
         for (setting, config) in broken {

@@ -20,12 +20,14 @@ mod permits;
 mod pool;
 mod quarantine;
 mod registry;
+mod residents;
 mod responder;
 mod server;
 mod session;
 mod staging;
 mod state;
 mod status;
+mod usage;
 mod weights;
 
 pub use server::{Broker, BrokerBuilder};

@@ -7,8 +7,11 @@ use parking_lot::Mutex;
 
 use super::folders::Folders;
 use super::loader::{CPU, Placement};
+use super::residents::Residents;
+use super::usage::Usage;
 use crate::config::BrokerConfig;
-use crate::id::ModelId;
+use crate::id::{ModelId, SessionId};
+use crate::metrics::Evictions;
 use crate::model::{HandOff, ModelError, ModelFile, UnetFacts, VaeFacts, unet_facts, vae_facts};
 use crate::protocol::{ModelReport, UnetReport};
 use crate::service::Service;
@@ -29,6 +32,7 @@ pub(super) struct ModelEntry {
     /// What it runs on, as users are told.
     device: String,
     loaded: AtomicBool,
+    usage: Usage,
 }
 
 /// What is known of a model before it is loaded.
@@ -100,8 +104,24 @@ impl ModelEntry {
         self.id
     }
 
+    pub(super) fn name(&self) -> &str {
+        &self.name
+    }
+
+    pub(super) fn device(&self) -> &str {
+        &self.device
+    }
+
     pub(super) fn source(&self) -> &Source {
         &self.source
+    }
+
+    pub(super) fn usage(&self) -> &Usage {
+        &self.usage
+    }
+
+    pub(super) fn weight_bytes(&self) -> u64 {
+        self.facts.weight_bytes()
     }
 
     pub(super) fn service(&self) -> Service {
@@ -164,6 +184,8 @@ impl ModelEntry {
             loaded: self.is_loaded(),
             bytes: self.facts.weight_bytes(),
             device: self.device.clone(),
+            users: self.usage.users() as u64,
+            idle_s: self.usage.idle().map(|idle| idle.as_secs_f64()),
             latent_channels,
             ratio,
             unet,
@@ -189,6 +211,7 @@ pub(super) struct Registry {
     adapters: Folders,
     bench_models: bool,
     placement: Placement,
+    residents: Residents,
     next: AtomicU64,
     /// By every name under which somebody asked for them. Only what is in here is kept loaded: nobody could unload
     /// the rest.
@@ -199,12 +222,13 @@ pub(super) struct Registry {
 type Known = HashMap<(Service, String), Arc<ModelEntry>>;
 
 impl Registry {
-    pub(super) fn new(config: &BrokerConfig, placement: Placement) -> Self {
+    pub(super) fn new(config: &BrokerConfig, placement: Placement, evictions: Evictions) -> Self {
         Self {
             models: Folders::of_models(config.model_folders.clone()),
             adapters: Folders::of_adapters(config.adapter_folders.clone()),
             bench_models: config.bench_models,
             placement,
+            residents: Residents::new(config.model_bytes, config.model_idle, evictions),
             next: AtomicU64::new(1),
             known: Mutex::default(),
         }
@@ -213,6 +237,16 @@ impl Registry {
     /// What models run on: `cpu`, or a GPU by a name that means the same in every process.
     pub(super) fn device(&self) -> &str {
         &self.placement.device
+    }
+
+    /// The models that the lanes hold.
+    pub(super) fn residents(&self) -> &Residents {
+        &self.residents
+    }
+
+    /// A session that is over uses no model any more.
+    pub(super) fn end_session(&self, session: SessionId) {
+        self.known.lock().values().for_each(|model| model.usage.forget_user(session));
     }
 
     /// The model of a service of that name or path. Reads the header of a file that was not asked for before, or that
@@ -302,7 +336,15 @@ impl Registry {
             Source::HandOff => CPU.to_owned(),
             Source::File(_) => self.placement.device.clone(),
         };
-        let entry = ModelEntry { id, name: source.shown(name), source, facts, device, loaded: AtomicBool::new(false) };
+        let entry = ModelEntry {
+            id,
+            name: source.shown(name),
+            source,
+            facts,
+            device,
+            loaded: AtomicBool::new(false),
+            usage: Usage::default(),
+        };
         tracing::info!(
             model = entry.name,
             service = key.0.name(),
@@ -341,6 +383,8 @@ impl Registry {
     /// A model whose weights are gone keeps its file open only as long as that is the one at its path.
     pub(super) fn unloaded(&self, model: &ModelEntry) {
         model.loaded.store(false, Ordering::Relaxed);
+        model.usage.forget_users();
+        self.residents.forget(model.id);
         if model.source.is_outdated() {
             self.give_up(model);
         }

@@ -86,7 +86,8 @@ fn make_state(config: BrokerConfig, address: String) -> Result<State> {
     getrandom::fill(&mut epoch).map_err(|error| Error::new(ErrorKind::Internal, error.to_string(), ""))?;
     let loading = Arc::new(AtomicU64::new(0));
     let placement = Placement::new(&config)?;
-    let registry = Arc::new(Registry::new(&config, placement.clone()));
+    let metrics = Metrics::default();
+    let registry = Arc::new(Registry::new(&config, placement.clone(), metrics.evictions.clone()));
     let arena_ids = Arc::new(AtomicU32::new(0));
     let gpu = BrokerGpu::open(&config, &arena_ids)?;
     let queue = gpu.as_ref().map(BrokerGpu::queue).transpose()?;
@@ -101,6 +102,7 @@ fn make_state(config: BrokerConfig, address: String) -> Result<State> {
     let queue = Queue::new(Policy::FairBySession, config.lane_capacity).patience(config.input_patience);
     let unet_lane =
         Lane::spawn("luna-unet", queue, move || UnetExecutor::new(unet_loader, lane_registry)).map_err(no_thread)?;
+    registry.residents().wake_by(vec![Box::new(vae_lane.waker()), Box::new(unet_lane.waker())]);
     let limits = WeightLimits::new(config.weight_bytes, gpu.as_ref());
     let weights = Weights::start(limits).map_err(no_thread)?;
     Ok(State {
@@ -115,7 +117,7 @@ fn make_state(config: BrokerConfig, address: String) -> Result<State> {
         weights,
         loading,
         sessions: Arc::new(Sessions::default()),
-        metrics: Metrics::default(),
+        metrics,
         arena_ids,
         gpu,
         stopping: AtomicBool::new(false),

@@ -163,6 +163,7 @@ impl Session {
         link.outbox.flush(Instant::now() + Duration::from_millis(200));
         // In this order: the reason is the last word, and no job starts on memory that goes away.
         link.outbox.close();
+        state.registry.end_session(link.id());
         state.permits.end_session(link.id());
         state.vae_lane.end_session(link.id());
         state.unet_lane.end_session(link.id());
@@ -219,6 +220,7 @@ impl Session {
             Operation::Unet(request) => self.unet(responder, deadline, *request)?,
             Operation::Describe { service, model } => {
                 let described = self.state.registry.resolve(service, &model);
+                let described = described.inspect(|model| model.usage().note_user(self.link.id()));
                 responder.settle(described.map(|model| Outcome::Model(model.report())).map_err(Error::from));
             }
             Operation::Load { service, model } => self.load(responder, deadline, service, &model),

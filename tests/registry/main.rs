@@ -10,4 +10,6 @@ mod tiny;
 #[path = "../support/unet.rs"]
 mod unet;
 
+#[cfg(feature = "torch")]
+mod eviction;
 mod folders;

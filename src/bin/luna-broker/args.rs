@@ -213,6 +213,15 @@ pub(crate) struct ServeArgs {
     #[arg(long, value_parser = bytes, value_name = "BYTES")]
     weight_bytes: Option<u64>,
 
+    /// Bytes of the models that are loaded, on each device; accepts K, M, G. Those unused for longest give way to others.
+    /// Default: no bound.
+    #[arg(long, value_parser = bytes, value_name = "BYTES")]
+    model_bytes: Option<u64>,
+
+    /// Unload models that nobody has used for so long, in seconds; the next request loads them again. Default: never.
+    #[arg(long, value_name = "SECONDS")]
+    model_idle: Option<f64>,
+
     /// How long a client may keep a permit before the lane goes on without it.
     #[arg(long, default_value_t = 600, value_name = "SECONDS")]
     permit_seconds: u64,
@@ -311,6 +320,8 @@ impl TryFrom<&ServeArgs> for BrokerConfig {
             },
             vae_precision: args.vae_precision.into(),
             weight_bytes: args.weight_bytes,
+            model_bytes: args.model_bytes,
+            model_idle: args.model_idle.map(|idle| seconds("--model-idle", idle)).transpose()?,
             permit_patience: Duration::from_secs(args.permit_seconds),
             ..Self::default()
         };

@@ -137,10 +137,16 @@ pub(crate) fn models(models: &[ModelReport]) -> String {
             };
             let loaded = if model.loaded { "yes" } else { "no" }.to_owned();
             let (name, service, family) = (model.name.clone(), model.service.name().to_owned(), model.family.clone());
-            [name, service, family, latent, loaded, bytes(model.bytes), model.device.clone()]
+            let used = match model.idle_s {
+                None => "now".to_owned(),
+                Some(idle) if model.loaded => format!("{idle:.0} s ago"),
+                Some(_) => String::new(),
+            };
+            let users = model.users.to_string();
+            [name, service, family, latent, loaded, bytes(model.bytes), model.device.clone(), users, used]
         })
         .collect();
-    table(["name", "service", "family", "latent", "loaded", "weights", "device"], &rows)
+    table(["name", "service", "family", "latent", "loaded", "weights", "device", "users", "used"], &rows)
 }
 
 /// A model that was loaded.

@@ -1,9 +1,11 @@
 use std::sync::Arc;
+use std::time::Instant;
 
 use super::super::loader::Loader;
 use super::super::memory::Held;
-use super::super::registry::{ModelEntry, Registry};
+use super::super::registry::Registry;
 use super::super::responder::Responder;
+use super::super::usage::InUse;
 use super::finished::{Finished, enqueue_failed};
 use super::models::{LoadedModels, ModelJob};
 use super::refusal::{late, refuse};
@@ -25,7 +27,7 @@ pub(in crate::broker) struct UnetOperand {
 #[derive(Debug)]
 pub(in crate::broker) struct UnetCallJob {
     pub(in crate::broker) responder: Responder,
-    pub(in crate::broker) model: Arc<ModelEntry>,
+    pub(in crate::broker) model: InUse,
     pub(in crate::broker) input: UnetInput<UnetOperand>,
     pub(in crate::broker) output: Held,
     pub(in crate::broker) output_meta: TensorMeta,
@@ -69,8 +71,17 @@ impl UnetCallJob {
         unet.run(&input, self.output.span(), stop)
     }
 
+    /// Answers without having run.
+    fn fail(self, error: ModelError) {
+        let Self { responder, model, .. } = self;
+        drop(model);
+        responder.fail(error);
+    }
+
     fn answer(self, stream: Option<StreamRef>) {
-        let Self { responder, input, output, output_meta: meta, inline, .. } = self;
+        let Self { responder, model, input, output, output_meta: meta, inline } = self;
+        // Before the client can know: its next request may need the room.
+        drop(model);
         let mark = |input: &mut UnetInput<UnetOperand>, output: &Held| {
             input.each_mut().try_for_each(|operand| operand.held.mark_read(output, stream))
         };
@@ -102,7 +113,7 @@ impl UnetExecutor {
         let model = Arc::clone(&job.model);
         let unet = match self.models.obtain(&model, |model| self.loader.load_unet(model)) {
             Ok(unet) => unet,
-            Err(error) => return job.responder.fail(error),
+            Err(error) => return job.fail(error),
         };
         let Some((responder, error)) = job.run_on(&mut **unet, &|| stop.is_set()) else { return };
         match error {
@@ -145,6 +156,10 @@ impl Job for UnetWork {
                 job.run(models, |model| loader.load_unet(model));
             }
         }
+    }
+
+    fn tidy(executor: &mut UnetExecutor) -> Option<Instant> {
+        executor.models.tidy()
     }
 
     fn refuse(self, why: Refusal) {

@@ -4,6 +4,7 @@ use std::time::Instant;
 use super::super::jobs::{ModelJob, ModelTask, Shared, UnetWork, VaeWork};
 use super::super::registry::ModelEntry;
 use super::super::responder::Responder;
+use super::super::usage::InUse;
 use super::super::weights::Unloaded;
 use super::{Session, waits_for_itself};
 use crate::lane::Entry;
@@ -62,7 +63,7 @@ impl Session {
         let answer = Shared::new(responder, models.len());
         for model in models {
             let service = model.service();
-            let job = ModelJob { task, model, answer: answer.clone() };
+            let job = ModelJob { task, model: InUse::by(session, model), answer: answer.clone() };
             match service {
                 Service::Vae => self.submit(session, request, deadline, VaeWork::Model(job)),
                 Service::Unet => {

@@ -3,6 +3,7 @@ use std::time::Instant;
 use super::super::jobs::{UnetCallJob, UnetOperand, UnetWork};
 use super::super::memories::SlotSource;
 use super::super::responder::Responder;
+use super::super::usage::InUse;
 use super::Session;
 use super::vae::Unprepared;
 use crate::error::Result;
@@ -39,7 +40,7 @@ impl Session {
         input: &crate::service::UnetInput<TensorSource>,
         result: SlotPlace,
     ) -> Result<impl FnOnce(Responder) -> UnetCallJob + use<>, Unprepared> {
-        let model = self.state.registry.resolve(Service::Unet, model)?;
+        let model = InUse::by(self.link.id(), self.state.registry.resolve(Service::Unet, model)?);
         let metas = input.try_map(&mut |source| {
             let meta = source.meta();
             meta.validate().map(|()| meta)
