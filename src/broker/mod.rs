@@ -19,6 +19,7 @@ mod outbox;
 mod permits;
 mod pool;
 mod quarantine;
+mod registered;
 mod registry;
 mod residents;
 mod responder;

@@ -7,8 +7,10 @@ use parking_lot::Mutex;
 
 use super::folders::Folders;
 use super::loader::{CPU, Placement};
+use super::registered::Registered;
 use super::residents::Residents;
 use super::usage::Usage;
+use super::weights::{PublishedModel, Weights};
 use crate::config::BrokerConfig;
 use crate::id::{ModelId, SessionId};
 use crate::metrics::Evictions;
@@ -76,22 +78,43 @@ impl Facts {
 pub(super) enum Source {
     HandOff,
     File(Arc<ModelFile>),
+    Published(PublishedModel),
 }
 
 impl Source {
     fn is_same(&self, other: &Self) -> bool {
-        matches!((self, other), (Self::File(one), Self::File(two)) if one.path() == two.path())
+        match (self, other) {
+            (Self::File(one), Self::File(two)) => one.path() == two.path(),
+            (Self::Published(one), Self::Published(two)) => one.is_same(two),
+            _ => false,
+        }
+    }
+
+    /// The tensors; none of a built-in model. A published set is held from here on until the value goes.
+    ///
+    /// # Errors
+    /// As [`PublishedModel::open`].
+    pub(super) fn open(&self) -> Result<Option<Arc<ModelFile>>, ModelError> {
+        match self {
+            Self::HandOff => Ok(None),
+            Self::File(file) => Ok(Some(Arc::clone(file))),
+            Self::Published(set) => Ok(Some(Arc::new(set.open()?))),
+        }
     }
 
     /// Whether the model is no longer what was recognised.
     fn is_outdated(&self) -> bool {
-        matches!(self, Self::File(file) if file.check_unchanged().is_err())
+        match self {
+            Self::HandOff => false,
+            Self::File(file) => file.check_unchanged().is_err(),
+            Self::Published(set) => set.is_outdated(),
+        }
     }
 
     /// What users see: the file's name, or the name of a built-in model.
     fn shown(&self, asked_for: &str) -> String {
         match self {
-            Self::HandOff => asked_for.to_owned(),
+            Self::HandOff | Self::Published(_) => asked_for.to_owned(),
             Self::File(file) => {
                 file.path().file_name().map_or_else(|| asked_for.to_owned(), |name| name.to_string_lossy().into_owned())
             }
@@ -162,6 +185,7 @@ impl ModelEntry {
     pub(super) fn changed(&self) -> ModelError {
         let path = match &self.source {
             Source::HandOff => PathBuf::from(&self.name),
+            Source::Published(set) => PathBuf::from(set.name()),
             Source::File(file) => file.path().to_owned(),
         };
         ModelError::Changed { path }
@@ -169,7 +193,7 @@ impl ModelEntry {
 
     pub(super) fn report(&self) -> ModelReport {
         let path = match &self.source {
-            Source::HandOff => String::new(),
+            Source::HandOff | Source::Published(_) => String::new(),
             Source::File(file) => file.path().to_string_lossy().into_owned(),
         };
         let (latent_channels, ratio, unet) = match &self.facts {
@@ -189,6 +213,7 @@ impl ModelEntry {
             latent_channels,
             ratio,
             unet,
+            registered_by: None,
         }
     }
 }
@@ -209,9 +234,11 @@ fn unet_report(facts: &UnetFacts) -> UnetReport {
 pub(super) struct Registry {
     models: Folders,
     adapters: Folders,
+    weights: Arc<Weights>,
     bench_models: bool,
     placement: Placement,
     residents: Residents,
+    registered: Registered,
     next: AtomicU64,
     /// By every name under which somebody asked for them. Only what is in here is kept loaded: nobody could unload
     /// the rest.
@@ -222,13 +249,20 @@ pub(super) struct Registry {
 type Known = HashMap<(Service, String), Arc<ModelEntry>>;
 
 impl Registry {
-    pub(super) fn new(config: &BrokerConfig, placement: Placement, evictions: Evictions) -> Self {
+    pub(super) fn new(
+        config: &BrokerConfig,
+        placement: Placement,
+        evictions: Evictions,
+        weights: Arc<Weights>,
+    ) -> Self {
         Self {
             models: Folders::of_models(config.model_folders.clone()),
             adapters: Folders::of_adapters(config.adapter_folders.clone()),
+            weights,
             bench_models: config.bench_models,
             placement,
             residents: Residents::new(config.model_bytes, config.model_idle, evictions),
+            registered: Registered::default(),
             next: AtomicU64::new(1),
             known: Mutex::default(),
         }
@@ -244,8 +278,14 @@ impl Registry {
         &self.residents
     }
 
+    /// The models that sessions hold themselves.
+    pub(super) fn registered(&self) -> &Registered {
+        &self.registered
+    }
+
     /// A session that is over uses no model any more.
     pub(super) fn end_session(&self, session: SessionId) {
+        self.registered.end_session(session);
         self.known.lock().values().for_each(|model| model.usage.forget_user(session));
     }
 
@@ -266,8 +306,14 @@ impl Registry {
         if let Some(facts) = builtin {
             return Ok(self.add(name, Source::HandOff, Facts::Vae(facts)));
         }
+        let paths = self.models.all(name);
+        // A file goes before a set of its name, which could not be published while the file was there.
+        if let Some(set) = self.published(&paths, name) {
+            let facts = self.facts(service, &set.open()?)?;
+            return Ok(self.add(name, Source::Published(set), facts));
+        }
         let mut refused = None;
-        for path in self.models.all(name) {
+        for path in paths {
             let file = ModelFile::open(&path)?;
             match self.facts(service, &file) {
                 Ok(facts) => return Ok(self.add(name, Source::File(Arc::new(file)), facts)),
@@ -277,6 +323,12 @@ impl Registry {
             }
         }
         Err(refused.unwrap_or_else(|| self.models.not_found(name)))
+    }
+
+    /// The set published under a name that no file has.
+    fn published(&self, files: &[PathBuf], name: &str) -> Option<PublishedModel> {
+        let is_file = files.iter().any(|path| path.is_file());
+        if is_file { None } else { self.weights.published_model(name) }
     }
 
     /// What is known of the part of a file that a service runs.
@@ -334,7 +386,7 @@ impl Registry {
         let id = ModelId(self.next.fetch_add(1, Ordering::Relaxed));
         let device = match source {
             Source::HandOff => CPU.to_owned(),
-            Source::File(_) => self.placement.device.clone(),
+            Source::File(_) | Source::Published(_) => self.placement.device.clone(),
         };
         let entry = ModelEntry {
             id,
@@ -407,6 +459,21 @@ impl Registry {
         self.adapters.first(name)
     }
 
+    /// The adapter of that name or path, or the set of tensors that was published under that name. A set is held, as by a
+    /// session, until the value goes.
+    ///
+    /// # Errors
+    /// [`ModelError::NotFound`], and as [`ModelFile::open`] and [`PublishedModel::open`].
+    #[expect(dead_code, reason = "requests do not name adapters yet")]
+    pub(super) fn open_adapter(&self, name: &str) -> Result<ModelFile, ModelError> {
+        let paths = self.adapters.all(name);
+        match (self.published(&paths, name), paths.first()) {
+            (Some(set), _) => set.open(),
+            (None, Some(path)) => ModelFile::open(path),
+            (None, None) => Err(self.adapters.not_found(name)),
+        }
+    }
+
     /// Every model that was asked for, the do-nothing one where it is served, and everything that can be run of the files
     /// in the model folders.
     pub(super) fn list(&self) -> Vec<ModelReport> {
@@ -426,7 +493,14 @@ impl Registry {
                 Err(error) => tracing::debug!(%name, %error, "not listed"),
             }
         }
-        self.known_reports()
+        self.reports()
+    }
+
+    /// Every model that was asked for, and those that sessions hold themselves.
+    pub(super) fn reports(&self) -> Vec<ModelReport> {
+        let mut reports = self.known_reports();
+        reports.extend(self.registered.reports());
+        reports
     }
 
     /// Every model that was asked for.

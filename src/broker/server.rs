@@ -87,9 +87,12 @@ fn make_state(config: BrokerConfig, address: String) -> Result<State> {
     let loading = Arc::new(AtomicU64::new(0));
     let placement = Placement::new(&config)?;
     let metrics = Metrics::default();
-    let registry = Arc::new(Registry::new(&config, placement.clone(), metrics.evictions.clone()));
     let arena_ids = Arc::new(AtomicU32::new(0));
     let gpu = BrokerGpu::open(&config, &arena_ids)?;
+    let limits = WeightLimits::new(config.weight_bytes, gpu.as_ref());
+    let weights = Arc::new(Weights::start(limits).map_err(no_thread)?);
+    let registry = Registry::new(&config, placement.clone(), metrics.evictions.clone(), Arc::clone(&weights));
+    let registry = Arc::new(registry);
     let queue = gpu.as_ref().map(BrokerGpu::queue).transpose()?;
     // Each lane's libtorch is a stream of its own: a loader opens it on the lane's thread.
     let unet_loader = Loader::new(&config, placement.clone(), Arc::clone(&loading), None);
@@ -103,8 +106,6 @@ fn make_state(config: BrokerConfig, address: String) -> Result<State> {
     let unet_lane =
         Lane::spawn("luna-unet", queue, move || UnetExecutor::new(unet_loader, lane_registry)).map_err(no_thread)?;
     registry.residents().wake_by(vec![Box::new(vae_lane.waker()), Box::new(unet_lane.waker())]);
-    let limits = WeightLimits::new(config.weight_bytes, gpu.as_ref());
-    let weights = Weights::start(limits).map_err(no_thread)?;
     Ok(State {
         config,
         address,

@@ -225,6 +225,10 @@ impl Session {
             }
             Operation::Load { service, model } => self.load(responder, deadline, service, &model),
             Operation::Unload { model, force } => self.unload(responder, deadline, &model, force),
+            Operation::Register(model) => {
+                let registered = self.state.registry.registered().add(self.link.id(), model);
+                responder.settle(registered.map(|()| Outcome::Done));
+            }
             Operation::Attach(request) => match self.weights_place(request.gpu) {
                 Ok(gpu) => self.state.weights.attach(&self.state, responder, request, gpu),
                 Err(error) => responder.fail(error),

@@ -17,8 +17,8 @@ pub use codec::CodecError;
 pub use ladder::{GpuNonces, GpuSituation, gpu_reason, judge_gpu};
 pub use message::{
     ArenaHandle, ArenaOffer, ArenaPlace, ClientMessage, Descriptor, FenceOffer, Force, GpuAnswer, GpuFindings,
-    GpuOffer, GpuProbeOutcome, GpuProbed, GpuTarget, MarkedFindings, OpenGpu, Operation, Outcome, Release, Reply,
-    Request, ServerMessage, SlotPlace, TensorSource, Times, UnetRequest, VaeRequest,
+    GpuOffer, GpuProbeOutcome, GpuProbed, GpuTarget, MarkedFindings, OpenGpu, Operation, Outcome, RegisteredModel,
+    Release, Reply, Request, ServerMessage, SlotPlace, TensorSource, Times, UnetRequest, VaeRequest,
 };
 pub(crate) use negotiate::presentable;
 pub use negotiate::{

@@ -96,6 +96,9 @@ pub struct ModelReport {
     /// What else there is to know of a UNet.
     #[serde(default)]
     pub unet: Option<UnetReport>,
+    /// The session that has loaded it itself and only told of it; absent for what the broker can run.
+    #[serde(default)]
+    pub registered_by: Option<SessionId>,
 }
 
 /// What a UNet takes, and what its output means.

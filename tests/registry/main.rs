@@ -13,3 +13,6 @@ mod unet;
 #[cfg(feature = "torch")]
 mod eviction;
 mod folders;
+#[cfg(feature = "torch")]
+mod published;
+mod registered;

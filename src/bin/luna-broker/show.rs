@@ -132,10 +132,14 @@ pub(crate) fn models(models: &[ModelReport]) -> String {
         .iter()
         .map(|model| {
             let latent = match &model.unet {
+                None if model.registered_by.is_some() => String::new(),
                 None => format!("{} channels, 1:{}", model.latent_channels, model.ratio),
                 Some(unet) => format!("{} channels in, {}, {}", unet.in_channels, unet.variant, unet.prediction),
             };
-            let loaded = if model.loaded { "yes" } else { "no" }.to_owned();
+            let loaded = match model.registered_by {
+                Some(session) => format!("by session {session}"),
+                None => if model.loaded { "yes" } else { "no" }.to_owned(),
+            };
             let (name, service, family) = (model.name.clone(), model.service.name().to_owned(), model.family.clone());
             let used = match model.idle_s {
                 None => "now".to_owned(),
