@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use parking_lot::Mutex;
 
 use super::folders::Folders;
-use super::loader::{CPU, Placement};
+use super::loader::{CPU, Placement, Placements};
 use super::registered::Registered;
 use super::residents::Residents;
 use super::usage::Usage;
@@ -236,7 +236,7 @@ pub(super) struct Registry {
     adapters: Folders,
     weights: Arc<Weights>,
     bench_models: bool,
-    placement: Placement,
+    placements: Placements,
     residents: Residents,
     registered: Registered,
     next: AtomicU64,
@@ -251,7 +251,7 @@ type Known = HashMap<(Service, String), Arc<ModelEntry>>;
 impl Registry {
     pub(super) fn new(
         config: &BrokerConfig,
-        placement: Placement,
+        placements: Placements,
         evictions: Evictions,
         weights: Arc<Weights>,
     ) -> Self {
@@ -260,7 +260,7 @@ impl Registry {
             adapters: Folders::of_adapters(config.adapter_folders.clone()),
             weights,
             bench_models: config.bench_models,
-            placement,
+            placements,
             residents: Residents::new(config.model_bytes, config.model_idle, evictions),
             registered: Registered::default(),
             next: AtomicU64::new(1),
@@ -268,9 +268,21 @@ impl Registry {
         }
     }
 
-    /// What models run on: `cpu`, or a GPU by a name that means the same in every process.
-    pub(super) fn device(&self) -> &str {
-        &self.placement.device
+    /// What the models of a service run on: `cpu`, or a GPU by a name that means the same in every process. Absent for one
+    /// that is not served here.
+    pub(super) fn device(&self, service: Service) -> Option<&str> {
+        self.placements.of(service).map(|placement| placement.device.as_str())
+    }
+
+    /// What the models of a service run on.
+    ///
+    /// # Errors
+    /// [`ModelError::NotServed`].
+    pub(super) fn placement(&self, service: Service) -> Result<&Placement, ModelError> {
+        self.placements.of(service).ok_or_else(|| ModelError::NotServed {
+            service: service.name(),
+            served: self.placements.services().map(Service::name).collect::<Vec<_>>().join(", "),
+        })
     }
 
     /// The models that the lanes hold.
@@ -295,6 +307,7 @@ impl Registry {
     /// # Errors
     /// [`ModelError`]: not found, not a model, not one with a part for this service.
     pub(super) fn resolve(&self, service: Service, name: &str) -> Result<Arc<ModelEntry>, ModelError> {
+        self.placement(service)?;
         let known = self.known.lock().get(&(service, name.to_owned())).cloned();
         if let Some(entry) = known {
             // A loaded one looks at its file itself, in each call.
@@ -336,11 +349,12 @@ impl Registry {
     /// # Errors
     /// [`ModelError`]: no such part, or none that can be run.
     fn facts(&self, service: Service, file: &ModelFile) -> Result<Facts, ModelError> {
+        let placement = self.placement(service)?;
         match service {
-            Service::Vae => Ok(Facts::Vae(self.placement.facts(vae_facts(file)?))),
+            Service::Vae => Ok(Facts::Vae(placement.facts(vae_facts(file)?))),
             Service::Unet => {
                 let facts = unet_facts(file)?;
-                let sizes = UnetSizes { weight_bytes: facts.weight_bytes(self.placement.unet_precision(&facts)) };
+                let sizes = UnetSizes { weight_bytes: facts.weight_bytes(placement.unet_precision(&facts)) };
                 Ok(Facts::Unet(facts, sizes))
             }
         }
@@ -353,7 +367,7 @@ impl Registry {
     pub(super) fn parts(&self, name: &str) -> Result<Vec<Arc<ModelEntry>>, ModelError> {
         let mut parts = Vec::new();
         let mut refused = None;
-        for service in Service::ALL {
+        for service in self.placements.services() {
             match self.resolve(service, name) {
                 Ok(entry) => parts.push(entry),
                 // A part that is there and cannot be run says more than one that is not there.
@@ -386,7 +400,7 @@ impl Registry {
         let id = ModelId(self.next.fetch_add(1, Ordering::Relaxed));
         let device = match source {
             Source::HandOff => CPU.to_owned(),
-            Source::File(_) | Source::Published(_) => self.placement.device.clone(),
+            Source::File(_) | Source::Published(_) => self.device(key.0).unwrap_or(CPU).to_owned(),
         };
         let entry = ModelEntry {
             id,
@@ -478,7 +492,7 @@ impl Registry {
     /// in the model folders.
     pub(super) fn list(&self) -> Vec<ModelReport> {
         let mut listed = 0;
-        if self.bench_models {
+        if self.bench_models && self.placement(Service::Vae).is_ok() {
             // Served whether or not somebody has asked for it.
             _ = self.resolve(Service::Vae, HandOff::NAME);
         }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
 use luna_broker::broker::Broker;
-use luna_broker::client::{CallOptions, Client};
+use luna_broker::client::{Addresses, CallOptions, Client};
 use luna_broker::config::{BrokerConfig, ClientConfig};
 use luna_broker::service::Service;
 use luna_broker::{Error, ErrorKind};
@@ -15,11 +15,12 @@ use crate::show;
 /// Serves until a signal says stop.
 pub(crate) fn run(connection: &ConnectionArgs, args: &ServeArgs) -> Result<(), Error> {
     let config = BrokerConfig::try_from(args)?;
+    let address = Addresses::parse(&connection.address())?.into_one()?;
     let (stop, stopped) = std::sync::mpsc::channel();
     ctrlc::set_handler(move || _ = stop.send(())).map_err(|error| {
         Error::new(ErrorKind::Io, format!("signals cannot be handled: {error}"), "run it where signals are available")
     })?;
-    let broker = Arc::new(Broker::builder().config(config).address(connection.address()).start()?);
+    let broker = Arc::new(Broker::builder().config(config).address(address).start()?);
     preload(&broker, &[(Service::Vae, &args.vae), (Service::Unet, &args.unet)])?;
     eprintln!("luna-broker is serving at {}", broker.address());
     // The handler holds the only sender and lives as long as the process.

@@ -5,7 +5,7 @@ use super::super::memories::SlotSource;
 use super::super::responder::Responder;
 use super::super::usage::InUse;
 use super::Session;
-use super::vae::Unprepared;
+use super::vae::{Unprepared, check_reach};
 use crate::error::Result;
 use crate::lane::Entry;
 use crate::protocol::{Rung, SlotPlace, TensorSource, UnetRequest};
@@ -50,12 +50,14 @@ impl Session {
         let operands = input.try_map(&mut |source| match source {
             TensorSource::Leased(descriptor) => {
                 let (held, _) = self.memories()?.resolve(descriptor)?;
+                check_reach(&model, &held)?;
                 Ok(UnetOperand { held, meta: descriptor.meta })
             }
             TensorSource::Inline(meta) => Ok::<_, Unprepared>(UnetOperand { held: self.receive(meta)?, meta: *meta }),
         })?;
         let SlotSource { memory, .. } = self.memories()?.source(&self.state, result)?;
         let output = memory.lease(output_meta.size_bytes()? as u64)?;
+        check_reach(&model, &output)?;
         let crosses_inline = self.link.open.get().is_some_and(|open| open.rung.rung == Rung::Inline);
         let inline = crosses_inline && result == SlotPlace::Host;
         Ok(move |responder| UnetCallJob { responder, model, input: operands, output, output_meta, inline })
