@@ -73,6 +73,12 @@ pub struct BrokerConfig {
     /// the GPU. Default `None`: three quarters of the host's memory, and all of the GPU's. Sets that nobody holds give way
     /// to others; what is beyond it then is refused as out of memory.
     pub weight_bytes: Option<u64>,
+    /// Bytes of adapters that are put together for models, all of them together. Default 4 GiB. Those that no request and no
+    /// run uses give way to others; what is beyond it then is refused as out of memory.
+    pub adapter_bytes: u64,
+    /// Requests of a UNet that run as one batch where they wait anyway and are alike. Default `None`: as many as were found
+    /// to take no longer at once than one after the other, by size of the latent; up to 8. 1 never puts any together.
+    pub max_batch: Option<usize>,
     /// How long a client may keep a permit before the lane goes on without it. Default 10 min.
     pub permit_patience: Duration,
 }
@@ -101,6 +107,8 @@ impl Default for BrokerConfig {
             pinned_bytes: 1 << 30,
             gpu_order: GpuOrder::Events,
             weight_bytes: None,
+            adapter_bytes: 4 << 30,
+            max_batch: None,
             permit_patience: Duration::from_secs(600),
         }
     }
@@ -127,6 +135,9 @@ impl BrokerConfig {
         }
         if self.gpu_arena_bytes == 0 || self.gpu_arena_bytes > self.gpu_bytes {
             return refuse("GPU arena size", "it must be positive and at most the bytes of all arenas");
+        }
+        if self.max_batch == Some(0) {
+            return refuse("requests in a batch", "at least one must run");
         }
         if self.input_patience.is_zero() {
             return refuse("input patience", "an input needs some time to be written");

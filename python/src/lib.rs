@@ -10,6 +10,7 @@ mod doctor;
 mod errors;
 mod permit;
 mod publish;
+mod run;
 mod session;
 mod tensor;
 mod unet;
@@ -26,6 +27,7 @@ fn native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     tensor::register(module)?;
     vae::register(module)?;
     unet::register(module)?;
+    run::register(module)?;
     weights::register(module)?;
     permit::register(module)?;
     client::register(module)?;

@@ -1,5 +1,6 @@
 //! The serving side: sessions, their memory and the lanes, over listeners and devices.
 
+mod adapters;
 mod admission;
 mod clock;
 #[cfg(all(feature = "cuda", unix))]
@@ -20,6 +21,7 @@ mod pool;
 mod quarantine;
 mod registry;
 mod responder;
+mod runs;
 mod server;
 mod session;
 mod staging;

@@ -7,9 +7,9 @@ use parking_lot::Mutex;
 
 use super::loader::{CPU, Placement};
 use crate::id::ModelId;
-use crate::model::{HandOff, ModelError, ModelFile, UnetFacts, VaeFacts, unet_facts, vae_facts};
+use crate::model::{HandOff, ModelError, ModelFile, StackMaker, UnetFacts, VaeFacts, unet_facts, vae_facts};
 use crate::protocol::{ModelReport, UnetReport};
-use crate::service::Service;
+use crate::service::{Precision, Service};
 
 /// More models than anybody keeps in a model folder; bounds a listing's length.
 const MAX_LISTED: usize = 1000;
@@ -30,6 +30,8 @@ pub(super) struct ModelEntry {
     /// What it runs on, as users are told.
     device: String,
     loaded: AtomicBool,
+    /// What puts adapters together for it; only while it is loaded.
+    stack_maker: Mutex<Option<Arc<dyn StackMaker>>>,
 }
 
 /// What is known of a model before it is loaded.
@@ -43,6 +45,7 @@ pub(super) enum Facts {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct UnetSizes {
     pub(super) weight_bytes: u64,
+    pub(super) precision: Precision,
 }
 
 impl Facts {
@@ -128,6 +131,27 @@ impl ModelEntry {
         match &self.facts {
             Facts::Unet(facts, _) => Ok(facts),
             Facts::Vae(_) => Err(self.is_no("UNet")),
+        }
+    }
+
+    /// The element type that a UNet computes in here.
+    pub(super) fn unet_precision(&self) -> Precision {
+        match &self.facts {
+            Facts::Unet(_, sizes) => sizes.precision,
+            Facts::Vae(_) => Precision::F32,
+        }
+    }
+
+    /// What puts adapters together for it, where it is loaded.
+    pub(super) fn stack_maker(&self) -> Option<Arc<dyn StackMaker>> {
+        self.stack_maker.lock().clone()
+    }
+
+    /// The model is loaded: who puts adapters together for it may use its weights.
+    pub(super) fn lend(&self, make: impl FnOnce() -> Arc<dyn StackMaker>) {
+        let mut lent = self.stack_maker.lock();
+        if lent.is_none() {
+            *lent = Some(make());
         }
     }
 
@@ -231,7 +255,8 @@ impl Registry {
             Service::Vae => Facts::Vae(self.placement.facts(vae_facts(&file)?)),
             Service::Unet => {
                 let facts = unet_facts(&file)?;
-                let sizes = UnetSizes { weight_bytes: facts.weight_bytes(self.placement.unet_precision(&facts)) };
+                let precision = self.placement.unet_precision(&facts);
+                let sizes = UnetSizes { weight_bytes: facts.weight_bytes(precision), precision };
                 Facts::Unet(facts, sizes)
             }
         };
@@ -280,7 +305,8 @@ impl Registry {
             Source::HandOff => CPU.to_owned(),
             Source::File(_) => self.placement.device.clone(),
         };
-        let entry = ModelEntry { id, name: source.shown(name), source, facts, device, loaded: AtomicBool::new(false) };
+        let (name, loaded, stack_maker) = (source.shown(name), AtomicBool::new(false), Mutex::default());
+        let entry = ModelEntry { id, name, source, facts, device, loaded, stack_maker };
         tracing::info!(
             model = entry.name,
             service = key.0.name(),
@@ -319,6 +345,8 @@ impl Registry {
     /// A model whose weights are gone keeps its file open only as long as that is the one at its path.
     pub(super) fn unloaded(&self, model: &ModelEntry) {
         model.loaded.store(false, Ordering::Relaxed);
+        let lent = model.stack_maker.lock().take();
+        drop(lent);
         if model.source.is_outdated() {
             self.give_up(model);
         }
@@ -344,6 +372,14 @@ impl Registry {
         let candidates = self.folders.iter().flat_map(|folder| [folder.join(given), folder.join(&with_extension)]);
         let found = candidates.into_iter().find(|path| path.is_file()).ok_or_else(not_found)?;
         Ok(std::fs::canonicalize(&found).unwrap_or(found))
+    }
+
+    /// The file of the adapter of that name or path.
+    ///
+    /// # Errors
+    /// As [`Registry::locate`].
+    pub(super) fn locate_adapter(&self, name: &str) -> Result<PathBuf, ModelError> {
+        self.locate(name)
     }
 
     fn places(&self) -> String {

@@ -197,6 +197,16 @@ pub(crate) struct ServeArgs {
     #[arg(long, value_parser = bytes, value_name = "BYTES")]
     weight_bytes: Option<u64>,
 
+    /// Bytes of adapters (LoRA and its kin) that are put together for models; accepts K, M, G. Those that nobody uses give
+    /// way to others.
+    #[arg(long, default_value = "4G", value_parser = bytes, value_name = "BYTES")]
+    adapter_bytes: u64,
+
+    /// Requests of a UNet that run as one batch where they wait anyway and are alike. Default: as many as were found to take
+    /// no longer at once than one after the other, up to 8.
+    #[arg(long, value_name = "N")]
+    max_batch: Option<usize>,
+
     /// How long a client may keep a permit before the lane goes on without it.
     #[arg(long, default_value_t = 600, value_name = "SECONDS")]
     permit_seconds: u64,
@@ -297,6 +307,8 @@ impl TryFrom<&ServeArgs> for BrokerConfig {
             },
             vae_precision: args.vae_precision.into(),
             weight_bytes: args.weight_bytes,
+            adapter_bytes: args.adapter_bytes,
+            max_batch: args.max_batch,
             permit_patience: Duration::from_secs(args.permit_seconds),
             ..Self::default()
         };

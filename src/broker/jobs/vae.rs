@@ -11,7 +11,7 @@ use super::refusal::{late, refuse};
 use crate::device::StreamRef;
 use crate::lane::{Job, Refusal, StopSignal};
 use crate::model::{ModelError, ModelInput, Vae, VaePlan};
-use crate::service::{Service, VaeMode};
+use crate::service::{How, Service, VaeMode};
 use crate::tensor::TensorMeta;
 
 /// A VAE call with its memory, ready to run.
@@ -53,7 +53,7 @@ impl VaeCallJob {
 
     fn answer(self, mode: VaeMode, stream: Option<StreamRef>) {
         let Self { responder, plan, input, output, inline, .. } = self;
-        let finished = Finished { responder, output, meta: plan.output, mode: Some(mode), inline };
+        let finished = Finished { responder, output, meta: plan.output, how: How::Vae(mode), inline };
         finished.answer(input, |input, output| input.mark_read(output, stream), stream);
     }
 }
