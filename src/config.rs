@@ -21,6 +21,11 @@ pub struct ConfigError {
 pub struct BrokerConfig {
     /// Folders in which model names are looked up. None by default: models are then named by path.
     pub model_folders: Vec<PathBuf>,
+    /// Folders in which names of adapters (LoRA and its kin) are looked up. None by default: adapters are then named by path.
+    pub adapter_folders: Vec<PathBuf>,
+    /// Folders in which names of embeddings (textual inversion) are looked up. None by default: prompts that name one are
+    /// refused.
+    pub embedding_folders: Vec<PathBuf>,
     /// Whether the do-nothing VAE `builtin:hand-off` is served. Off by default.
     pub bench_models: bool,
     /// Requests that may wait for their turn in one lane; more are refused as busy. Default 64. Those that had their turn and
@@ -79,6 +84,14 @@ pub struct BrokerConfig {
     /// Requests of a UNet that run as one batch where they wait anyway and are alike. Default `None`: as many as were found
     /// to take no longer at once than one after the other, by size of the latent; up to 8. 1 never puts any together.
     pub max_batch: Option<usize>,
+    /// Bytes of weights of models that the lanes hold, on each device. Default `None`: no bound. Before a model is loaded
+    /// beyond it, the longest unused ones that no request waits for or runs on are unloaded; where those do not suffice, it
+    /// is refused as out of memory. What is used from the mapped file counts too, although it takes no memory but the
+    /// system's cache of the file.
+    pub model_bytes: Option<u64>,
+    /// How long a model that no request waits for or runs on is kept loaded. Default `None`: until it is unloaded. The next
+    /// request for it loads it again.
+    pub model_idle: Option<Duration>,
     /// How long a client may keep a permit before the lane goes on without it. Default 10 min.
     pub permit_patience: Duration,
 }
@@ -87,6 +100,8 @@ impl Default for BrokerConfig {
     fn default() -> Self {
         Self {
             model_folders: Vec::new(),
+            adapter_folders: Vec::new(),
+            embedding_folders: Vec::new(),
             bench_models: false,
             lane_capacity: 64,
             session_in_flight: 32,
@@ -109,6 +124,8 @@ impl Default for BrokerConfig {
             weight_bytes: None,
             adapter_bytes: 4 << 30,
             max_batch: None,
+            model_bytes: None,
+            model_idle: None,
             permit_patience: Duration::from_secs(600),
         }
     }
@@ -141,6 +158,9 @@ impl BrokerConfig {
         }
         if self.input_patience.is_zero() {
             return refuse("input patience", "an input needs some time to be written");
+        }
+        if self.model_idle.is_some_and(|idle| idle.is_zero()) {
+            return refuse("model idle time", "a model that is unloaded at once is loaded for every request");
         }
         if self.permit_patience.is_zero() {
             return refuse("permit patience", "a permit that has ended before it begins is of no use");
@@ -233,6 +253,7 @@ mod tests {
             ("requests in flight", BrokerConfig { session_in_flight: 0, ..config() }),
             ("sessions", BrokerConfig { max_sessions: 0, ..config() }),
             ("input patience", BrokerConfig { input_patience: Duration::ZERO, ..config() }),
+            ("model idle time", BrokerConfig { model_idle: Some(Duration::ZERO), ..config() }),
             ("permit patience", BrokerConfig { permit_patience: Duration::ZERO, ..config() }),
         ];
         for (setting, config) in broken {

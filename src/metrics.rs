@@ -51,6 +51,42 @@ struct BuildLabels {
     version: String,
 }
 
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct EvictionLabels {
+    service: &'static str,
+    device: Arc<str>,
+    reason: &'static str,
+}
+
+/// Why a model was unloaded that nobody asked to unload.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Reason {
+    /// Another needed its place.
+    Room,
+    /// Nobody had used it for long.
+    Idle,
+}
+
+impl Reason {
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            Self::Room => "room",
+            Self::Idle => "idle",
+        }
+    }
+}
+
+/// Models that were unloaded although nobody asked for that, counted by whoever unloads them.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Evictions(Family<EvictionLabels, Counter>);
+
+impl Evictions {
+    pub(crate) fn count(&self, service: Service, device: &str, why: Reason) {
+        let labels = EvictionLabels { service: service.name(), device: device.into(), reason: why.name() };
+        self.0.get_or_create(&labels).inc();
+    }
+}
+
 /// What a broker counts from its start on.
 #[derive(Debug, Default)]
 pub(crate) struct Metrics {
@@ -62,6 +98,7 @@ pub(crate) struct Metrics {
     pub(crate) refused: Counter,
     /// Sessions that ended without a goodbye.
     pub(crate) sessions_lost: Counter,
+    pub(crate) evictions: Evictions,
     rung_failures: Family<FailureLabels, Counter>,
     block_cache: Family<VerdictLabels, Counter>,
 }
@@ -95,6 +132,8 @@ impl Metrics {
         registry.register("rung_failures", help, self.rung_failures.clone());
         let help = "Steps of runs with a block cache: left out (hit), or computed and why";
         registry.register("block_cache_steps", help, self.block_cache.clone());
+        let help = "Models that were unloaded because others needed their place, or nobody had used them for long";
+        registry.register("model_evictions", help, self.evictions.0.clone());
         now.register(&mut registry);
         let mut text = String::new();
         // Writing to a string cannot fail.

@@ -558,6 +558,16 @@ class Client:
         `OutOfMemory`, `Unsupported`.
         """
 
+    def register(self, name: str, info: Mapping[str, Any]) -> None:
+        """Has a model listed that this process has loaded itself, so that others see in `models()` and `status()` where
+        memory goes. The broker does nothing else with it.
+
+        `info`: `service` (`"vae"`, `"unet"`, ...), and where wanted `family`, `bytes` and `device`. Another model of the same
+        name takes its place; it is listed until the session ends, and after a restart of the broker no more.
+
+        Raises `ConfigurationError` for another key and for a service that there is not.
+        """
+
     def permit(self, service: Literal["vae"], bytes: int = 0, timeout: float | None = None) -> Permit:
         """A turn for work that this process does itself, with attached weights: `with client.permit("vae", bytes=n):`
 

@@ -7,12 +7,14 @@ use luna_broker::protocol::Force;
 use luna_broker::tensor::{Dims, TensorMeta};
 use luna_broker::{Error, ErrorKind};
 use pyo3::prelude::*;
+use pyo3::types::PyDict;
 use serde::Serialize;
 
 use crate::call::{self, quick, released};
 use crate::errors::raise;
 use crate::permit::Permit;
 use crate::publish;
+use crate::register;
 use crate::session::Session;
 use crate::tensor::{Device, dtype, hand_out};
 use crate::unet::Unet;
@@ -109,6 +111,12 @@ impl Client {
     fn publish(&self, name: &str, tensors: &Bound<'_, PyAny>, timeout: Option<f64>) -> PyResult<Py<PyAny>> {
         let timeout = self.patience(tensors.py(), timeout)?;
         publish::publish(&self.client, name, tensors, timeout)
+    }
+
+    /// Has a model of this process's own listed.
+    fn register(&self, py: Python<'_>, name: String, info: &Bound<'_, PyDict>) -> PyResult<()> {
+        let model = register::model(name, info)?;
+        quick(py, || self.client.register(model.clone()))
     }
 
     /// A turn in a lane, for work of this process.

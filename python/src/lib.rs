@@ -10,6 +10,7 @@ mod doctor;
 mod errors;
 mod permit;
 mod publish;
+mod register;
 mod run;
 mod session;
 mod tensor;

@@ -5,7 +5,7 @@ use std::sync::{OnceLock, atomic::Ordering};
 #[cfg(feature = "torch")]
 use std::time::Instant;
 
-use super::registry::{ModelEntry, Source};
+use super::registry::ModelEntry;
 use crate::config::BrokerConfig;
 use crate::device::CopyStream;
 use crate::error::Error;
@@ -143,26 +143,26 @@ impl Loader {
     /// [`ModelError`]; [`ModelError::Cuda`] where the GPU cannot run models; [`ModelError::Unsupported`] for a file in a
     /// build without executors.
     pub(super) fn load_vae(&self, model: &ModelEntry) -> Result<Box<dyn Vae>, ModelError> {
-        match model.source() {
-            Source::HandOff => Ok(Box::new(self.queue.clone().map_or_else(HandOff::default, HandOff::on))),
+        match model.source().open()? {
+            None => Ok(Box::new(self.queue.clone().map_or_else(HandOff::default, HandOff::on))),
             #[cfg(feature = "torch")]
-            Source::File(file) => self.load_file(file, load_vae),
+            Some(file) => self.load_file(&file, load_vae),
             #[cfg(not(feature = "torch"))]
-            Source::File(file) => Err(without_executors(file, "a VAE")),
+            Some(file) => Err(without_executors(&file, "a VAE")),
         }
     }
 
     /// # Errors
     /// As [`Loader::load_vae`].
     pub(super) fn load_unet(&self, model: &ModelEntry) -> Result<Box<dyn Unet>, ModelError> {
-        match model.source() {
-            Source::HandOff => Err(model.changed()),
+        match model.source().open()? {
+            None => Err(model.changed()),
             #[cfg(feature = "torch")]
-            Source::File(file) => {
-                self.load_file(file, |file, options| Ok(Box::new(load_unet(file, options)?) as Box<dyn Unet>))
+            Some(file) => {
+                self.load_file(&file, |file, options| Ok(Box::new(load_unet(file, options)?) as Box<dyn Unet>))
             }
             #[cfg(not(feature = "torch"))]
-            Source::File(file) => Err(without_executors(file, "a UNet")),
+            Some(file) => Err(without_executors(&file, "a UNet")),
         }
     }
 

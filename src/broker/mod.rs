@@ -3,6 +3,7 @@
 mod adapters;
 mod admission;
 mod clock;
+mod folders;
 #[cfg(all(feature = "cuda", unix))]
 mod gpu;
 #[cfg(not(all(feature = "cuda", unix)))]
@@ -19,7 +20,9 @@ mod outbox;
 mod permits;
 mod pool;
 mod quarantine;
+mod registered;
 mod registry;
+mod residents;
 mod responder;
 mod runs;
 mod server;
@@ -27,6 +30,7 @@ mod session;
 mod staging;
 mod state;
 mod status;
+mod usage;
 mod weights;
 
 pub use server::{Broker, BrokerBuilder};

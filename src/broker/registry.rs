@@ -1,21 +1,25 @@
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 
+use super::folders::Folders;
 use super::loader::{CPU, Placement};
-use crate::id::ModelId;
+use super::registered::Registered;
+use super::residents::Residents;
+use super::usage::Usage;
+use super::weights::{PublishedModel, Weights};
+use crate::config::BrokerConfig;
+use crate::id::{ModelId, SessionId};
+use crate::metrics::Evictions;
 use crate::model::{HandOff, ModelError, ModelFile, StackMaker, UnetFacts, VaeFacts, unet_facts, vae_facts};
 use crate::protocol::{ModelReport, UnetReport};
 use crate::service::{Precision, Service};
 
 /// More models than anybody keeps in a model folder; bounds a listing's length.
 const MAX_LISTED: usize = 1000;
-
-/// More files than anybody keeps in a model folder; bounds what a listing opens.
-const MAX_FILES: usize = 20_000;
 
 /// More names than anybody asks by; bounds what a client that makes up spellings of one path can fill.
 const MAX_NAMES: usize = 2000;
@@ -32,6 +36,7 @@ pub(super) struct ModelEntry {
     loaded: AtomicBool,
     /// What puts adapters together for it; only while it is loaded.
     stack_maker: Mutex<Option<Arc<dyn StackMaker>>>,
+    usage: Usage,
 }
 
 /// What is known of a model before it is loaded.
@@ -76,22 +81,50 @@ impl Facts {
 pub(super) enum Source {
     HandOff,
     File(Arc<ModelFile>),
+    Published(PublishedModel),
+}
+
+/// Where an adapter is.
+#[derive(Debug, Clone)]
+pub(super) enum AdapterPlace {
+    File(PathBuf),
+    Published(PublishedModel),
 }
 
 impl Source {
     fn is_same(&self, other: &Self) -> bool {
-        matches!((self, other), (Self::File(one), Self::File(two)) if one.path() == two.path())
+        match (self, other) {
+            (Self::File(one), Self::File(two)) => one.path() == two.path(),
+            (Self::Published(one), Self::Published(two)) => one.is_same(two),
+            _ => false,
+        }
+    }
+
+    /// The tensors; none of a built-in model. A published set is held from here on until the value goes.
+    ///
+    /// # Errors
+    /// As [`PublishedModel::open`].
+    pub(super) fn open(&self) -> Result<Option<Arc<ModelFile>>, ModelError> {
+        match self {
+            Self::HandOff => Ok(None),
+            Self::File(file) => Ok(Some(Arc::clone(file))),
+            Self::Published(set) => Ok(Some(set.open()?)),
+        }
     }
 
     /// Whether the model is no longer what was recognised.
     fn is_outdated(&self) -> bool {
-        matches!(self, Self::File(file) if file.check_unchanged().is_err())
+        match self {
+            Self::HandOff => false,
+            Self::File(file) => file.check_unchanged().is_err(),
+            Self::Published(set) => set.is_outdated(),
+        }
     }
 
     /// What users see: the file's name, or the name of a built-in model.
     fn shown(&self, asked_for: &str) -> String {
         match self {
-            Self::HandOff => asked_for.to_owned(),
+            Self::HandOff | Self::Published(_) => asked_for.to_owned(),
             Self::File(file) => {
                 file.path().file_name().map_or_else(|| asked_for.to_owned(), |name| name.to_string_lossy().into_owned())
             }
@@ -104,8 +137,24 @@ impl ModelEntry {
         self.id
     }
 
+    pub(super) fn name(&self) -> &str {
+        &self.name
+    }
+
+    pub(super) fn device(&self) -> &str {
+        &self.device
+    }
+
     pub(super) fn source(&self) -> &Source {
         &self.source
+    }
+
+    pub(super) fn usage(&self) -> &Usage {
+        &self.usage
+    }
+
+    pub(super) fn weight_bytes(&self) -> u64 {
+        self.facts.weight_bytes()
     }
 
     pub(super) fn service(&self) -> Service {
@@ -167,6 +216,7 @@ impl ModelEntry {
     pub(super) fn changed(&self) -> ModelError {
         let path = match &self.source {
             Source::HandOff => PathBuf::from(&self.name),
+            Source::Published(set) => PathBuf::from(set.name()),
             Source::File(file) => file.path().to_owned(),
         };
         ModelError::Changed { path }
@@ -174,7 +224,7 @@ impl ModelEntry {
 
     pub(super) fn report(&self) -> ModelReport {
         let path = match &self.source {
-            Source::HandOff => String::new(),
+            Source::HandOff | Source::Published(_) => String::new(),
             Source::File(file) => file.path().to_string_lossy().into_owned(),
         };
         let (latent_channels, ratio, unet) = match &self.facts {
@@ -189,9 +239,12 @@ impl ModelEntry {
             loaded: self.is_loaded(),
             bytes: self.facts.weight_bytes(),
             device: self.device.clone(),
+            users: self.usage.users() as u64,
+            idle_s: self.usage.idle().map(|idle| idle.as_secs_f64()),
             latent_channels,
             ratio,
             unet,
+            registered_by: None,
         }
     }
 }
@@ -210,9 +263,13 @@ fn unet_report(facts: &UnetFacts) -> UnetReport {
 /// Models by name.
 #[derive(Debug)]
 pub(super) struct Registry {
-    folders: Vec<PathBuf>,
+    models: Folders,
+    adapters: Folders,
+    weights: Arc<Weights>,
     bench_models: bool,
     placement: Placement,
+    residents: Residents,
+    registered: Registered,
     next: AtomicU64,
     /// By every name under which somebody asked for them. Only what is in here is kept loaded: nobody could unload
     /// the rest.
@@ -223,13 +280,44 @@ pub(super) struct Registry {
 type Known = HashMap<(Service, String), Arc<ModelEntry>>;
 
 impl Registry {
-    pub(super) fn new(folders: Vec<PathBuf>, bench_models: bool, placement: Placement) -> Self {
-        Self { folders, bench_models, placement, next: AtomicU64::new(1), known: Mutex::default() }
+    pub(super) fn new(
+        config: &BrokerConfig,
+        placement: Placement,
+        evictions: Evictions,
+        weights: Arc<Weights>,
+    ) -> Self {
+        Self {
+            models: Folders::of_models(config.model_folders.clone()),
+            adapters: Folders::of_adapters(config.adapter_folders.clone()),
+            weights,
+            bench_models: config.bench_models,
+            placement,
+            residents: Residents::new(config.model_bytes, config.model_idle, evictions),
+            registered: Registered::default(),
+            next: AtomicU64::new(1),
+            known: Mutex::default(),
+        }
     }
 
     /// What models run on: `cpu`, or a GPU by a name that means the same in every process.
     pub(super) fn device(&self) -> &str {
         &self.placement.device
+    }
+
+    /// The models that the lanes hold.
+    pub(super) fn residents(&self) -> &Residents {
+        &self.residents
+    }
+
+    /// The models that sessions hold themselves.
+    pub(super) fn registered(&self) -> &Registered {
+        &self.registered
+    }
+
+    /// A session that is over uses no model any more.
+    pub(super) fn end_session(&self, session: SessionId) {
+        self.registered.end_session(session);
+        self.known.lock().values().for_each(|model| model.usage.forget_user(session));
     }
 
     /// The model of a service of that name or path. Reads the header of a file that was not asked for before, or that
@@ -249,18 +337,45 @@ impl Registry {
         if let Some(facts) = builtin {
             return Ok(self.add(name, Source::HandOff, Facts::Vae(facts)));
         }
-        let path = self.locate(name)?;
-        let file = ModelFile::open(&path)?;
-        let facts = match service {
-            Service::Vae => Facts::Vae(self.placement.facts(vae_facts(&file)?)),
+        let paths = self.models.all(name);
+        // A file goes before a set of its name, which could not be published while the file was there.
+        if let Some(set) = self.published(&paths, name) {
+            let facts = self.facts(service, &*set.open()?)?;
+            return Ok(self.add(name, Source::Published(set), facts));
+        }
+        let mut refused = None;
+        for path in paths {
+            let file = ModelFile::open(&path)?;
+            match self.facts(service, &file) {
+                Ok(facts) => return Ok(self.add(name, Source::File(Arc::new(file)), facts)),
+                // Folders by kind may each have a file of this name, with a part of their kind in it.
+                Err(error @ ModelError::MissingPart { .. }) => _ = refused.get_or_insert(error),
+                Err(error) => return Err(error),
+            }
+        }
+        Err(refused.unwrap_or_else(|| self.models.not_found(name)))
+    }
+
+    /// The set published under a name that no file has.
+    fn published(&self, files: &[PathBuf], name: &str) -> Option<PublishedModel> {
+        let is_file = files.iter().any(|path| path.is_file());
+        if is_file { None } else { self.weights.published_model(name) }
+    }
+
+    /// What is known of the part of a file that a service runs.
+    ///
+    /// # Errors
+    /// [`ModelError`]: no such part, or none that can be run.
+    fn facts(&self, service: Service, file: &ModelFile) -> Result<Facts, ModelError> {
+        match service {
+            Service::Vae => Ok(Facts::Vae(self.placement.facts(vae_facts(file)?))),
             Service::Unet => {
-                let facts = unet_facts(&file)?;
+                let facts = unet_facts(file)?;
                 let precision = self.placement.unet_precision(&facts);
                 let sizes = UnetSizes { weight_bytes: facts.weight_bytes(precision), precision };
-                Facts::Unet(facts, sizes)
+                Ok(Facts::Unet(facts, sizes))
             }
-        };
-        Ok(self.add(name, Source::File(Arc::new(file)), facts))
+        }
     }
 
     /// Every part of the file of that name or path that a service runs.
@@ -303,10 +418,18 @@ impl Registry {
         let id = ModelId(self.next.fetch_add(1, Ordering::Relaxed));
         let device = match source {
             Source::HandOff => CPU.to_owned(),
-            Source::File(_) => self.placement.device.clone(),
+            Source::File(_) | Source::Published(_) => self.placement.device.clone(),
         };
-        let (name, loaded, stack_maker) = (source.shown(name), AtomicBool::new(false), Mutex::default());
-        let entry = ModelEntry { id, name, source, facts, device, loaded, stack_maker };
+        let entry = ModelEntry {
+            id,
+            name: source.shown(name),
+            source,
+            facts,
+            device,
+            loaded: AtomicBool::new(false),
+            stack_maker: Mutex::default(),
+            usage: Usage::default(),
+        };
         tracing::info!(
             model = entry.name,
             service = key.0.name(),
@@ -347,6 +470,8 @@ impl Registry {
         model.loaded.store(false, Ordering::Relaxed);
         let lent = model.stack_maker.lock().take();
         drop(lent);
+        model.usage.forget_users();
+        self.residents.forget(model.id);
         if model.source.is_outdated() {
             self.give_up(model);
         }
@@ -357,37 +482,19 @@ impl Registry {
     /// # Errors
     /// [`ModelError::NotFound`].
     pub(super) fn locate(&self, name: &str) -> Result<PathBuf, ModelError> {
-        let given = Path::new(name);
-        let not_found = || ModelError::NotFound { name: name.to_owned(), searched: self.places() };
-        if given.is_absolute() {
-            // Missing files are the opener's to report: it knows the reason.
-            return Ok(std::fs::canonicalize(given).unwrap_or_else(|_| given.to_owned()));
-        }
-        // A name must stay inside the folders.
-        let plain = given.components().all(|part| matches!(part, std::path::Component::Normal(_)));
-        if !plain || name.is_empty() {
-            return Err(not_found());
-        }
-        let with_extension = format!("{name}.safetensors");
-        let candidates = self.folders.iter().flat_map(|folder| [folder.join(given), folder.join(&with_extension)]);
-        let found = candidates.into_iter().find(|path| path.is_file()).ok_or_else(not_found)?;
-        Ok(std::fs::canonicalize(&found).unwrap_or(found))
+        self.models.first(name)
     }
 
-    /// The file of the adapter of that name or path.
+    /// The adapter of that name or path, or the set of tensors that was published under that name.
     ///
     /// # Errors
-    /// As [`Registry::locate`].
-    pub(super) fn locate_adapter(&self, name: &str) -> Result<PathBuf, ModelError> {
-        self.locate(name)
-    }
-
-    fn places(&self) -> String {
-        let mut places: Vec<String> = self.folders.iter().map(|folder| folder.display().to_string()).collect();
-        if places.is_empty() {
-            places.push("no folder, as none was named with --models".to_owned());
+    /// [`ModelError::NotFound`].
+    pub(super) fn locate_adapter(&self, name: &str) -> Result<AdapterPlace, ModelError> {
+        let paths = self.adapters.all(name);
+        if let Some(set) = self.published(&paths, name) {
+            return Ok(AdapterPlace::Published(set));
         }
-        places.join(", ")
+        paths.into_iter().next().map(AdapterPlace::File).ok_or_else(|| self.adapters.not_found(name))
     }
 
     /// Every model that was asked for, the do-nothing one where it is served, and everything that can be run of the files
@@ -398,8 +505,8 @@ impl Registry {
             // Served whether or not somebody has asked for it.
             _ = self.resolve(Service::Vae, HandOff::NAME);
         }
-        for path in self.files() {
-            let name = self.relative_name(&path);
+        for path in self.models.files() {
+            let name = self.models.relative_name(&path);
             match self.parts(&name) {
                 Ok(_) if listed >= MAX_LISTED => {
                     tracing::warn!(limit = MAX_LISTED, "the model folders hold more models than are listed");
@@ -409,7 +516,14 @@ impl Registry {
                 Err(error) => tracing::debug!(%name, %error, "not listed"),
             }
         }
-        self.known_reports()
+        self.reports()
+    }
+
+    /// Every model that was asked for, and those that sessions hold themselves.
+    pub(super) fn reports(&self) -> Vec<ModelReport> {
+        let mut reports = self.known_reports();
+        reports.extend(self.registered.reports());
+        reports
     }
 
     /// Every model that was asked for.
@@ -419,38 +533,6 @@ impl Registry {
         entries.sort_by_key(|entry| entry.id);
         entries.dedup_by_key(|entry| entry.id);
         entries.into_iter().map(|entry| entry.report()).collect()
-    }
-
-    fn files(&self) -> Vec<PathBuf> {
-        let mut files = Vec::new();
-        let mut folders = self.folders.clone();
-        while let Some(folder) = folders.pop() {
-            let Ok(entries) = std::fs::read_dir(&folder) else { continue };
-            for entry in entries.flatten() {
-                // Links to folders are not followed: a circle would never end.
-                let path = entry.path();
-                if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-                    folders.push(path);
-                } else if path.extension().is_some_and(|extension| extension == "safetensors") {
-                    if files.len() == MAX_FILES {
-                        tracing::warn!(
-                            limit = MAX_FILES,
-                            "the model folders hold more files than are looked at for a listing"
-                        );
-                        folders.clear();
-                        break;
-                    }
-                    files.push(path);
-                }
-            }
-        }
-        files.sort();
-        files
-    }
-
-    fn relative_name(&self, path: &Path) -> String {
-        let relative = self.folders.iter().find_map(|folder| path.strip_prefix(folder).ok());
-        relative.unwrap_or(path).to_string_lossy().into_owned()
     }
 }
 

@@ -87,9 +87,13 @@ fn make_state(config: BrokerConfig, address: String) -> Result<State> {
     getrandom::fill(&mut epoch).map_err(|error| Error::new(ErrorKind::Internal, error.to_string(), ""))?;
     let loading = Arc::new(AtomicU64::new(0));
     let placement = Placement::new(&config)?;
-    let registry = Arc::new(Registry::new(config.model_folders.clone(), config.bench_models, placement.clone()));
+    let metrics = Metrics::default();
     let arena_ids = Arc::new(AtomicU32::new(0));
     let gpu = BrokerGpu::open(&config, &arena_ids)?;
+    let limits = WeightLimits::new(config.weight_bytes, gpu.as_ref());
+    let weights = Arc::new(Weights::start(limits).map_err(no_thread)?);
+    let registry = Registry::new(&config, placement.clone(), metrics.evictions.clone(), Arc::clone(&weights));
+    let registry = Arc::new(registry);
     let queue = gpu.as_ref().map(BrokerGpu::queue).transpose()?;
     // Each lane's libtorch is a stream of its own: a loader opens it on the lane's thread.
     let unet_loader = Loader::new(&config, placement.clone(), Arc::clone(&loading), None);
@@ -103,9 +107,8 @@ fn make_state(config: BrokerConfig, address: String) -> Result<State> {
     let queue = Queue::new(Policy::FairBySession, config.lane_capacity).patience(config.input_patience);
     let unet_lane = Lane::spawn("luna-unet", queue, move || UnetExecutor::new(unet_loader, lane_registry, max_batch))
         .map_err(no_thread)?;
+    registry.residents().wake_by(vec![Box::new(vae_lane.waker()), Box::new(unet_lane.waker())]);
     let adapters = Adapters::start(config.adapter_bytes).map_err(no_thread)?;
-    let limits = WeightLimits::new(config.weight_bytes, gpu.as_ref());
-    let weights = Weights::start(limits).map_err(no_thread)?;
     Ok(State {
         config,
         address,
@@ -119,7 +122,7 @@ fn make_state(config: BrokerConfig, address: String) -> Result<State> {
         adapters,
         loading,
         sessions: Arc::new(Sessions::default()),
-        metrics: Metrics::default(),
+        metrics,
         arena_ids,
         gpu,
         stopping: AtomicBool::new(false),

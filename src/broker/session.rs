@@ -168,6 +168,7 @@ impl Session {
         link.outbox.flush(Instant::now() + Duration::from_millis(200));
         // In this order: the reason is the last word, and no job starts on memory that goes away.
         link.outbox.close();
+        state.registry.end_session(link.id());
         state.permits.end_session(link.id());
         state.vae_lane.end_session(link.id());
         state.unet_lane.end_session(link.id());
@@ -230,10 +231,15 @@ impl Session {
             Operation::Prefetch { service, model, adapters } => self.prefetch(responder, service, &model, adapters),
             Operation::Describe { service, model } => {
                 let described = self.state.registry.resolve(service, &model);
+                let described = described.inspect(|model| model.usage().note_user(self.link.id()));
                 responder.settle(described.map(|model| Outcome::Model(model.report())).map_err(Error::from));
             }
             Operation::Load { service, model } => self.load(responder, deadline, service, &model),
             Operation::Unload { model, force } => self.unload(responder, deadline, &model, force),
+            Operation::Register(model) => {
+                let registered = self.state.registry.registered().add(self.link.id(), model);
+                responder.settle(registered.map(|()| Outcome::Done));
+            }
             Operation::Attach(request) => match self.weights_place(request.gpu) {
                 Ok(gpu) => self.state.weights.attach(&self.state, responder, request, gpu),
                 Err(error) => responder.fail(error),

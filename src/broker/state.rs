@@ -28,7 +28,7 @@ pub(super) struct State {
     pub(super) vae_lane: Lane<VaeWork>,
     pub(super) unet_lane: Lane<UnetWork>,
     pub(super) permits: Arc<Permits>,
-    pub(super) weights: Weights,
+    pub(super) weights: Arc<Weights>,
     pub(super) adapters: Adapters,
     /// Bytes of the model being loaded that are in place.
     pub(super) loading: Arc<AtomicU64>,

@@ -15,7 +15,7 @@ impl State {
             uptime_s: self.clock.uptime_s(),
             address: self.address.clone(),
             sessions: self.session_reports(),
-            models: self.registry.known_reports(),
+            models: self.registry.reports(),
             weights: self.weights.reports(self),
             lanes: self.lane_reports(),
             runs: self.run_statuses(),

@@ -18,7 +18,9 @@ use crate::config::{ADDRESS_VARIABLE, ClientConfig, rung_from_environment};
 use crate::device::StreamRef;
 use crate::error::{Error, ErrorKind, Result, Retry};
 use crate::id::GpuUuid;
-use crate::protocol::{DeviceRung, Force, ModelReport, Operation, Outcome, Rung, Status, VerifyReport};
+use crate::protocol::{
+    DeviceRung, Force, ModelReport, Operation, Outcome, RegisteredModel, Rung, Status, VerifyReport,
+};
 use crate::service::Service;
 use crate::tensor::TensorMeta;
 use crate::transport::{Connection, LocalConnection, default_address};
@@ -344,6 +346,17 @@ impl Client {
     /// As [`Client::unload`].
     pub fn unload_with(&self, model: &str, force: Force) -> Result<()> {
         self.ask(Operation::Unload { model: resolve_locally(model), force }, &self.default_options()).map(|_| ())
+    }
+
+    /// Has a model listed that this process has loaded itself: for others to see, in `models` and `status`, where memory goes.
+    /// The broker does nothing else with it. It is listed until the session ends; a session that comes after a restart of
+    /// the broker tells of it anew.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Configuration`] for a name that cannot be shown, [`ErrorKind::Busy`] for more models than a session may
+    /// tell of.
+    pub fn register(&self, model: RegisteredModel) -> Result<()> {
+        self.ask(Operation::Register(model), &self.default_options()).map(|_| ())
     }
 
     /// Compares what weights contain with what they contained when they were loaded or published.

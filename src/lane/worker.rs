@@ -73,6 +73,12 @@ pub trait Job: Send + 'static {
             job.run(executor, &stop);
         }
     }
+
+    /// Puts what the thread owns in order: called on it after each job, when the lane is [woken](Lane::waker), and at the
+    /// moment that the last call named. Must be cheap where there is nothing to do.
+    fn tidy(_executor: &mut Self::Executor) -> Option<Instant> {
+        None
+    }
 }
 
 /// Tells a running job that nobody waits for it any more.
@@ -119,6 +125,8 @@ struct State<J> {
     completed: u64,
     batches: u64,
     open: bool,
+    /// Whether somebody wants the executor put in order.
+    woken: bool,
 }
 
 /// A job on the lane's thread.
@@ -169,14 +177,16 @@ impl<J: Job> Lane<J> {
         queue: Queue<J>,
         executor: impl FnOnce() -> J::Executor + Send + 'static,
     ) -> std::io::Result<Self> {
-        let state = State { queue, taken: Vec::new(), completed: 0, batches: 0, open: true };
+        let state = State { queue, taken: Vec::new(), completed: 0, batches: 0, open: true, woken: false };
         let first_cancelled = Arc::default();
         let shared = Arc::new(Shared { state: Mutex::new(state), arrival: Condvar::new(), first_cancelled });
         let worker = Arc::clone(&shared);
         let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || {
             let mut executor = executor();
-            while let Some(next) = worker.next() {
+            let mut again = None;
+            while let Some(next) = worker.next(again) {
                 worker.work(&mut executor, next);
+                again = tidy::<J>(&mut executor);
             }
         })?;
         Ok(Self { shared, thread: Mutex::new(Some(thread)) })
@@ -217,6 +227,17 @@ impl<J: Job> Lane<J> {
         drop(state);
         for entry in waiting {
             entry.job.refuse(Refusal::SessionEnded);
+        }
+    }
+
+    /// What makes the lane's thread put its executor in order as soon as it runs no job. Does nothing once the lane is gone.
+    pub fn waker(&self) -> impl Fn() + Send + Sync + use<J> {
+        let shared = Arc::downgrade(&self.shared);
+        move || {
+            if let Some(shared) = shared.upgrade() {
+                shared.state.lock().woken = true;
+                shared.arrival.notify_one();
+            }
         }
     }
 
@@ -266,10 +287,14 @@ impl<J> State<J> {
 }
 
 impl<J: Job> Shared<J> {
-    /// Waits for the next job; `None` when the lane is shut down and empty.
-    fn next(&self) -> Option<Coming<J>> {
+    /// Waits for the next job, or until the executor is to be put in order: at `tidy_at`, or when somebody wants it. `None`
+    /// when the lane is shut down and empty.
+    fn next(&self, tidy_at: Option<Instant>) -> Option<Coming<J>> {
         let mut state = self.state.lock();
         loop {
+            if std::mem::take(&mut state.woken) || tidy_at.is_some_and(|at| at <= Instant::now()) {
+                return Some(Coming::Order);
+            }
             match state.queue.pop(Instant::now()) {
                 Some(Next::Run(turn)) => {
                     self.first_cancelled.store(false, Ordering::Relaxed);
@@ -277,8 +302,14 @@ impl<J: Job> Shared<J> {
                     return Some(Coming::Turn(turn));
                 }
                 Some(Next::Expired(entry)) => return Some(Coming::Expired(entry)),
-                Some(Next::Later(again)) => _ = self.arrival.wait_until(&mut state, again),
-                None if state.open => self.arrival.wait(&mut state),
+                Some(Next::Later(again)) => {
+                    let until = tidy_at.map_or(again, |at| at.min(again));
+                    _ = self.arrival.wait_until(&mut state, until);
+                }
+                None if state.open => match tidy_at {
+                    Some(at) => _ = self.arrival.wait_until(&mut state, at),
+                    None => self.arrival.wait(&mut state),
+                },
                 None => return None,
             }
         }
@@ -286,6 +317,7 @@ impl<J: Job> Shared<J> {
 
     fn work(&self, executor: &mut J::Executor, next: Coming<J>) {
         let turn = match next {
+            Coming::Order => return,
             Coming::Expired(entry) => return entry.job.refuse(Refusal::Expired),
             Coming::Turn(turn) => turn,
         };
@@ -368,6 +400,16 @@ type Along<J> = (Entry<J>, Arc<AtomicBool>);
 enum Coming<J> {
     Turn(Turn<J>),
     Expired(Entry<J>),
+    /// The executor is to be put in order, as it is after everything else.
+    Order,
+}
+
+/// Puts the executor in order; a panic in there must not end the lane.
+fn tidy<J: Job>(executor: &mut J::Executor) -> Option<Instant> {
+    catch_unwind(AssertUnwindSafe(|| J::tidy(executor))).unwrap_or_else(|_| {
+        tracing::error!("putting a lane in order panicked");
+        None
+    })
 }
 
 /// Whether the job is ready. At its first turn it is given a moment: most often what it waits for is about to happen, and

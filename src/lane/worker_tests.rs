@@ -280,3 +280,43 @@ fn jobs_that_go_together_are_run_at_once_up_to_what_the_first_allows() {
     let counts = lane.counts();
     assert_eq!((counts.completed, counts.batches), (6, 4));
 }
+
+/// What the lane's thread owns here: says when it is put in order, and when that is to be done again.
+struct Orderly {
+    again: Option<Duration>,
+    tell: Sender<&'static str>,
+}
+
+struct Order;
+
+impl Job for Order {
+    type Executor = Orderly;
+
+    fn run(self, executor: &mut Orderly, _stop: &StopSignal<'_>) {
+        executor.tell.send("run").unwrap();
+    }
+
+    fn refuse(self, _why: Refusal) {}
+
+    fn tidy(executor: &mut Orderly) -> Option<Instant> {
+        // The test may be over.
+        _ = executor.tell.send("tidy");
+        executor.again.take().map(|pause| Instant::now() + pause)
+    }
+}
+
+#[test]
+fn a_lane_is_put_in_order_after_each_job_when_it_is_woken_and_when_it_asked_for_it() {
+    let (tell, told) = unbounded();
+    let again = Some(Duration::from_millis(1));
+    let lane = Lane::spawn("test", Queue::new(Policy::Fifo, 1), move || Orderly { again, tell }).unwrap();
+    let heard = || told.recv_timeout(Duration::from_secs(20)).unwrap();
+    let wake = lane.waker();
+    lane.submit(Entry { session: SessionId(1), request: RequestId(1), deadline: None, job: Order });
+    assert_eq!([heard(), heard(), heard()], ["run", "tidy", "tidy"]);
+    wake();
+    assert_eq!(heard(), "tidy");
+    drop(lane);
+    wake();
+    assert_eq!(told.recv(), Err(crossbeam_channel::RecvError), "asked for no more often than that");
+}

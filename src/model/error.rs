@@ -11,8 +11,10 @@ use crate::tensor::{DType, TensorError};
 #[non_exhaustive]
 pub enum ModelError {
     /// Nothing of that name.
-    #[error("no model {name:?}; looked in {searched}")]
+    #[error("no {what} {name:?}; looked in {searched}")]
     NotFound {
+        /// What was looked for: a model, an adapter.
+        what: &'static str,
         /// The name asked for.
         name: String,
         /// The places looked at.
@@ -194,6 +196,26 @@ pub enum ModelError {
         /// Bytes it may use.
         budget_bytes: u64,
     },
+    /// The models that requests use leave too little room for another.
+    #[error(
+        "{name} takes {needed_bytes} bytes; {used_bytes} of the {limit_bytes} for models on {device} are in use{}; nothing \
+         was unloaded",
+        if users.is_empty() { String::new() } else { format!(" by {users}") }
+    )]
+    NoRoom {
+        /// The model.
+        name: String,
+        /// Bytes of its weights.
+        needed_bytes: u64,
+        /// Bytes of the weights of models that requests wait for or run on.
+        used_bytes: u64,
+        /// Bytes that all may take.
+        limit_bytes: u64,
+        /// Where.
+        device: String,
+        /// The models in use.
+        users: String,
+    },
     /// The allocator failed while the model ran; everything the attempt held was freed.
     #[error("out of memory while running {what}: {cause}")]
     OutOfMemory {
@@ -332,7 +354,7 @@ impl ModelError {
             | Self::Conds { .. } => ErrorKind::InvalidTensor,
             Self::Adapter { .. } | Self::AdapterFile { .. } => ErrorKind::InvalidModel,
             Self::AdapterStrength { .. } => ErrorKind::Configuration,
-            Self::OverBudget { .. } | Self::OutOfMemory { .. } => ErrorKind::OutOfMemory,
+            Self::OverBudget { .. } | Self::NoRoom { .. } | Self::OutOfMemory { .. } => ErrorKind::OutOfMemory,
             Self::Executor { .. } => ErrorKind::Internal,
             Self::Cuda(CudaUnavailable::NoSuchDevice { .. }) => ErrorKind::Configuration,
             Self::Cuda(_) => ErrorKind::Unsupported,
@@ -344,7 +366,9 @@ impl ModelError {
     #[must_use]
     pub fn remedy(&self) -> &'static str {
         match self {
-            Self::NotFound { .. } => "give a path, or put the file into a folder named with --models",
+            Self::NotFound { .. } => {
+                "give a path, or put the file into one of the folders that --models, --loras and --comfyui-paths name"
+            }
             Self::Directory { .. } => "name the .safetensors file inside it",
             Self::Unreadable { .. } => "check the path and that the broker's user may read it",
             Self::Pickle { .. } => {
@@ -376,6 +400,9 @@ impl ModelError {
             }
             Self::AdapterStrength { .. } => "give a finite strength; 0 leaves the adapter out",
             Self::OverBudget { .. } => "send a smaller batch, smaller tiles, or raise --vae-budget",
+            Self::NoRoom { .. } => {
+                "send it again when the others are not in use, use a smaller model, or raise --model-bytes"
+            }
             Self::OutOfMemory { .. } => "send a smaller batch or ask for tiles",
             Self::Cuda(why) => why.remedy(),
             Self::Tensor(_) => "send a tensor of the shape and element type that the model takes",

@@ -1,15 +1,18 @@
 use std::collections::BTreeMap;
+use std::fmt::Debug;
 use std::fs::{File, Metadata, OpenOptions};
 use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 use std::time::SystemTime;
 
 use memmap2::Mmap;
 
 use super::ModelError;
 use super::header::{Header, quote, read_header};
+use super::weights::WeightPlan;
+use crate::device::Span;
 use crate::id::ContentDigest;
 use crate::tensor::DType;
 
@@ -54,6 +57,27 @@ impl StoredTensor {
         })
     }
 
+    /// As a file would store elements of this type.
+    fn stored(dtype: DType) -> StoredDType {
+        match dtype {
+            DType::Bool => StoredDType::BOOL,
+            DType::U8 => StoredDType::U8,
+            DType::I8 => StoredDType::I8,
+            DType::U16 => StoredDType::U16,
+            DType::I16 => StoredDType::I16,
+            DType::U32 => StoredDType::U32,
+            DType::I32 => StoredDType::I32,
+            DType::U64 => StoredDType::U64,
+            DType::I64 => StoredDType::I64,
+            DType::F8E4M3Fn => StoredDType::F8_E4M3,
+            DType::F8E5M2 => StoredDType::F8_E5M2,
+            DType::F16 => StoredDType::F16,
+            DType::Bf16 => StoredDType::BF16,
+            DType::F32 => StoredDType::F32,
+            DType::F64 => StoredDType::F64,
+        }
+    }
+
     /// Number of elements; the header's own check rules out an overflow.
     #[must_use]
     pub fn elements(&self) -> u64 {
@@ -66,19 +90,36 @@ impl StoredTensor {
 /// The mapping shows the file itself. Whoever shortens a mapped file in place takes the process down with it; replacing
 /// it by renaming another over it is harmless, and [`ModelFile::check_unchanged`] notices both. A file that is not mapped
 /// may be shortened at any moment.
+///
+/// It may also be no file at all, but [tensors in memory](ModelFile::in_memory) that nobody changes: those are used as a
+/// mapped file is.
 #[derive(Debug)]
 pub struct ModelFile {
     state: FileState,
-    file: File,
-    mapping: OnceLock<Mmap>,
+    source: Source,
     tensors: BTreeMap<String, StoredTensor>,
+}
+
+/// Where the tensors are.
+#[derive(Debug)]
+enum Source {
+    Disk {
+        file: File,
+        mapping: OnceLock<Mmap>,
+    },
+    Memory {
+        span: Span,
+        /// Whatever says that the memory is in use.
+        _keeper: Arc<dyn Debug + Send + Sync>,
+    },
 }
 
 /// A file as it was found at some moment. Keeps it neither open nor, where it is deleted, on the disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FileState {
     path: PathBuf,
-    identity: Identity,
+    /// Absent for memory, which does not change.
+    identity: Option<Identity>,
 }
 
 impl FileState {
@@ -93,8 +134,9 @@ impl FileState {
     /// # Errors
     /// [`ModelError::Changed`] where it does not or is gone, [`ModelError::Unreadable`] where it cannot be told.
     pub fn check_unchanged(&self) -> Result<(), ModelError> {
+        let Some(identity) = self.identity else { return Ok(()) };
         match std::fs::metadata(&self.path) {
-            Ok(metadata) if Identity::of(&metadata) == self.identity => Ok(()),
+            Ok(metadata) if Identity::of(&metadata) == identity => Ok(()),
             Ok(_) => Err(ModelError::Changed { path: self.path.clone() }),
             Err(cause) if cause.kind() == io::ErrorKind::NotFound => {
                 Err(ModelError::Changed { path: self.path.clone() })
@@ -150,8 +192,36 @@ impl ModelFile {
                 (name, StoredTensor { dtype: stored.dtype, shape: stored.shape.clone(), bytes })
             })
             .collect();
-        let state = FileState { path: path.to_owned(), identity: Identity::of(&metadata) };
-        Ok(Self { state, file, mapping: OnceLock::new(), tensors })
+        let state = FileState { path: path.to_owned(), identity: Some(Identity::of(&metadata)) };
+        Ok(Self { state, source: Source::Disk { file, mapping: OnceLock::new() }, tensors })
+    }
+
+    /// The tensors of a set that lie in memory as `plan` says and are called `name` together. `keeper` is kept as long as the
+    /// value lives. Nobody may change the memory from now on.
+    ///
+    /// # Errors
+    /// [`ModelError::Memory`] for memory that is not the host's, [`ModelError::PlanMismatch`] where a tensor is beyond it.
+    pub fn in_memory(
+        name: &str,
+        plan: &WeightPlan,
+        span: Span,
+        keeper: Arc<dyn Debug + Send + Sync>,
+    ) -> Result<Self, ModelError> {
+        // Nothing is read of what a GPU has.
+        span.bytes(span.length())?;
+        let mut tensors = BTreeMap::new();
+        for tensor in &plan.tensors {
+            let mismatch = |reason| ModelError::PlanMismatch { tensor: quote(&tensor.key), reason };
+            let start =
+                usize::try_from(tensor.offset).map_err(|_| mismatch("its offset is beyond the address space"))?;
+            let end = start.checked_add(tensor.meta.size_bytes()?).filter(|&end| end <= span.length());
+            let end = end.ok_or_else(|| mismatch("it reaches beyond the end of the memory"))?;
+            let shape = tensor.meta.shape.as_slice().iter().map(|&extent| extent as usize).collect();
+            let dtype = StoredTensor::stored(tensor.meta.dtype);
+            tensors.insert(tensor.key.clone(), StoredTensor { dtype, shape, bytes: start..end });
+        }
+        let state = FileState { path: name.into(), identity: None };
+        Ok(Self { state, source: Source::Memory { span, _keeper: keeper }, tensors })
     }
 
     /// The path the file was opened by.
@@ -169,7 +239,11 @@ impl ModelFile {
     /// Bytes of the whole file when it was opened.
     #[must_use]
     pub fn size_bytes(&self) -> u64 {
-        self.state.identity.size_bytes
+        match (&self.state.identity, &self.source) {
+            (Some(identity), _) => identity.size_bytes,
+            (None, Source::Memory { span, .. }) => span.length() as u64,
+            (None, Source::Disk { .. }) => 0,
+        }
     }
 
     /// All tensors, by name in alphabetical order.
@@ -189,22 +263,26 @@ impl ModelFile {
     /// [`ModelError::Malformed`] where `stored` is not of this file and reaches beyond it, or the file was shortened
     /// before it was mapped; [`ModelError::Unreadable`] where it cannot be mapped.
     pub fn bytes(&self, stored: &StoredTensor) -> Result<&[u8], ModelError> {
-        self.mapping()?.get(stored.bytes.clone()).ok_or_else(|| ModelError::Malformed {
+        let all = match &self.source {
+            Source::Disk { file, mapping } => self.map(file, mapping)?,
+            Source::Memory { span, .. } => span.bytes(span.length())?,
+        };
+        all.get(stored.bytes.clone()).ok_or_else(|| ModelError::Malformed {
             path: self.state.path.clone(),
             reason: "a tensor reaches beyond the end of the file".to_owned(),
         })
     }
 
-    fn mapping(&self) -> Result<&Mmap, ModelError> {
-        if let Some(mapping) = self.mapping.get() {
+    fn map<'a>(&self, file: &File, mapping: &'a OnceLock<Mmap>) -> Result<&'a Mmap, ModelError> {
+        if let Some(mapping) = mapping.get() {
             return Ok(mapping);
         }
         // SAFETY: the mapping is read-only and private to this type. The file may change while it is mapped: the
         // bytes are then other numbers or, where it was shortened, the documented end of the process; no Rust
         // value other than plain numbers is ever read from them.
-        let mapping = unsafe { Mmap::map(&self.file) }
+        let mapped = unsafe { Mmap::map(file) }
             .map_err(|cause| ModelError::Unreadable { path: self.state.path.clone(), cause })?;
-        Ok(self.mapping.get_or_init(|| mapping))
+        Ok(mapping.get_or_init(|| mapped))
     }
 
     /// Fills `target` with what the file holds from byte `at` on. Unlike the mapping, it survives a file that shrinks.
@@ -212,7 +290,13 @@ impl ModelFile {
     /// # Errors
     /// [`ModelError::Changed`] where the file now ends before, [`ModelError::Unreadable`] where it cannot be read.
     pub fn read_exact_at(&self, at: u64, target: &mut [u8]) -> Result<(), ModelError> {
-        read_exact_at(&self.file, &self.state.path, at, target)
+        match &self.source {
+            Source::Disk { file, .. } => read_exact_at(file, &self.state.path, at, target),
+            Source::Memory { span, .. } => {
+                let at = usize::try_from(at).unwrap_or(usize::MAX);
+                Ok(span.part(at, target.len()).and_then(|part| part.read(target))?)
+            }
+        }
     }
 
     /// The stored bytes of a tensor, read and not mapped: whoever looks at a file for others must survive one that is
@@ -226,7 +310,7 @@ impl ModelFile {
         Ok(bytes)
     }
 
-    /// The digest of all that is in the file, header included. Reads it once.
+    /// The digest of all that is in the file, header included, or of the memory. Reads it once.
     ///
     /// # Errors
     /// As [`ModelFile::read_exact_at`].
@@ -245,10 +329,13 @@ impl ModelFile {
         Ok(ContentDigest(*hasher.finalize().as_bytes()))
     }
 
-    /// The open file, for questions about how it is stored.
+    /// The open file, for questions about how it is stored; absent for memory.
     #[cfg_attr(not(target_os = "linux"), expect(dead_code, reason = "only Linux is asked for holes"))]
-    pub(super) fn file(&self) -> &File {
-        &self.file
+    pub(super) fn file(&self) -> Option<&File> {
+        match &self.source {
+            Source::Disk { file, .. } => Some(file),
+            Source::Memory { .. } => None,
+        }
     }
 
     /// Checks that the path still names the file that was opened, in the same state. One `stat`.

@@ -151,6 +151,8 @@ pub enum Operation {
         /// Whether weights go that somebody has attached.
         force: Force,
     },
+    /// List a model that the client has loaded itself, until its session ends.
+    Register(RegisteredModel),
     /// Map the tensors of a file or of a published set.
     Attach(AttachRequest),
     /// Hand tensors to the broker for others.
@@ -192,6 +194,21 @@ pub enum Force {
     No,
     /// They are given up: who has them attached is told at the next call, and keeps them readable until then and after.
     Yes,
+}
+
+/// A model that a client has loaded itself, as it is to be listed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RegisteredModel {
+    /// Name to list it by.
+    pub name: String,
+    /// What it does.
+    pub service: Service,
+    /// Architecture, in the client's words; may be empty.
+    pub family: String,
+    /// Bytes that it takes.
+    pub bytes: u64,
+    /// Where, in the client's words.
+    pub device: String,
 }
 
 /// A VAE call with its input.

@@ -17,8 +17,9 @@ pub use codec::CodecError;
 pub use ladder::{GpuNonces, GpuSituation, gpu_reason, judge_gpu};
 pub use message::{
     ArenaHandle, ArenaOffer, ArenaPlace, ClientMessage, Descriptor, FenceOffer, Force, GpuAnswer, GpuFindings,
-    GpuOffer, GpuProbeOutcome, GpuProbed, GpuTarget, MarkedFindings, OpenGpu, OpenRun, Operation, Outcome, Release,
-    Reply, Request, ServerMessage, SlotPlace, StepSubject, TensorSource, Times, UnetRequest, VaeRequest,
+    GpuOffer, GpuProbeOutcome, GpuProbed, GpuTarget, MarkedFindings, OpenGpu, OpenRun, Operation, Outcome,
+    RegisteredModel, Release, Reply, Request, ServerMessage, SlotPlace, StepSubject, TensorSource, Times, UnetRequest,
+    VaeRequest,
 };
 pub(crate) use negotiate::presentable;
 pub use negotiate::{

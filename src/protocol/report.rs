@@ -87,6 +87,12 @@ pub struct ModelReport {
     pub bytes: u64,
     /// Device it runs on.
     pub device: String,
+    /// Sessions that have asked for it by name since its weights were last given up.
+    #[serde(default)]
+    pub users: u64,
+    /// Seconds since the last request for it ended; absent while one waits for it or runs on it.
+    #[serde(default)]
+    pub idle_s: Option<f64>,
     /// Channels of the latent.
     pub latent_channels: u64,
     /// Pixels per latent element in each direction; 0 for a model that has to do with latents alone.
@@ -94,6 +100,9 @@ pub struct ModelReport {
     /// What else there is to know of a UNet.
     #[serde(default)]
     pub unet: Option<UnetReport>,
+    /// The session that has loaded it itself and only told of it; absent for what the broker can run.
+    #[serde(default)]
+    pub registered_by: Option<SessionId>,
 }
 
 /// What a UNet takes, and what its output means.

@@ -9,10 +9,13 @@ use luna_broker::service::{GpuOrder, Precision};
 use luna_broker::{Error, ErrorKind};
 use tracing_subscriber::EnvFilter;
 
+use crate::folders::Folders;
+
 const AFTER_HELP: &str = "\
 Examples:
   luna-broker serve --vae vae.safetensors       hold one VAE for every worker of this machine
   luna-broker serve --models ~/ComfyUI/models/vae
+  luna-broker serve --comfyui-paths ~/ComfyUI/extra_model_paths.yaml
   luna-broker status                            who is connected, on which rung, with which models
   luna-broker status --metrics                  the same as numbers, for Prometheus
   luna-broker doctor                            why something is slow or refused
@@ -98,7 +101,7 @@ fn seconds(flag: &str, value: f64) -> Result<Duration, Error> {
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// Hold models and serve them until stopped with Ctrl-C or SIGTERM.
-    Serve(ServeArgs),
+    Serve(Box<ServeArgs>),
     /// Show sessions with their rung and why, models with their bytes, and lanes.
     Status {
         /// As JSON, for programs.
@@ -163,6 +166,19 @@ pub(crate) struct ServeArgs {
     #[arg(long, value_name = "DIR")]
     pub(crate) models: Vec<PathBuf>,
 
+    /// A folder of adapters (LoRA and its kin) that clients may name without a path. May be given several times.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) loras: Vec<PathBuf>,
+
+    /// A folder of embeddings that prompts may name. May be given several times.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) embeddings: Vec<PathBuf>,
+
+    /// ComfyUI's extra_model_paths.yaml, whose folders of models, adapters and embeddings are added. May be given several
+    /// times.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) comfyui_paths: Vec<PathBuf>,
+
     /// Where models run: cpu, cuda (the first GPU), cuda:N, or a GPU's UUID as `nvidia-smi -L` prints it.
     #[arg(long, default_value = "cpu")]
     device: String,
@@ -206,6 +222,15 @@ pub(crate) struct ServeArgs {
     /// no longer at once than one after the other, up to 8.
     #[arg(long, value_name = "N")]
     max_batch: Option<usize>,
+
+    /// Bytes of the models that are loaded, on each device; accepts K, M, G. Those unused for longest give way to others.
+    /// Default: no bound.
+    #[arg(long, value_parser = bytes, value_name = "BYTES")]
+    model_bytes: Option<u64>,
+
+    /// Unload models that nobody has used for so long, in seconds; the next request loads them again. Default: never.
+    #[arg(long, value_name = "SECONDS")]
+    model_idle: Option<f64>,
 
     /// How long a client may keep a permit before the lane goes on without it.
     #[arg(long, default_value_t = 600, value_name = "SECONDS")]
@@ -280,13 +305,11 @@ impl TryFrom<&ServeArgs> for BrokerConfig {
     type Error = Error;
 
     fn try_from(args: &ServeArgs) -> Result<Self, Error> {
-        if let Some(missing) = args.models.iter().find(|folder| !folder.is_dir()) {
-            let message = format!("--models {}: no such folder", missing.display());
-            return Err(Error::new(ErrorKind::Configuration, message, "name an existing folder"));
-        }
-        let folders = args.models.iter().map(|folder| std::path::absolute(folder).unwrap_or_else(|_| folder.clone()));
+        let Folders { models, adapters, embeddings } = Folders::of(args)?;
         let config = Self {
-            model_folders: folders.collect(),
+            model_folders: models,
+            adapter_folders: adapters,
+            embedding_folders: embeddings,
             bench_models: args.bench_models,
             lane_capacity: args.lane_capacity,
             input_patience: seconds("--input-patience", args.input_patience)?,
@@ -309,6 +332,8 @@ impl TryFrom<&ServeArgs> for BrokerConfig {
             weight_bytes: args.weight_bytes,
             adapter_bytes: args.adapter_bytes,
             max_batch: args.max_batch,
+            model_bytes: args.model_bytes,
+            model_idle: args.model_idle.map(|idle| seconds("--model-idle", idle)).transpose()?,
             permit_patience: Duration::from_secs(args.permit_seconds),
             ..Self::default()
         };

@@ -6,9 +6,11 @@ use clap::Parser;
 
 mod args;
 mod bench;
+mod comfyui_paths;
 mod control;
 mod doctor;
 mod exit;
+mod folders;
 mod serve;
 mod show;
 
@@ -18,7 +20,7 @@ fn main() -> ExitCode {
     let args = Args::parse();
     args.start_logging();
     let outcome = match args.command {
-        Command::Serve(serve) => serve::run(&args.connection, serve),
+        Command::Serve(serve) => serve::run(&args.connection, &serve),
         Command::Status { metrics: true, .. } => control::metrics(&args.connection),
         Command::Status { json, .. } => control::status(&args.connection, json),
         Command::Models { json } => control::models(&args.connection, json),

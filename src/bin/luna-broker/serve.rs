@@ -13,8 +13,8 @@ use crate::args::{ConnectionArgs, ServeArgs};
 use crate::show;
 
 /// Serves until a signal says stop.
-pub(crate) fn run(connection: &ConnectionArgs, args: ServeArgs) -> Result<(), Error> {
-    let config = BrokerConfig::try_from(&args)?;
+pub(crate) fn run(connection: &ConnectionArgs, args: &ServeArgs) -> Result<(), Error> {
+    let config = BrokerConfig::try_from(args)?;
     let (stop, stopped) = std::sync::mpsc::channel();
     ctrlc::set_handler(move || _ = stop.send(())).map_err(|error| {
         Error::new(ErrorKind::Io, format!("signals cannot be handled: {error}"), "run it where signals are available")

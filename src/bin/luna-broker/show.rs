@@ -171,15 +171,25 @@ pub(crate) fn models(models: &[ModelReport]) -> String {
         .iter()
         .map(|model| {
             let latent = match &model.unet {
+                None if model.registered_by.is_some() => String::new(),
                 None => format!("{} channels, 1:{}", model.latent_channels, model.ratio),
                 Some(unet) => format!("{} channels in, {}, {}", unet.in_channels, unet.variant, unet.prediction),
             };
-            let loaded = if model.loaded { "yes" } else { "no" }.to_owned();
+            let loaded = match model.registered_by {
+                Some(session) => format!("by session {session}"),
+                None => if model.loaded { "yes" } else { "no" }.to_owned(),
+            };
             let (name, service, family) = (model.name.clone(), model.service.name().to_owned(), model.family.clone());
-            [name, service, family, latent, loaded, bytes(model.bytes), model.device.clone()]
+            let used = match model.idle_s {
+                None => "now".to_owned(),
+                Some(idle) if model.loaded => format!("{idle:.0} s ago"),
+                Some(_) => String::new(),
+            };
+            let users = model.users.to_string();
+            [name, service, family, latent, loaded, bytes(model.bytes), model.device.clone(), users, used]
         })
         .collect();
-    table(["name", "service", "family", "latent", "loaded", "weights", "device"], &rows)
+    table(["name", "service", "family", "latent", "loaded", "weights", "device", "users", "used"], &rows)
 }
 
 /// A model that was loaded.

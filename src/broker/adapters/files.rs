@@ -2,6 +2,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::super::weights::PublishedModel;
 use crate::id::ContentDigest;
 use crate::model::{AdapterFile, FileState, ModelError, ModelFile};
 
@@ -51,6 +52,14 @@ impl ReadAdapter {
         let content = file.digest()?;
         file.check_unchanged()?;
         Ok(Self { file: Arc::new(AdapterFile::read(file)?), content })
+    }
+
+    /// The adapter that a client published.
+    ///
+    /// # Errors
+    /// As [`PublishedModel::open`] and [`AdapterFile::read`].
+    pub(super) fn published(set: &PublishedModel) -> Result<Self, ModelError> {
+        Ok(Self { file: Arc::new(AdapterFile::read(set.open()?)?), content: set.content() })
     }
 
     /// Whether its file is what it was. Looks at the disk.

@@ -1,19 +1,19 @@
 use std::collections::HashMap;
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crossbeam_channel::{Sender, unbounded};
 use parking_lot::Mutex;
 
-use super::super::registry::ModelEntry;
+use super::super::registry::{AdapterPlace, ModelEntry};
 use super::super::state::State;
 use super::files::{Files, ReadAdapter};
 use super::table::{StackKey, Stacks};
 use super::work::{Work, work};
 use crate::error::{Error, ErrorKind, Fault, Result};
-use crate::id::{ModelId, RequestId, SessionId};
-use crate::model::ReadyStack;
+use crate::id::{ContentDigest, ModelId, RequestId, SessionId, WeightSetId};
+use crate::model::{ModelError, ReadyStack};
 use crate::protocol::StackReport;
 use crate::service::{AdapterMode, AdapterStack, AdapterTaken, AdapterUse};
 
@@ -46,7 +46,7 @@ pub(in crate::broker) struct Wish {
 #[derive(Debug, Clone)]
 pub(super) struct WishedAdapter {
     pub(super) name: String,
-    pub(super) path: PathBuf,
+    pub(super) place: AdapterPlace,
     pub(super) strength: f64,
 }
 
@@ -63,25 +63,25 @@ impl Wish {
             return Err(Error::new(ErrorKind::Configuration, message, "leave some out, or merge them into one file"));
         }
         let find = |AdapterUse { name, strength }: AdapterUse| {
-            let path = state.registry.locate_adapter(&name)?;
+            let place = state.registry.locate_adapter(&name)?;
             if !strength.is_finite() {
-                return Err(crate::model::ModelError::AdapterStrength { path, strength });
+                return Err(ModelError::AdapterStrength { path: name.into(), strength });
             }
-            Ok(WishedAdapter { name, path, strength })
+            Ok(WishedAdapter { name, place, strength })
         };
         let adapters = adapters.into_iter().map(find).collect::<Result<_, _>>()?;
         Ok(Self { model: Arc::clone(model), adapters, mode })
     }
 
     fn key(&self) -> WishKey {
-        let adapters = self.adapters.iter().map(|adapter| (adapter.path.clone(), adapter.strength.to_bits()));
+        let adapters = self.adapters.iter().map(|adapter| (PlaceKey::of(&adapter.place), adapter.strength.to_bits()));
         WishKey { model: self.model.id(), adapters: adapters.collect(), mode: self.mode }
     }
 
-    /// The stack's key, by what the files were found to contain.
-    pub(super) fn stack_key(&self, read: &[ReadAdapter]) -> StackKey {
-        let adapters = read.iter().zip(&self.adapters);
-        let adapters = adapters.map(|(read, wished)| (read.content, wished.strength.to_bits())).collect();
+    /// The stack's key, by what each adapter contains.
+    pub(super) fn stack_key(&self, contents: impl Iterator<Item = ContentDigest>) -> StackKey {
+        let adapters = contents.zip(&self.adapters);
+        let adapters = adapters.map(|(content, wished)| (content, wished.strength.to_bits())).collect();
         StackKey { model: self.model.id(), adapters, mode: self.mode }
     }
 }
@@ -90,8 +90,23 @@ impl Wish {
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 struct WishKey {
     model: ModelId,
-    adapters: Vec<(PathBuf, u64)>,
+    adapters: Vec<(PlaceKey, u64)>,
     mode: AdapterMode,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+enum PlaceKey {
+    File(PathBuf),
+    Published(WeightSetId),
+}
+
+impl PlaceKey {
+    fn of(place: &AdapterPlace) -> Self {
+        match place {
+            AdapterPlace::File(path) => Self::File(path.clone()),
+            AdapterPlace::Published(set) => Self::Published(set.id()),
+        }
+    }
 }
 
 /// A request that goes on once its adapters are there.
@@ -167,20 +182,24 @@ impl Adapters {
         }
     }
 
-    /// The stack, where it is there and its files are what they were.
+    /// The stack, where it is there and its adapters are what they were.
     fn find(&self, wish: &Wish) -> Option<Arc<Stacked>> {
-        let read = wish.adapters.iter().map(|adapter| self.known(adapter)).collect::<Option<Vec<_>>>()?;
-        self.inner.lock().stacks.get(&wish.stack_key(&read))
+        let contents = wish.adapters.iter().map(|adapter| match &adapter.place {
+            AdapterPlace::File(path) => self.known(path).map(|read| read.content),
+            AdapterPlace::Published(set) => Some(set.content()),
+        });
+        let contents = contents.collect::<Option<Vec<_>>>()?;
+        self.inner.lock().stacks.get(&wish.stack_key(contents.into_iter()))
     }
 
-    /// The adapter, where it was read and has not changed since.
-    pub(super) fn known(&self, adapter: &WishedAdapter) -> Option<ReadAdapter> {
-        let read = self.inner.lock().files.get(&adapter.path)?;
+    /// The adapter at `path`, where it was read and has not changed since.
+    pub(super) fn known(&self, path: &Path) -> Option<ReadAdapter> {
+        let read = self.inner.lock().files.get(path)?;
         read.is_current().then_some(read)
     }
 
-    pub(super) fn learn(&self, adapter: &WishedAdapter, read: &ReadAdapter) {
-        self.inner.lock().files.add(&adapter.path, read.clone());
+    pub(super) fn learn(&self, path: &Path, read: &ReadAdapter) {
+        self.inner.lock().files.add(path, read.clone());
     }
 
     pub(super) fn kept(&self, key: &StackKey) -> Option<Arc<Stacked>> {

@@ -5,6 +5,7 @@ use std::time::Instant;
 use crossbeam_channel::Receiver;
 
 use super::super::jobs::{PrepareJob, UnetWork};
+use super::super::registry::AdapterPlace;
 use super::super::state::State;
 use super::files::ReadAdapter;
 use super::service::{Stacked, Wish, WishedAdapter};
@@ -59,23 +60,30 @@ impl Work {
         let Self { state, wish } = self;
         let mut read = Vec::new();
         for adapter in &wish.adapters {
-            let known = match state.adapters.known(adapter) {
-                Some(known) => known,
-                None => {
-                    let new = ReadAdapter::read(&adapter.path)?;
-                    state.adapters.learn(adapter, &new);
-                    new
-                }
-            };
-            read.push(known);
+            read.push(self.read(&adapter.place)?);
         }
-        let key = wish.stack_key(&read);
+        let key = wish.stack_key(read.iter().map(|read| read.content));
         if let Some(stacked) = state.adapters.kept(&key) {
             return Ok(Tried::Made(stacked));
         }
         let Some(maker) = wish.model.stack_maker() else { return Ok(Tried::NeedsModel) };
         let stacked = make(&*maker, wish, &read)?;
         state.adapters.keep(key, stacked).map(Tried::Made)
+    }
+
+    fn read(&self, place: &AdapterPlace) -> Result<ReadAdapter> {
+        let adapters = &self.state.adapters;
+        let path = match place {
+            // Not remembered: as long as it is open, its memory is in use.
+            AdapterPlace::Published(set) => return Ok(ReadAdapter::published(set)?),
+            AdapterPlace::File(path) => path,
+        };
+        if let Some(known) = adapters.known(path) {
+            return Ok(known);
+        }
+        let new = ReadAdapter::read(path)?;
+        adapters.learn(path, &new);
+        Ok(new)
     }
 
     /// Has the model's lane load it, and goes on then.

@@ -1,11 +1,12 @@
 use std::collections::HashMap;
-use std::collections::hash_map::Entry;
 use std::sync::Arc;
+use std::time::Instant;
 
 use parking_lot::Mutex;
 
 use super::super::registry::{ModelEntry, Registry};
 use super::super::responder::Responder;
+use super::super::usage::InUse;
 use crate::error::Error;
 use crate::id::ModelId;
 use crate::model::ModelError;
@@ -31,24 +32,65 @@ impl<M: ?Sized> LoadedModels<M> {
         model: &Arc<ModelEntry>,
         load: impl FnOnce(&ModelEntry) -> Result<Box<M>, ModelError>,
     ) -> Result<&mut Box<M>, ModelError> {
-        match self.loaded.entry(model.id()) {
-            Entry::Occupied(loaded) => Ok(loaded.into_mut()),
-            Entry::Vacant(place) => {
-                if !self.registry.knows(model) {
-                    return Err(model.changed());
-                }
-                let made = load(model)?;
-                if !self.registry.keep_loaded(model) {
-                    return Err(model.changed());
-                }
-                Ok(place.insert(made))
+        // The entry of the map would have to be held while others are dropped to make room.
+        if !self.loaded.contains_key(&model.id()) {
+            let made = self.make(model, load)?;
+            self.loaded.insert(model.id(), made);
+        }
+        self.loaded.get_mut(&model.id()).ok_or_else(|| model.changed())
+    }
+
+    fn make(
+        &mut self,
+        model: &Arc<ModelEntry>,
+        load: impl FnOnce(&ModelEntry) -> Result<Box<M>, ModelError>,
+    ) -> Result<Box<M>, ModelError> {
+        let registry = Arc::clone(&self.registry);
+        if !registry.knows(model) {
+            return Err(model.changed());
+        }
+        let admission = registry.residents().admit(model, |other| self.drop_own(other))?;
+        let made = load(model)?;
+        if !registry.keep_loaded(model) {
+            return Err(model.changed());
+        }
+        admission.settle();
+        Ok(made)
+    }
+
+    /// Drops what is to make room for others and what nobody has used for long; when to ask again at the latest.
+    pub(super) fn tidy(&mut self) -> Option<Instant> {
+        let (due, again) = self.registry.residents().due(|id| self.loaded.contains_key(&id));
+        for (model, why) in due {
+            if self.drop_own(&model) {
+                self.registry.residents().note(&model, why);
             }
         }
+        again
     }
 
     pub(super) fn drop_weights(&mut self, model: &ModelEntry) {
-        self.loaded.remove(&model.id());
-        self.registry.unloaded(model);
+        if !self.drop_own(model) {
+            self.registry.unloaded(model);
+        }
+    }
+
+    /// Drops the weights of a model if they are this lane's; whether they are.
+    fn drop_own(&mut self, model: &ModelEntry) -> bool {
+        let is_own = self.loaded.remove(&model.id()).is_some();
+        if is_own {
+            self.registry.unloaded(model);
+        }
+        is_own
+    }
+}
+
+/// A lane that ends keeps nobody waiting for the room that its models take.
+impl<M: ?Sized> Drop for LoadedModels<M> {
+    fn drop(&mut self) {
+        for model in std::mem::take(&mut self.loaded).into_keys() {
+            self.registry.residents().forget(model);
+        }
     }
 }
 
@@ -63,7 +105,7 @@ pub(in crate::broker) enum ModelTask {
 #[derive(Debug)]
 pub(in crate::broker) struct ModelJob {
     pub(in crate::broker) task: ModelTask,
-    pub(in crate::broker) model: Arc<ModelEntry>,
+    pub(in crate::broker) model: InUse,
     pub(in crate::broker) answer: Shared,
 }
 
@@ -124,19 +166,22 @@ impl ModelJob {
         if !answer.starts() {
             return;
         }
-        match task {
-            ModelTask::Load => match models.obtain(&model, load).map(|_| ()) {
-                Ok(()) => answer.done(Some(model.report())),
-                Err(error) => {
-                    if let Some(responder) = answer.take() {
-                        responder.fail(Error::from(error));
-                    }
-                }
-            },
+        let done = match task {
+            ModelTask::Load => models.obtain(&model, load).map(|_| Some(Arc::clone(&model))),
             ModelTask::Unload => {
                 // The registry keeps it: a call that is queued already loads it again under the same id.
                 models.drop_weights(&model);
-                answer.done(None);
+                Ok(None)
+            }
+        };
+        // Before the client can know: its next request may need the room.
+        drop(model);
+        match done {
+            Ok(loaded) => answer.done(loaded.map(|model| model.report())),
+            Err(error) => {
+                if let Some(responder) = answer.take() {
+                    responder.fail(Error::from(error));
+                }
             }
         }
     }

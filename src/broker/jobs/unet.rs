@@ -9,6 +9,7 @@ use super::super::memory::Held;
 use super::super::registry::{ModelEntry, Registry};
 use super::super::responder::Responder;
 use super::super::runs::Run;
+use super::super::usage::InUse;
 use super::finished::{Finished, enqueue_failed};
 use super::models::{LoadedModels, ModelJob};
 use super::refusal::{late, refuse, taken_back};
@@ -36,7 +37,7 @@ pub(in crate::broker) struct UnetOperand {
 #[derive(Debug)]
 pub(in crate::broker) struct UnetCallJob {
     pub(in crate::broker) responder: Responder,
-    pub(in crate::broker) model: Arc<ModelEntry>,
+    pub(in crate::broker) model: InUse,
     pub(in crate::broker) input: StepInput<UnetOperand>,
     pub(in crate::broker) facts: StepFacts,
     pub(in crate::broker) output: Held,
@@ -71,9 +72,16 @@ impl UnetCallJob {
         matches!((&self.run, &other.run), (Some((one, _)), Some((other, _))) if Arc::ptr_eq(one, other))
     }
 
+    /// Answers without having run.
+    fn fail(self, error: impl Into<Error>) {
+        let Self { responder, model, stacked, run, .. } = self;
+        drop((model, stacked, run));
+        responder.fail(error);
+    }
+
     fn answer(self, stream: Option<StreamRef>, step: UnetStep) {
         let Self { responder, input, facts, output, inline, stacked, run, model } = self;
-        // Also given back before the client can know: what nobody uses may give way to what it asks for next.
+        // Before the client can know: its next request may need the room.
         drop((stacked, run, model));
         let mark = |input: &mut StepInput<UnetOperand>, output: &Held| {
             input.each_mut().try_for_each(|operand| operand.held.mark_read(output, stream))
@@ -179,13 +187,13 @@ impl UnetExecutor {
     /// Runs steps that go together, alone where they cannot be run at once.
     fn call(&mut self, mut jobs: Vec<UnetCallJob>, stop: &StopSignal<'_>) {
         let Some(first) = jobs.first() else { return };
-        let (model, likeness, together) = (Arc::clone(&first.model), first.likeness(), jobs.len());
+        let (model, likeness, together) = (Arc::clone(&*first.model), first.likeness(), jobs.len());
         let wants_time = self.max_batch.is_none() && self.wants_time(likeness, together);
         let unet = match self.obtain(&model) {
             Ok(unet) => unet,
             Err(error) => {
                 let fault = Error::from(error).into_fault();
-                return jobs.into_iter().for_each(|job| job.responder.fail(fault.clone()));
+                return jobs.into_iter().for_each(|job| job.fail(fault.clone()));
             }
         };
         let stream = unet.stream();
@@ -301,6 +309,10 @@ impl Job for UnetWork {
                 done(executor.obtain(&model).map(|_| ()).map_err(Error::from));
             }
         }
+    }
+
+    fn tidy(executor: &mut UnetExecutor) -> Option<Instant> {
+        executor.models.tidy()
     }
 
     fn refuse(self, why: Refusal) {

@@ -1,10 +1,12 @@
 use std::sync::Arc;
+use std::time::Instant;
 
 use super::super::loader::Loader;
 use super::super::memory::Held;
 use super::super::permits::PermitJob;
-use super::super::registry::{ModelEntry, Registry};
+use super::super::registry::Registry;
 use super::super::responder::Responder;
+use super::super::usage::InUse;
 use super::finished::{Finished, enqueue_failed};
 use super::models::{LoadedModels, ModelJob};
 use super::refusal::{late, refuse};
@@ -18,7 +20,7 @@ use crate::tensor::TensorMeta;
 #[derive(Debug)]
 pub(in crate::broker) struct VaeCallJob {
     pub(in crate::broker) responder: Responder,
-    pub(in crate::broker) model: Arc<ModelEntry>,
+    pub(in crate::broker) model: InUse,
     pub(in crate::broker) plan: VaePlan,
     pub(in crate::broker) input: Held,
     pub(in crate::broker) input_meta: TensorMeta,
@@ -51,8 +53,17 @@ impl VaeCallJob {
         }
     }
 
+    /// Answers without having run.
+    fn fail(self, error: ModelError) {
+        let Self { responder, model, .. } = self;
+        drop(model);
+        responder.fail(error);
+    }
+
     fn answer(self, mode: VaeMode, stream: Option<StreamRef>) {
-        let Self { responder, plan, input, output, inline, .. } = self;
+        let Self { responder, model, plan, input, output, inline, .. } = self;
+        // Before the client can know: its next request may need the room.
+        drop(model);
         let finished = Finished { responder, output, meta: plan.output, how: How::Vae(mode), inline };
         finished.answer(input, |input, output| input.mark_read(output, stream), stream);
     }
@@ -91,7 +102,7 @@ impl VaeExecutor {
         let model = Arc::clone(&job.model);
         let vae = match self.models.obtain(&model, |model| self.loader.load_vae(model)) {
             Ok(vae) => vae,
-            Err(error) => return job.responder.fail(error),
+            Err(error) => return job.fail(error),
         };
         let Some(Unfinished { responder, error }) = job.run_on(&mut **vae, &|| stop.is_set()) else { return };
         match error {
@@ -144,6 +155,10 @@ impl Job for VaeWork {
             }
             Self::Permit(job) => job.hold(),
         }
+    }
+
+    fn tidy(executor: &mut VaeExecutor) -> Option<Instant> {
+        executor.models.tidy()
     }
 
     fn refuse(self, why: Refusal) {

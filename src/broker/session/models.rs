@@ -4,6 +4,7 @@ use std::time::Instant;
 use super::super::jobs::{ModelJob, ModelTask, Shared, UnetWork, VaeWork};
 use super::super::registry::ModelEntry;
 use super::super::responder::Responder;
+use super::super::usage::InUse;
 use super::super::weights::Unloaded;
 use super::{Session, waits_for_itself};
 use crate::lane::Entry;
@@ -65,7 +66,7 @@ impl Session {
             if task == ModelTask::Unload {
                 self.state.adapters.forget(model.id());
             }
-            let job = ModelJob { task, model, answer: answer.clone() };
+            let job = ModelJob { task, model: InUse::by(session, model), answer: answer.clone() };
             match service {
                 Service::Vae => self.submit(session, request, deadline, VaeWork::Model(job)),
                 Service::Unet => {

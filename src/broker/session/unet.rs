@@ -7,6 +7,7 @@ use super::super::memories::SlotSource;
 use super::super::registry::ModelEntry;
 use super::super::responder::Responder;
 use super::super::runs::{Run, Runs};
+use super::super::usage::InUse;
 use super::Session;
 use super::vae::Unprepared;
 use crate::error::{Error, ErrorKind, Result};
@@ -75,6 +76,7 @@ impl Session {
         let output = memory.lease(facts.output.size_bytes()? as u64)?;
         let crosses_inline = self.link.open.get().is_some_and(|open| open.rung.rung == Rung::Inline);
         let inline = crosses_inline && result == SlotPlace::Host;
+        let model = InUse::by(self.link.id(), model);
         let job = move |responder| {
             let (input, stacked) = (operands, None);
             UnetCallJob { responder, model, input, facts, output, inline, stacked, run }

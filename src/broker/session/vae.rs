@@ -5,6 +5,7 @@ use super::super::jobs::{Unfinished, VaeCallJob, VaeWork};
 use super::super::memories::SlotSource;
 use super::super::memory::Held;
 use super::super::responder::Responder;
+use super::super::usage::InUse;
 use super::Session;
 use crate::device::CopyStream;
 use crate::error::{Error, Result};
@@ -45,7 +46,7 @@ impl Session {
     /// Checks a call and finds its memory; the queue is that of the GPU where the memory is one's.
     fn prepare(&mut self, request: VaeRequest) -> Result<(Prepared, Option<Arc<dyn CopyStream>>), Unprepared> {
         let VaeRequest { model, call, input, result } = request;
-        let model = self.state.registry.resolve(Service::Vae, &model)?;
+        let model = InUse::by(self.link.id(), self.state.registry.resolve(Service::Vae, &model)?);
         let meta = input.meta();
         meta.validate()?;
         let plan = model.vae()?.plan(&call, &meta, self.state.config.vae_budget_bytes)?;
@@ -91,7 +92,7 @@ impl<E: Into<Error>> From<E> for Unprepared {
 
 /// A VAE call that only lacks who is answered.
 struct Prepared {
-    model: Arc<super::super::registry::ModelEntry>,
+    model: InUse,
     plan: crate::model::VaePlan,
     input: Held,
     meta: TensorMeta,

@@ -9,6 +9,7 @@ mod memory;
 mod publish;
 mod report;
 mod room;
+mod running;
 mod set;
 mod table;
 mod wanted;
@@ -16,4 +17,5 @@ mod work;
 
 pub(super) use loading::Weights;
 pub(super) use memory::WeightLimits;
+pub(super) use running::PublishedModel;
 pub(super) use table::Unloaded;

@@ -67,6 +67,8 @@ pub(super) struct Known {
     pub(super) holders: BTreeMap<AttachmentId, Holder>,
     /// Variants that are being made of it.
     pub(super) readers: usize,
+    /// Lanes that run it as a model.
+    pub(super) runners: usize,
     pub(super) last_used: Instant,
     pub(super) state: WeightState,
 }
@@ -115,8 +117,13 @@ impl Known {
         by_path || self.published.contains(name) || self.variant_of.contains_key(name)
     }
 
-    /// Whether it is needed as it is: by a session, or for a variant that is being made of it.
+    /// Whether it is needed as it is: by a session, for a variant that is being made of it, or by a lane that runs it.
     pub(super) fn is_held(&self) -> bool {
+        self.is_attached() || self.runners > 0
+    }
+
+    /// Whether somebody else than a lane, which can be told to unload it, needs it as it is.
+    pub(super) fn is_attached(&self) -> bool {
         !self.holders.is_empty() || self.readers > 0
     }
 
@@ -138,6 +145,9 @@ impl Known {
         let mut by: Vec<String> = self.by_session().keys().map(|session| format!("session {session}")).collect();
         if self.readers > 0 {
             by.push("what is being made of it".to_owned());
+        }
+        if self.runners > 0 {
+            by.push("the broker, which runs it".to_owned());
         }
         format!("{} ({})", self.shown(), by.join(", "))
     }

@@ -96,6 +96,23 @@ impl Table {
         self.drop_forsaken();
     }
 
+    /// A set for a lane to run as a model; absent where it is gone or not what `name` means any more.
+    pub(super) fn begin_run(&mut self, id: WeightSetId, name: &str) -> Option<Arc<WeightSet>> {
+        self.published(name).filter(|known| known.set.id == id)?;
+        let known = self.sets.get_mut(&id)?;
+        known.runners += 1;
+        Some(Arc::clone(&known.set))
+    }
+
+    /// A lane does not run a set any more.
+    pub(super) fn end_run(&mut self, id: WeightSetId) {
+        if let Some(known) = self.sets.get_mut(&id) {
+            known.runners = known.runners.saturating_sub(1);
+            known.last_used = Instant::now();
+        }
+        self.drop_forsaken();
+    }
+
     /// The set that is what is wanted, as far as is known without a look at any tensor; `changed` are files that were found
     /// to have changed.
     ///
@@ -226,6 +243,7 @@ impl Table {
             names: Default::default(),
             holders: BTreeMap::new(),
             readers: 0,
+            runners: 0,
             last_used: Instant::now(),
             state: WeightState::Ready,
         };
@@ -455,7 +473,7 @@ impl Table {
     ) -> Result<Unloaded> {
         let meant = self.meant(name, path);
         if force == Force::No
-            && let Some(held) = meant.iter().filter_map(|id| self.sets.get(id)).find(|known| known.is_held())
+            && let Some(held) = meant.iter().filter_map(|id| self.sets.get(id)).find(|known| known.is_attached())
         {
             return Err(Error::new(
                 ErrorKind::InUse,

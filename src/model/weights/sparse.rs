@@ -53,19 +53,20 @@ mod system {
 
     /// Whether fewer bytes are stored than the file has. A compressed file is none the wiser for it, only asked about.
     pub(super) fn is_sparse(file: &ModelFile) -> bool {
-        fstat(file.file())
-            .is_ok_and(|stat| (stat.st_blocks.cast_unsigned()).saturating_mul(BLOCK_BYTES) < file.size_bytes())
+        let stored = file.file().and_then(|file| fstat(file).ok()).map(|stat| stat.st_blocks.cast_unsigned());
+        stored.is_some_and(|blocks| blocks.saturating_mul(BLOCK_BYTES) < file.size_bytes())
     }
 
     /// Whether a hole is at `at`, and where that ends. A file system that cannot tell has data everywhere.
     pub(super) fn run(file: &ModelFile, at: u64) -> (bool, u64) {
+        let Some(file) = file.file() else { return (false, u64::MAX) };
         // Moves the file's cursor, which nothing else uses.
-        match seek(file.file(), SeekFrom::Data(at)) {
+        match seek(file, SeekFrom::Data(at)) {
             Ok(data) if data > at => (true, data),
-            Ok(_) => (false, seek(file.file(), SeekFrom::Hole(at)).ok().filter(|&hole| hole > at).unwrap_or(u64::MAX)),
+            Ok(_) => (false, seek(file, SeekFrom::Hole(at)).ok().filter(|&hole| hole > at).unwrap_or(u64::MAX)),
             // No data from here to the end. A file that has been shortened answers the same: the size tells them apart.
             Err(Errno::NXIO) => {
-                let size_bytes = fstat(file.file()).map_or(0, |stat| stat.st_size.cast_unsigned());
+                let size_bytes = fstat(file).map_or(0, |stat| stat.st_size.cast_unsigned());
                 (at < size_bytes, if at < size_bytes { size_bytes } else { u64::MAX })
             }
             Err(_) => (false, u64::MAX),

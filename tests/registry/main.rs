@@ -1,0 +1,18 @@
+//! What models are found by which names, how long they are kept, and what else can be run.
+#![cfg(all(target_os = "linux", feature = "cli"))]
+
+#[path = "../support/process.rs"]
+mod process;
+#[path = "../support/mod.rs"]
+mod support;
+#[path = "../support/tiny.rs"]
+mod tiny;
+#[path = "../support/unet.rs"]
+mod unet;
+
+#[cfg(feature = "torch")]
+mod eviction;
+mod folders;
+#[cfg(feature = "torch")]
+mod published;
+mod registered;
