@@ -86,6 +86,12 @@ pub struct BrokerConfig {
     /// the GPU. Default `None`: three quarters of the host's memory, and all of the GPU's. Sets that nobody holds give way
     /// to others; what is beyond it then is refused as out of memory.
     pub weight_bytes: Option<u64>,
+    /// Bytes of adapters that are put together for models, all of them together. Default 4 GiB. Those that no request and no
+    /// run uses give way to others; what is beyond it then is refused as out of memory.
+    pub adapter_bytes: u64,
+    /// Requests of a UNet that run as one batch where they wait anyway and are alike. Default `None`: as many as were found
+    /// to take no longer at once than one after the other, by size of the latent; up to 8. 1 never puts any together.
+    pub max_batch: Option<usize>,
     /// Bytes of weights of models that the lanes hold, on each device. Default `None`: no bound. Before a model is loaded
     /// beyond it, the longest unused ones that no request waits for or runs on are unloaded; where those do not suffice, it
     /// is refused as out of memory. What is used from the mapped file counts too, although it takes no memory but the
@@ -126,6 +132,8 @@ impl Default for BrokerConfig {
             pinned_bytes: 1 << 30,
             gpu_order: GpuOrder::Events,
             weight_bytes: None,
+            adapter_bytes: 4 << 30,
+            max_batch: None,
             model_bytes: None,
             model_idle: None,
             permit_patience: Duration::from_secs(600),
@@ -169,6 +177,9 @@ impl BrokerConfig {
         }
         if self.gpu_arena_bytes == 0 || self.gpu_arena_bytes > self.gpu_bytes {
             return refuse("GPU arena size", "it must be positive and at most the bytes of all arenas");
+        }
+        if self.max_batch == Some(0) {
+            return refuse("requests in a batch", "at least one must run");
         }
         if self.input_patience.is_zero() {
             return refuse("input patience", "an input needs some time to be written");

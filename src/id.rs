@@ -40,6 +40,8 @@ ids! {
     DraftId(u64);
     /// One place in a lane that a client holds, unique within an epoch.
     PermitId(u64);
+    /// One sampling run, unique within a session.
+    RunId(u64);
     /// Counts the uses of a slot: a reference with an old one is stale.
     Generation(u32);
 }

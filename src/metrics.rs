@@ -10,7 +10,7 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::{Registry, Unit};
 
-use crate::service::{Rung, Service};
+use crate::service::{CacheVerdict, Rung, Service};
 
 /// What every name begins with.
 const PREFIX: &str = "luna_broker";
@@ -21,6 +21,11 @@ type Count = Gauge<u64, AtomicU64>;
 struct FailureLabels {
     rung: &'static str,
     code: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct VerdictLabels {
+    verdict: &'static str,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -95,12 +100,18 @@ pub(crate) struct Metrics {
     pub(crate) sessions_lost: Counter,
     pub(crate) evictions: Evictions,
     rung_failures: Family<FailureLabels, Counter>,
+    block_cache: Family<VerdictLabels, Counter>,
 }
 
 impl Metrics {
     /// A rung was tried and could not be had, or worked once and then no more.
     pub(crate) fn rung_failed(&self, rung: Rung, code: &'static str) {
         self.rung_failures.get_or_create(&FailureLabels { rung: rung.name(), code }).inc();
+    }
+
+    /// A step of a run with a block cache was left out, or computed for this reason.
+    pub(crate) fn block_cache(&self, verdict: CacheVerdict) {
+        self.block_cache.get_or_create(&VerdictLabels { verdict: verdict.name() }).inc();
     }
 
     /// Everything in the text format of OpenMetrics, which Prometheus reads. To a reader of its own older format, as in
@@ -119,6 +130,8 @@ impl Metrics {
         }
         let help = "Rungs that were tried and could not be had, or worked no more, by what stopped them";
         registry.register("rung_failures", help, self.rung_failures.clone());
+        let help = "Steps of runs with a block cache: left out (hit), or computed and why";
+        registry.register("block_cache_steps", help, self.block_cache.clone());
         let help = "Models that were unloaded because others needed their place, or nobody had used them for long";
         registry.register("model_evictions", help, self.evictions.0.clone());
         now.register(&mut registry);
@@ -140,6 +153,8 @@ pub(crate) struct LaneNow {
     pub(crate) running: u64,
     /// Requests it has run.
     pub(crate) completed: u64,
+    /// How often it ran some, one or several at once.
+    pub(crate) batches: u64,
 }
 
 /// Weights that clients map at one moment.
@@ -177,6 +192,9 @@ pub(crate) struct Scrape {
     lane_capacity: Family<ServiceLabels, Count>,
     lane_running: Family<ServiceLabels, Count>,
     lane_completed: Family<ServiceLabels, Counter>,
+    lane_batches: Family<ServiceLabels, Counter>,
+    runs: Count,
+    adapters: Count,
 }
 
 impl Scrape {
@@ -230,6 +248,16 @@ impl Scrape {
         self.permits_expired.inc_by(count);
     }
 
+    /// Sampling runs that are open.
+    pub(crate) fn runs(&self, count: u64) {
+        self.runs.set(count);
+    }
+
+    /// Bytes of adapters put together for models.
+    pub(crate) fn adapters(&self, bytes: u64) {
+        self.adapters.set(bytes);
+    }
+
     /// A lane.
     pub(crate) fn lane(&self, service: Service, device: &str, now: &LaneNow) {
         let labels = ServiceLabels { service: service.name(), device: device.into() };
@@ -237,6 +265,7 @@ impl Scrape {
         self.lane_capacity.get_or_create(&labels).set(now.capacity);
         self.lane_running.get_or_create(&labels).set(now.running);
         self.lane_completed.get_or_create(&labels).inc_by(now.completed);
+        self.lane_batches.get_or_create(&labels).inc_by(now.batches);
     }
 
     fn register(self, registry: &mut Registry) {
@@ -268,6 +297,11 @@ impl Scrape {
         registry.register("lane_capacity", "Requests that may wait in a lane for their turn", self.lane_capacity);
         registry.register("lane_busy", "Whether a request runs in a lane, 0 or 1", self.lane_running);
         registry.register("lane_completed", "Requests that a lane has run", self.lane_completed);
+        let help = "How often a lane ran requests, one or several at once";
+        registry.register("lane_batches", help, self.lane_batches);
+        registry.register("runs", "Sampling runs that are open", self.runs);
+        let help = "Size of adapters put together for models";
+        registry.register_with_unit("adapters", help, Unit::Bytes, self.adapters);
     }
 }
 
@@ -341,7 +375,7 @@ mod tests {
         scrape.model(Service::Vae, "cpu", 5);
         scrape.weights("cpu", &WeightsNow { sets: 1, bytes: 70, saved_bytes: 140, holds: 3 });
         scrape.weights("cpu", &WeightsNow { sets: 1, bytes: 7, saved_bytes: 0, holds: 1 });
-        scrape.lane(Service::Vae, "cpu", &LaneNow { queued: 3, capacity: 64, running: 1, completed: 9 });
+        scrape.lane(Service::Vae, "cpu", &LaneNow { queued: 3, capacity: 64, running: 1, completed: 9, batches: 7 });
         let found = samples(&Metrics::default().text(scrape));
         let of = |name: &str| found[&format!("luna_broker_{name}")];
         assert_eq!((of("leases"), of("input_slots"), of("leased_bytes")), (3.0, 1.0, 150.0));
@@ -352,7 +386,7 @@ mod tests {
         let vae = |name: &str| of(&format!(r#"{name}{{service="vae",device="cpu"}}"#));
         assert_eq!((vae("models_loaded"), vae("model_bytes")), (2.0, 305.0));
         assert_eq!((vae("lane_queued"), vae("lane_capacity"), vae("lane_busy")), (3.0, 64.0, 1.0));
-        assert_eq!(vae("lane_completed_total"), 9.0);
+        assert_eq!((vae("lane_completed_total"), vae("lane_batches_total")), (9.0, 7.0));
         assert_eq!(of(r#"build_info{version="0.1.0"}"#), 1.0);
     }
 }

@@ -5,9 +5,13 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+mod adapters;
+mod run;
 mod unet;
 
-pub use unet::{Control, UnetInput};
+pub use adapters::{AdapterMode, AdapterStack, AdapterTaken, AdapterUse};
+pub use run::{BlockCache, CacheStep, CacheVerdict, How, RunReport, RunSettings, UnetStep};
+pub use unet::{Control, StepInput, UnetInput};
 
 /// A kind of model that the broker serves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

@@ -11,8 +11,8 @@ use std::sync::Arc;
 
 use luna_broker::ErrorKind;
 use luna_broker::client::{CallOptions, Client, Input, Tensor, Unet};
-use luna_broker::protocol::{Operation, Outcome, Rung, SlotPlace, TensorSource, UnetRequest};
-use luna_broker::service::{Control, Service, UnetInput};
+use luna_broker::protocol::{Operation, Outcome, Rung, SlotPlace, StepSubject, TensorSource, UnetRequest};
+use luna_broker::service::{AdapterStack, Control, Service, StepInput, UnetInput};
 use luna_broker::tensor::{DType, Dims, TensorMeta};
 use raw::Raw;
 use safetensors::SafeTensors;
@@ -231,8 +231,10 @@ fn inline_tensors_that_do_not_come_end_the_session_and_nobody_elses() {
     let name = cases.names().into_iter().find(|name| cases.input(name).control.is_none()).unwrap();
     let input = cases.input(name);
     let model = file(&folder, "sd15");
-    let metas = input.try_map(&mut |input| Ok::<_, ()>(TensorSource::Inline(*input.meta()))).unwrap();
-    let request = UnetRequest { model, input: metas, result: SlotPlace::Host };
+    let input_of = StepInput::from(input.clone());
+    let metas = input_of.try_map(&mut |input| Ok::<_, ()>(TensorSource::Inline(*input.meta()))).unwrap();
+    let subject = StepSubject::Model { name: model, adapters: AdapterStack::default() };
+    let request = UnetRequest { subject, input: metas, result: SlotPlace::Host };
     let mut raw = Raw::inline(&place.socket());
     // Fewer bytes than are spoken of: the request is refused, and the next frame is where it should be.
     let fault = raw.fault(Operation::Unet(Box::new(request)), &[0; 64]);

@@ -8,6 +8,8 @@
     latent = vae.encode(image)                  # numpy arrays in give numpy arrays out
     unet = client.unet("sdxl.safetensors")
     eps = unet(x, timesteps, context, y=y)      # one step, run by the broker; x's element type and size
+    with unet.run(loras=[("style.safetensors", 0.8)], fb_cache=0.1) as run:     # one sampling run
+        eps = run(x, timesteps, context, conds=[0, 1])  # the context crosses once; later it is left out
     weights = client.attach("unet.safetensors", dtype=torch.float16)    # {key: tensor}, once on this machine
 
 `luna_broker.torch.load_attached` gives such weights to a module, which computes in this process.
@@ -36,6 +38,7 @@ from ._native import (
     Permit,
     ProtocolError,
     Refused,
+    Run,
     Rung,
     Session,
     ShuttingDown,
@@ -66,6 +69,7 @@ __all__ = [
     "Permit",
     "ProtocolError",
     "Refused",
+    "Run",
     "Rung",
     "Session",
     "ShuttingDown",

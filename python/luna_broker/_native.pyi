@@ -134,7 +134,7 @@ class Session:
 
 @final
 class Call:
-    """How one VAE call went."""
+    """How one call went."""
 
     @property
     def mode(self) -> Literal["full", "tiled"] | None:
@@ -151,6 +151,14 @@ class Call:
     @property
     def bytes_copied_in(self) -> int:
         """Bytes this client copied to get the input across; 0 for a tensor born shared."""
+
+    @property
+    def step(self) -> dict[str, Any] | None:
+        """Of a UNet, else `None`: `together` (requests that ran as one batch), `working_bytes`, `adapters` (what the
+        model took up of each: `layers`, `kinds`, `unknown_keys`, the first `unknown` ones, `other_keys` about other
+        parts), `cache` (`verdict`: "hit", or why the step was computed: "empty", "restarted", "control", "outside",
+        "exhausted", "different"; and the `distance` that was measured; `None` without a block cache), and `run` (see
+        `Run.report`)."""
 
     @property
     def bytes_copied_out(self) -> int:
@@ -218,6 +226,8 @@ class Unet:
         context: torch.Tensor,
         y: torch.Tensor | None = None,
         control: Mapping[str, Sequence[torch.Tensor | None]] | None = None,
+        loras: Sequence[tuple[str | PathLike[str], float]] | None = None,
+        lora_mode: Literal["auto", "side", "merged"] = "auto",
         device: str | torch.device | None = None,
     ) -> torch.Tensor: ...
     @overload
@@ -228,6 +238,8 @@ class Unet:
         context: npt.NDArray[np.floating[Any]],
         y: npt.NDArray[np.floating[Any]] | None = None,
         control: Mapping[str, Sequence[npt.NDArray[np.floating[Any]] | None]] | None = None,
+        loras: Sequence[tuple[str | PathLike[str], float]] | None = None,
+        lora_mode: Literal["auto", "side", "merged"] = "auto",
         device: str | torch.device | None = None,
     ) -> npt.NDArray[np.floating[Any]]:
         """The network's output for one step, in `x`'s element type and size; `info["unet"]["prediction"]` says what it
@@ -238,7 +250,95 @@ class Unet:
         prompt. `y`: [B, width] for models with a `vector_width`. `control`: tensors or `None` in lists under `"input"`,
         `"middle"` and `"output"`, as ComfyUI passes what a ControlNet gives. `device`: where the result goes; where `x`
         is unless it says otherwise.
+
+        `loras`: adapters with their strengths, applied in order: names in the broker's folders, or paths. The first
+        call waits until they were read and put together; nobody else does, and nothing of the model is changed.
+        `lora_mode`: "side" (beside the layers, where that can be), "merged" (private copies of the weights that they
+        change), or what is cheaper for each layer; results differ by rounding only, so name a mode to repeat one. A
+        file that is not there is `ModelNotFound`, one that does not fit `InvalidModel`; keys that name nothing are
+        told in `last.step`.
         """
+
+    def run(
+        self,
+        loras: Sequence[tuple[str | PathLike[str], float]] | None = None,
+        fb_cache: float | Mapping[str, float | int | None] | None = None,
+        sigmas: Sequence[float] | None = None,
+        lora_mode: Literal["auto", "side", "merged"] = "auto",
+    ) -> Run:
+        """Opens a sampling run.
+
+        `loras`, `lora_mode`: as in a call; the first-time wait is here. `fb_cache`: leaves out the rest of a forward
+        whose first block changes its input by less than a `threshold` otherwise than before (0.1 to 0.2 is usual):
+        that number, or a dictionary with `threshold`, `start` and `end` (shares of the run, 0 and 1) and `max_hits`
+        (steps left out in a row). `sigmas`: the run's noise levels, one per step and one behind them; with them
+        `start` and `end` are shares of its steps, without of the model's 1000 timesteps.
+        """
+
+    def prefetch(
+        self,
+        loras: Sequence[tuple[str | PathLike[str], float]],
+        lora_mode: Literal["auto", "side", "merged"] = "auto",
+    ) -> list[dict[str, Any]]:
+        """Has the broker read adapters and put them together now, instead of with the first call that names them; what
+        the model takes up of each."""
+
+class Run:
+    """One sampling run of a UNet: adapters, a block cache, and conditionings that cross once. Obtained from `Unet.run`,
+    also as a context manager.
+
+    After a lost connection it goes on by itself with a step that brings its `context` again; one that does not is
+    `Stale`.
+    """
+
+    @property
+    def adapters(self) -> list[dict[str, Any]]:
+        """What the model took up of each adapter: `name`, `layers`, `kinds`, `unknown_keys`, the first `unknown` ones,
+        `other_keys`."""
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """The run until now: `steps`, `hits` (steps left out), mean `computed_s` and `hit_s`, and `speed_up`: how many
+        times as long it would have taken without its block cache."""
+
+    @property
+    def last(self) -> Call:
+        """How the last step through this object went."""
+
+    @overload
+    def __call__(
+        self,
+        x: torch.Tensor,
+        timesteps: torch.Tensor,
+        context: torch.Tensor | None = None,
+        y: torch.Tensor | None = None,
+        control: Mapping[str, Sequence[torch.Tensor | None]] | None = None,
+        conds: Sequence[int] = (0,),
+        device: str | torch.device | None = None,
+    ) -> torch.Tensor: ...
+    @overload
+    def __call__(
+        self,
+        x: npt.NDArray[np.floating[Any]],
+        timesteps: npt.NDArray[np.floating[Any]],
+        context: npt.NDArray[np.floating[Any]] | None = None,
+        y: npt.NDArray[np.floating[Any]] | None = None,
+        control: Mapping[str, Sequence[npt.NDArray[np.floating[Any]] | None]] | None = None,
+        conds: Sequence[int] = (0,),
+        device: str | torch.device | None = None,
+    ) -> npt.NDArray[np.floating[Any]]:
+        """One step, as `Unet` runs it.
+
+        `conds`: numbers of the caller's own for the conditionings that share the rows evenly, in their order: [0, 1]
+        for rows of the prompt, then as many of the negative one. `context` and `y` may be left out once they were
+        sent for each of them; what is sent anew replaces it. A cond that was never sent is `InvalidTensor`.
+        """
+
+    def close(self) -> None:
+        """Ends the run; later steps are `Stale`."""
+
+    def __enter__(self) -> Run: ...
+    def __exit__(self, *_raised: object) -> None: ...
 
 class Vae:
     """A VAE that lives in the broker. Obtained from `Client.vae`; may be used from many threads.

@@ -11,6 +11,7 @@ mod errors;
 mod permit;
 mod publish;
 mod register;
+mod run;
 mod session;
 mod tensor;
 mod unet;
@@ -27,6 +28,7 @@ fn native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     tensor::register(module)?;
     vae::register(module)?;
     unet::register(module)?;
+    run::register(module)?;
     weights::register(module)?;
     permit::register(module)?;
     client::register(module)?;

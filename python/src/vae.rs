@@ -4,7 +4,7 @@ use luna_broker::client::{
     self, CallOptions, ResultPlace, UnetOutput, Unshared, VaeOutput, gpu_named, synchronize_default_stream,
 };
 use luna_broker::protocol::Times;
-use luna_broker::service::{TileShape, Tiling, VaeCall, VaeMode, VaeOperation};
+use luna_broker::service::{TileShape, Tiling, UnetStep, VaeCall, VaeMode, VaeOperation};
 use parking_lot::Mutex;
 use pyo3::prelude::*;
 
@@ -22,14 +22,29 @@ pub(crate) struct Vae {
 }
 
 /// How one call went.
-#[pyclass(frozen, get_all, module = "luna_broker")]
-#[derive(Clone, Copy)]
+#[pyclass(frozen, module = "luna_broker")]
+#[derive(Clone)]
 pub(crate) struct Call {
+    #[pyo3(get)]
     mode: Option<&'static str>,
+    #[pyo3(get)]
     queued_s: f64,
+    #[pyo3(get)]
     run_s: f64,
+    #[pyo3(get)]
     bytes_copied_in: u64,
+    #[pyo3(get)]
     bytes_copied_out: u64,
+    step: Option<UnetStep>,
+}
+
+#[pymethods]
+impl Call {
+    /// How a step of a UNet was run.
+    #[getter]
+    fn step<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyAny>>> {
+        self.step.as_ref().map(|step| to_python(py, step)).transpose()
+    }
 }
 
 impl Call {
@@ -37,7 +52,7 @@ impl Call {
         let seconds = |from: u64, to: u64| to.saturating_sub(from) as f64 / 1e9;
         let queued_s = seconds(times.enqueued_ns, times.started_ns);
         let run_s = seconds(times.started_ns, times.finished_ns);
-        Self { mode, queued_s, run_s, bytes_copied_in, bytes_copied_out }
+        Self { mode, queued_s, run_s, bytes_copied_in, bytes_copied_out, step: None }
     }
 }
 
@@ -53,7 +68,8 @@ impl From<&VaeOutput> for Call {
 
 impl From<&UnetOutput> for Call {
     fn from(output: &UnetOutput) -> Self {
-        Self::new(None, output.times, output.copied_in_bytes, output.copied_out_bytes)
+        let call = Self::new(None, output.times, output.copied_in_bytes, output.copied_out_bytes);
+        Self { step: Some(output.step.clone()), ..call }
     }
 }
 
@@ -131,7 +147,7 @@ impl Vae {
     /// How the last call through this object went.
     #[getter]
     fn last(&self, py: Python<'_>) -> PyResult<Option<Py<Call>>> {
-        let last = *self.last.lock();
+        let last = self.last.lock().clone();
         last.map(|call| Py::new(py, call)).transpose()
     }
 

@@ -32,9 +32,12 @@ impl State {
                 capacity: lane.capacity,
                 running: u64::from(lane.busy),
                 completed: lane.completed,
+                batches: lane.batches,
             };
             scrape.lane(lane.service, &lane.device, &now);
         }
+        scrape.runs(self.run_statuses().len() as u64);
+        scrape.adapters(self.adapters.bytes());
         self.metrics.text(scrape)
     }
 }

@@ -1,5 +1,6 @@
 //! The serving side: sessions, their memory and the lanes, over listeners and devices.
 
+mod adapters;
 mod admission;
 mod clock;
 mod folders;
@@ -23,6 +24,7 @@ mod registered;
 mod registry;
 mod residents;
 mod responder;
+mod runs;
 mod server;
 mod session;
 mod staging;

@@ -14,9 +14,9 @@ use super::weights::{PublishedModel, Weights};
 use crate::config::BrokerConfig;
 use crate::id::{ModelId, SessionId};
 use crate::metrics::Evictions;
-use crate::model::{HandOff, ModelError, ModelFile, UnetFacts, VaeFacts, unet_facts, vae_facts};
+use crate::model::{HandOff, ModelError, ModelFile, StackMaker, UnetFacts, VaeFacts, unet_facts, vae_facts};
 use crate::protocol::{ModelReport, UnetReport};
-use crate::service::Service;
+use crate::service::{Precision, Service};
 
 /// More models than anybody keeps in a model folder; bounds a listing's length.
 const MAX_LISTED: usize = 1000;
@@ -34,6 +34,8 @@ pub(super) struct ModelEntry {
     /// What it runs on, as users are told.
     device: String,
     loaded: AtomicBool,
+    /// What puts adapters together for it; only while it is loaded.
+    stack_maker: Mutex<Option<Arc<dyn StackMaker>>>,
     usage: Usage,
 }
 
@@ -48,6 +50,7 @@ pub(super) enum Facts {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct UnetSizes {
     pub(super) weight_bytes: u64,
+    pub(super) precision: Precision,
 }
 
 impl Facts {
@@ -81,6 +84,13 @@ pub(super) enum Source {
     Published(PublishedModel),
 }
 
+/// Where an adapter is.
+#[derive(Debug, Clone)]
+pub(super) enum AdapterPlace {
+    File(PathBuf),
+    Published(PublishedModel),
+}
+
 impl Source {
     fn is_same(&self, other: &Self) -> bool {
         match (self, other) {
@@ -98,7 +108,7 @@ impl Source {
         match self {
             Self::HandOff => Ok(None),
             Self::File(file) => Ok(Some(Arc::clone(file))),
-            Self::Published(set) => Ok(Some(Arc::new(set.open()?))),
+            Self::Published(set) => Ok(Some(set.open()?)),
         }
     }
 
@@ -170,6 +180,27 @@ impl ModelEntry {
         match &self.facts {
             Facts::Unet(facts, _) => Ok(facts),
             Facts::Vae(_) => Err(self.is_no("UNet")),
+        }
+    }
+
+    /// The element type that a UNet computes in here.
+    pub(super) fn unet_precision(&self) -> Precision {
+        match &self.facts {
+            Facts::Unet(_, sizes) => sizes.precision,
+            Facts::Vae(_) => Precision::F32,
+        }
+    }
+
+    /// What puts adapters together for it, where it is loaded.
+    pub(super) fn stack_maker(&self) -> Option<Arc<dyn StackMaker>> {
+        self.stack_maker.lock().clone()
+    }
+
+    /// The model is loaded: who puts adapters together for it may use its weights.
+    pub(super) fn lend(&self, make: impl FnOnce() -> Arc<dyn StackMaker>) {
+        let mut lent = self.stack_maker.lock();
+        if lent.is_none() {
+            *lent = Some(make());
         }
     }
 
@@ -322,7 +353,7 @@ impl Registry {
         let paths = self.models.all(name);
         // A file goes before a set of its name, which could not be published while the file was there.
         if let Some(set) = self.published(&paths, name) {
-            let facts = self.facts(service, &set.open()?)?;
+            let facts = self.facts(service, &*set.open()?)?;
             return Ok(self.add(name, Source::Published(set), facts));
         }
         let mut refused = None;
@@ -354,7 +385,8 @@ impl Registry {
             Service::Vae => Ok(Facts::Vae(placement.facts(vae_facts(file)?))),
             Service::Unet => {
                 let facts = unet_facts(file)?;
-                let sizes = UnetSizes { weight_bytes: facts.weight_bytes(placement.unet_precision(&facts)) };
+                let precision = placement.unet_precision(&facts);
+                let sizes = UnetSizes { weight_bytes: facts.weight_bytes(precision), precision };
                 Ok(Facts::Unet(facts, sizes))
             }
         }
@@ -409,6 +441,7 @@ impl Registry {
             facts,
             device,
             loaded: AtomicBool::new(false),
+            stack_maker: Mutex::default(),
             usage: Usage::default(),
         };
         tracing::info!(
@@ -449,6 +482,8 @@ impl Registry {
     /// A model whose weights are gone keeps its file open only as long as that is the one at its path.
     pub(super) fn unloaded(&self, model: &ModelEntry) {
         model.loaded.store(false, Ordering::Relaxed);
+        let lent = model.stack_maker.lock().take();
+        drop(lent);
         model.usage.forget_users();
         self.residents.forget(model.id);
         if model.source.is_outdated() {
@@ -464,28 +499,16 @@ impl Registry {
         self.models.first(name)
     }
 
-    /// The adapter of that name or path.
+    /// The adapter of that name or path, or the set of tensors that was published under that name.
     ///
     /// # Errors
     /// [`ModelError::NotFound`].
-    #[expect(dead_code, reason = "requests do not name adapters yet")]
-    pub(super) fn locate_adapter(&self, name: &str) -> Result<PathBuf, ModelError> {
-        self.adapters.first(name)
-    }
-
-    /// The adapter of that name or path, or the set of tensors that was published under that name. A set is held, as by a
-    /// session, until the value goes.
-    ///
-    /// # Errors
-    /// [`ModelError::NotFound`], and as [`ModelFile::open`] and [`PublishedModel::open`].
-    #[expect(dead_code, reason = "requests do not name adapters yet")]
-    pub(super) fn open_adapter(&self, name: &str) -> Result<ModelFile, ModelError> {
+    pub(super) fn locate_adapter(&self, name: &str) -> Result<AdapterPlace, ModelError> {
         let paths = self.adapters.all(name);
-        match (self.published(&paths, name), paths.first()) {
-            (Some(set), _) => set.open(),
-            (None, Some(path)) => ModelFile::open(path),
-            (None, None) => Err(self.adapters.not_found(name)),
+        if let Some(set) = self.published(&paths, name) {
+            return Ok(AdapterPlace::Published(set));
         }
+        paths.into_iter().next().map(AdapterPlace::File).ok_or_else(|| self.adapters.not_found(name))
     }
 
     /// Every model that was asked for, the do-nothing one where it is served, and everything that can be run of the files

@@ -5,9 +5,11 @@ use parking_lot::Mutex;
 
 use super::memories::Memories;
 use super::outbox::{Outbox, Payload};
+use super::runs::Runs;
 use super::state::State;
 use crate::error::{Error, ErrorKind, Fault};
 use crate::id::{RequestId, SessionId};
+use crate::metrics::Metrics;
 use crate::protocol::{DeviceRung, Outcome, Phase, Reply, ServerMessage, SessionMachine, Times};
 use crate::transport::{Attachment, Peer};
 
@@ -31,6 +33,7 @@ pub(super) struct OpenSession {
     pub(super) name: String,
     pub(super) rung: DeviceRung,
     pub(super) memories: Memories,
+    pub(super) runs: Runs,
 }
 
 impl SessionLink {
@@ -83,6 +86,15 @@ impl Responder {
     /// What the client calls itself.
     pub(super) fn client(&self) -> &str {
         self.link.open.get().map_or("the client", |open| &open.name)
+    }
+
+    pub(super) fn metrics(&self) -> &Metrics {
+        &self.state.metrics
+    }
+
+    /// The session's runs; `None` before it is negotiated.
+    pub(super) fn runs(&self) -> Option<&Runs> {
+        self.link.open.get().map(|open| &open.runs)
     }
 
     /// Execution begins now.

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
+use super::adapters::Adapters;
 use super::clock::Clock;
 use super::gpu::BrokerGpu;
 use super::jobs::{UnetExecutor, VaeExecutor};
@@ -102,10 +103,12 @@ fn make_state(config: BrokerConfig, address: String) -> Result<State> {
     let vae_lane =
         Lane::spawn("luna-vae", queue, move || VaeExecutor::new(loader, lane_registry)).map_err(no_thread)?;
     let lane_registry = Arc::clone(&registry);
+    let max_batch = config.max_batch;
     let queue = Queue::new(Policy::FairBySession, config.lane_capacity).patience(config.input_patience);
-    let unet_lane =
-        Lane::spawn("luna-unet", queue, move || UnetExecutor::new(unet_loader, lane_registry)).map_err(no_thread)?;
+    let unet_lane = Lane::spawn("luna-unet", queue, move || UnetExecutor::new(unet_loader, lane_registry, max_batch))
+        .map_err(no_thread)?;
     registry.residents().wake_by(vec![Box::new(vae_lane.waker()), Box::new(unet_lane.waker())]);
+    let adapters = Adapters::start(config.adapter_bytes).map_err(no_thread)?;
     Ok(State {
         config,
         address,
@@ -116,6 +119,7 @@ fn make_state(config: BrokerConfig, address: String) -> Result<State> {
         unet_lane,
         permits: Arc::new(Permits::default()),
         weights,
+        adapters,
         loading,
         sessions: Arc::new(Sessions::default()),
         metrics,
@@ -238,6 +242,7 @@ impl Broker {
             link.outbox.post(None, |_| ServerMessage::Closing);
         }
         self.state.permits.end_all();
+        self.state.adapters.shut_down();
         self.state.vae_lane.shut_down();
         self.state.unet_lane.shut_down();
         let deadline = Instant::now() + FAREWELL;

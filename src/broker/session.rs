@@ -105,9 +105,11 @@ impl Session {
                     self.state.vae_lane.cancel(self.link.id(), id);
                     self.state.unet_lane.cancel(self.link.id(), id);
                     self.state.weights.cancel(self.link.id(), id);
+                    self.state.adapters.cancel(self.link.id(), id);
                     // It may be granted in this moment.
                     self.recall(id);
                 }
+                Action::CloseRun(run) => self.close_run(run),
                 Action::Detach(attachments) => self.state.weights.detach(self.link.id(), &attachments),
                 Action::Abandon(draft) => self.state.weights.abandon(self.link.id(), draft),
                 Action::Recall(id) => self.recall(id),
@@ -126,6 +128,9 @@ impl Session {
     fn recall(&self, id: RequestId) {
         self.state.permits.recall(self.link.id(), id);
         self.state.weights.recall(self.link.id(), id);
+        if let Some(open) = self.link.open.get() {
+            open.runs.recall(id);
+        }
     }
 
     fn check_room(&self) -> Result<()> {
@@ -167,7 +172,11 @@ impl Session {
         state.permits.end_session(link.id());
         state.vae_lane.end_session(link.id());
         state.unet_lane.end_session(link.id());
+        state.adapters.end_session(link.id());
         state.weights.end_session(link.id());
+        if let Some(open) = link.open.get() {
+            open.runs.end();
+        }
         connection.close();
         drop((probing, gpu_door));
         if let Some(open) = link.open.get() {
@@ -218,6 +227,8 @@ impl Session {
                 self.step_gpu(responder, |door, state, memories, _| door.probed(state, memories, probed));
             }
             Operation::Unet(request) => self.unet(responder, deadline, *request)?,
+            Operation::OpenRun(request) => self.open_run(responder, *request),
+            Operation::Prefetch { service, model, adapters } => self.prefetch(responder, service, &model, adapters),
             Operation::Describe { service, model } => {
                 let described = self.state.registry.resolve(service, &model);
                 let described = described.inspect(|model| model.usage().note_user(self.link.id()));

@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use parking_lot::{Condvar, Mutex};
 
+use super::adapters::Adapters;
 use super::clock::Clock;
 use super::gpu::BrokerGpu;
 use super::jobs::{UnetWork, VaeWork};
@@ -28,6 +29,7 @@ pub(super) struct State {
     pub(super) unet_lane: Lane<UnetWork>,
     pub(super) permits: Arc<Permits>,
     pub(super) weights: Arc<Weights>,
+    pub(super) adapters: Adapters,
     /// Bytes of the model being loaded that are in place.
     pub(super) loading: Arc<AtomicU64>,
     /// Outlives the state: a session is counted until nothing of it is left.

@@ -1,9 +1,10 @@
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::responder::SessionLink;
 use super::state::State;
 use crate::lane::LaneCounts;
-use crate::protocol::{LaneReport, SessionReport, Status};
+use crate::protocol::{LaneReport, RunStatus, SessionReport, Status};
 use crate::service::Service;
 
 impl State {
@@ -17,6 +18,8 @@ impl State {
             models: self.registry.reports(),
             weights: self.weights.reports(self),
             lanes: self.lane_reports(),
+            runs: self.run_statuses(),
+            stacks: self.adapters.reports(),
             requests: self.metrics.requests.get(),
             faults: self.metrics.faults.get(),
             refused: self.metrics.refused.get(),
@@ -28,6 +31,12 @@ impl State {
         self.sessions.all().iter().filter_map(|link| session_report(link)).collect()
     }
 
+    pub(super) fn run_statuses(&self) -> Vec<RunStatus> {
+        let sessions = self.sessions.all();
+        let of = |link: &Arc<SessionLink>| link.open.get().map(|open| open.runs.statuses(link.id()));
+        sessions.iter().filter_map(of).flatten().collect()
+    }
+
     pub(super) fn lane_reports(&self) -> Vec<LaneReport> {
         let report = |(service, counts, permitted): (Service, LaneCounts, _)| {
             Some(LaneReport {
@@ -37,6 +46,7 @@ impl State {
                 capacity: counts.capacity as u64,
                 busy: counts.busy,
                 completed: counts.completed,
+                batches: counts.batches,
                 permitted,
             })
         };

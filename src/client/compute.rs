@@ -14,7 +14,7 @@ use super::tensor::{Storage, Tensor};
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::GpuUuid;
 use crate::protocol::{Operation, Outcome, SlotPlace, TensorSource, Times};
-use crate::service::VaeMode;
+use crate::service::How;
 
 /// Where a call's tensors are, in the order in which they were given. Most calls have one.
 pub(super) type Sources = SmallVec<[TensorSource; 1]>;
@@ -22,7 +22,7 @@ pub(super) type Sources = SmallVec<[TensorSource; 1]>;
 /// What a call gave.
 pub(super) struct Computed {
     pub(super) tensor: Tensor,
-    pub(super) mode: Option<VaeMode>,
+    pub(super) how: How,
     pub(super) times: Times,
     pub(super) copied_in_bytes: u64,
     pub(super) copied_out_bytes: u64,
@@ -105,8 +105,8 @@ fn attempt(
         all.into_iter().for_each(|staged| reuse(link, staged, result_gpu.as_ref(), result_mark));
     }
     let Answer { reply, payload, .. } = answer?;
-    let (tensor, mode, copied_out_bytes) = match (reply.outcome, payload) {
-        (Outcome::Tensor { descriptor, mode }, _) => {
+    let (tensor, how, copied_out_bytes) = match (reply.outcome, payload) {
+        (Outcome::Tensor { descriptor, how }, _) => {
             let lease = match (link.memory.take_up(&descriptor, link.session.epoch, home), &result_gpu) {
                 (Err(error), Some(gpu)) if !link.memory.is_open(&descriptor, gpu.gpu) => {
                     return Ok(Called::WornOut(Arc::clone(gpu), error));
@@ -117,16 +117,16 @@ fn attempt(
                 Some(gpu) => (Storage::Staged(lease, gpu), descriptor.meta.span_bytes()? as u64),
                 None => (Storage::Leased(lease), 0),
             };
-            (Tensor::new(descriptor.meta, storage), mode, copied)
+            (Tensor::new(descriptor.meta, storage), how, copied)
         }
-        (Outcome::InlineTensor { meta, mode }, Some(bytes)) => {
+        (Outcome::InlineTensor { meta, how }, Some(bytes)) => {
             meta.validate()?;
             meta.check_fits(bytes.bytes.len())?;
-            (Tensor::new(meta, Storage::Received(bytes)), mode, meta.size_bytes()? as u64)
+            (Tensor::new(meta, Storage::Received(bytes)), how, meta.size_bytes()? as u64)
         }
         _ => return Err(unexpected_outcome()),
     };
-    Ok(Called::Done(Computed { tensor, mode, times: reply.times, copied_in_bytes, copied_out_bytes }))
+    Ok(Called::Done(Computed { tensor, how, times: reply.times, copied_in_bytes, copied_out_bytes }))
 }
 
 /// Bytes that go behind the frame: the inputs' own where it is one, else one after the other.

@@ -384,7 +384,7 @@ impl Client {
         self.inner.end();
     }
 
-    fn ask(&self, operation: Operation, options: &CallOptions<'_>) -> Result<Outcome> {
+    pub(super) fn ask(&self, operation: Operation, options: &CallOptions<'_>) -> Result<Outcome> {
         self.with_link(|link| Ok(link.call(operation.clone(), &[], options)?.reply.outcome))
     }
 

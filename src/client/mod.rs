@@ -16,6 +16,7 @@ mod memory;
 mod open_gpu;
 mod opener;
 mod router;
+mod run;
 mod session;
 mod tensor;
 mod unet;
@@ -27,6 +28,7 @@ pub use connect::{
     CallOptions, Client, ResultPlace, Unshared, address_from_environment, gpu_named, synchronize_default_stream,
 };
 pub use input::Input;
+pub use run::Run;
 pub use session::SessionInfo;
 pub use tensor::Tensor;
 pub use unet::{Unet, UnetOutput};

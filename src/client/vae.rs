@@ -4,7 +4,7 @@ use super::input::{Input, unexpected_outcome};
 use super::tensor::Tensor;
 use crate::error::Result;
 use crate::protocol::{ModelReport, Operation, Times, VaeRequest};
-use crate::service::{TileShape, Tiling, VaeCall, VaeMode, VaeOperation};
+use crate::service::{How, TileShape, Tiling, VaeCall, VaeMode, VaeOperation};
 
 /// A VAE that the broker runs.
 #[derive(Debug, Clone)]
@@ -93,8 +93,8 @@ impl Vae {
             Ok(Operation::Vae(VaeRequest { model: self.model.clone(), call, input, result }))
         };
         let computed = self.client.with_link(|link| compute(link, &[input], &operation, options))?;
-        let Computed { tensor, mode, times, copied_in_bytes, copied_out_bytes } = computed;
-        let mode = mode.ok_or_else(unexpected_outcome)?;
+        let Computed { tensor, how, times, copied_in_bytes, copied_out_bytes } = computed;
+        let How::Vae(mode) = how else { return Err(unexpected_outcome()) };
         Ok(VaeOutput { tensor, mode, times, copied_in_bytes, copied_out_bytes })
     }
 }

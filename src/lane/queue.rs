@@ -145,16 +145,7 @@ impl<J> Queue<J> {
     /// The next job; `None` where nothing waits.
     pub fn pop(&mut self, now: Instant) -> Option<Next<J>> {
         let due = |turn: &Turn<J>| turn.unready.is_none_or(|unready| unready.again <= now);
-        let at = match self.policy {
-            Policy::Fifo => self.waiting.iter().position(due),
-            Policy::FairBySession => {
-                let last_served = |turn: &Turn<J>| self.served.get(&turn.entry.session).copied().unwrap_or(0);
-                let due = self.waiting.iter().enumerate().filter(|(_, turn)| due(turn));
-                // `min_by_key` keeps the first of equals: order of arrival decides.
-                due.min_by_key(|(_, turn)| last_served(turn)).map(|(at, _)| at)
-            }
-        };
-        let Some(at) = at else {
+        let Some(at) = self.first(due) else {
             let unready = self.waiting.iter().filter_map(|turn| turn.unready);
             return unready.map(|unready| unready.again).min().map(Next::Later);
         };
@@ -162,11 +153,47 @@ impl<J> Queue<J> {
         if turn.entry.deadline.is_some_and(|deadline| deadline <= now) {
             return Some(Next::Expired(turn.entry));
         }
-        if self.policy == Policy::FairBySession {
-            self.services += 1;
-            turn.served_before = self.served.insert(turn.entry.session, self.services);
-        }
+        turn.served_before = self.serve(turn.entry.session);
         Some(Next::Run(turn))
+    }
+
+    /// Takes up to `most` further jobs that go with one whose turn has come, in the order of the policy. Their sessions were
+    /// served then.
+    pub fn take_along(&mut self, most: usize, now: Instant, goes_along: impl Fn(&J) -> bool) -> Vec<Entry<J>> {
+        let mut taken = Vec::new();
+        while taken.len() < most {
+            let due = |turn: &Turn<J>| {
+                let is_asked = turn.unready.is_none_or(|unready| unready.again <= now);
+                is_asked && turn.entry.deadline.is_none_or(|deadline| deadline > now) && goes_along(&turn.entry.job)
+            };
+            let Some(at) = self.first(due) else { break };
+            let Some(turn) = self.waiting.remove(at) else { break };
+            self.serve(turn.entry.session);
+            taken.push(turn.entry);
+        }
+        taken
+    }
+
+    /// Which of the waiting jobs that may goes first.
+    fn first(&self, may: impl Fn(&Turn<J>) -> bool) -> Option<usize> {
+        match self.policy {
+            Policy::Fifo => self.waiting.iter().position(may),
+            Policy::FairBySession => {
+                let last_served = |turn: &Turn<J>| self.served.get(&turn.entry.session).copied().unwrap_or(0);
+                let may = self.waiting.iter().enumerate().filter(|(_, turn)| may(turn));
+                // `min_by_key` keeps the first of equals: order of arrival decides.
+                may.min_by_key(|(_, turn)| last_served(turn)).map(|(at, _)| at)
+            }
+        }
+    }
+
+    /// Notes that a session is served now; when it was before.
+    fn serve(&mut self, session: SessionId) -> Option<u64> {
+        if self.policy == Policy::Fifo {
+            return None;
+        }
+        self.services += 1;
+        self.served.insert(session, self.services)
     }
 
     /// Takes a turn back into its place, as its job is not ready: jobs behind it go first until it is. It no longer counts

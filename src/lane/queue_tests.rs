@@ -195,3 +195,40 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn those_taken_along_go_in_the_order_of_the_policy_and_count_as_served() {
+    let now = Instant::now();
+    let mut queue = Queue::new(Policy::FairBySession, 16);
+    let named = |session, job: u64| Entry { session: SessionId(session), request: RequestId(job), deadline: None, job };
+    for (session, job) in [(1, 10), (1, 11), (2, 20), (3, 31), (2, 22)] {
+        queue.push(named(session, job)).unwrap();
+    }
+    let Some(Next::Run(first)) = queue.pop(now) else { panic!("one waits") };
+    assert_eq!(first.entry.job, 10);
+    // Odd ones do not go along; of the rest session 2 comes first, as session 1 was just served.
+    let along = queue.take_along(2, now, |job| job % 2 == 0);
+    assert_eq!(along.iter().map(|entry| entry.job).collect::<Vec<_>>(), [20, 22]);
+    // Session 3 was never served, then comes the one that was served longest ago.
+    let rest: Vec<_> = std::iter::from_fn(|| match queue.pop(now)? {
+        Next::Run(turn) => Some(turn.entry.job),
+        other => panic!("{other:?}"),
+    })
+    .collect();
+    assert_eq!(rest, [31, 11]);
+}
+
+#[test]
+fn what_is_late_or_not_due_is_not_taken_along() {
+    let now = Instant::now();
+    let mut queue = Queue::new(Policy::Fifo, 16);
+    queue.push(entry(1, 1)).unwrap();
+    let unready = turn_of(&mut queue, 1, now);
+    queue.set_aside(unready, now).unwrap();
+    queue.push(Entry { deadline: Some(now), ..entry(2, 2) }).unwrap();
+    queue.push(entry(3, 3)).unwrap();
+    let along = queue.take_along(5, now, |()| true);
+    assert_eq!(along.iter().map(|entry| entry.request).collect::<Vec<_>>(), [RequestId(3)]);
+    assert_eq!(queue.take_along(5, now + FIRST_PAUSE, |()| true).len(), 1, "the one set aside is due");
+    assert!(matches!(queue.pop(now), Some(Next::Expired(_))));
+}

@@ -53,6 +53,27 @@ pub trait Job: Send + 'static {
     /// Answers without having done anything.
     fn refuse(self, why: Refusal);
 
+    /// How many jobs like this one may be run at once at this moment, this one included. Asked on the lane's thread when the
+    /// job's turn has come and it is ready.
+    fn most_together(&self, _executor: &Self::Executor) -> usize {
+        1
+    }
+
+    /// Whether `other` can be run at once with this one, and is ready. Must not block: the lane's queue waits for the answer.
+    fn goes_with(&self, _other: &Self) -> bool {
+        false
+    }
+
+    /// Does the work of several jobs, of which the first found that the others go with it, and answers each.
+    fn run_together(jobs: Vec<(Self, StopSignal<'_>)>, executor: &mut Self::Executor)
+    where
+        Self: Sized,
+    {
+        for (job, stop) in jobs {
+            job.run(executor, &stop);
+        }
+    }
+
     /// Puts what the thread owns in order: called on it after each job, when the lane is [woken](Lane::waker), and at the
     /// moment that the last call named. Must be cheap where there is nothing to do.
     fn tidy(_executor: &mut Self::Executor) -> Option<Instant> {
@@ -92,14 +113,17 @@ pub struct LaneCounts {
     pub busy: bool,
     /// Jobs run so far.
     pub completed: u64,
+    /// How often the lane's thread ran some, one or several at once.
+    pub batches: u64,
 }
 
 #[derive(Debug)]
 struct State<J> {
     queue: Queue<J>,
     /// What the lane's thread has taken out of the queue.
-    taken: Option<Taken>,
+    taken: Vec<Taken>,
     completed: u64,
+    batches: u64,
     open: bool,
     /// Whether somebody wants the executor put in order.
     woken: bool,
@@ -111,6 +135,14 @@ struct Taken {
     session: SessionId,
     request: RequestId,
     stage: Stage,
+    cancelled: Arc<AtomicBool>,
+}
+
+impl Taken {
+    fn new<J>(entry: &Entry<J>, stage: Stage, cancelled: &Arc<AtomicBool>) -> Self {
+        let cancelled = Arc::clone(cancelled);
+        Self { session: entry.session, request: entry.request, stage, cancelled }
+    }
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -124,8 +156,8 @@ enum Stage {
 struct Shared<J> {
     state: Mutex<State<J>>,
     arrival: Condvar,
-    /// Belongs to the job that is taken; set and cleared under the lock of `state`.
-    cancelled: AtomicBool,
+    /// Belongs to the job that is taken first; cleared under the lock of `state`.
+    first_cancelled: Arc<AtomicBool>,
 }
 
 /// A queue and the one thread that works it off. Dropping the lane shuts it down.
@@ -145,9 +177,9 @@ impl<J: Job> Lane<J> {
         queue: Queue<J>,
         executor: impl FnOnce() -> J::Executor + Send + 'static,
     ) -> std::io::Result<Self> {
-        let state = State { queue, taken: None, completed: 0, open: true, woken: false };
-        let shared =
-            Arc::new(Shared { state: Mutex::new(state), arrival: Condvar::new(), cancelled: AtomicBool::new(false) });
+        let state = State { queue, taken: Vec::new(), completed: 0, batches: 0, open: true, woken: false };
+        let first_cancelled = Arc::default();
+        let shared = Arc::new(Shared { state: Mutex::new(state), arrival: Condvar::new(), first_cancelled });
         let worker = Arc::clone(&shared);
         let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || {
             let mut executor = executor();
@@ -179,9 +211,7 @@ impl<J: Job> Lane<J> {
     /// Takes a job back: refused if it waits, told to stop if it runs.
     pub fn cancel(&self, session: SessionId, request: RequestId) {
         let mut state = self.shared.state.lock();
-        if state.taken.as_ref().is_some_and(|taken| (taken.session, taken.request) == (session, request)) {
-            self.shared.cancelled.store(true, Ordering::Relaxed);
-        }
+        state.stop(|taken| (taken.session, taken.request) == (session, request));
         let waiting = state.queue.cancel(session, request);
         drop(state);
         if let Some(entry) = waiting {
@@ -192,9 +222,7 @@ impl<J: Job> Lane<J> {
     /// Takes back all jobs of a session that is over.
     pub fn end_session(&self, session: SessionId) {
         let mut state = self.shared.state.lock();
-        if state.taken.as_ref().is_some_and(|taken| taken.session == session) {
-            self.shared.cancelled.store(true, Ordering::Relaxed);
-        }
+        state.stop(|taken| taken.session == session);
         let waiting = state.queue.end_session(session);
         drop(state);
         for entry in waiting {
@@ -233,12 +261,13 @@ impl<J: Job> Lane<J> {
     #[must_use]
     pub fn counts(&self) -> LaneCounts {
         let state = self.shared.state.lock();
-        let is_at = |stage| state.taken.as_ref().is_some_and(|taken| taken.stage == stage);
+        let count = |stage| state.taken.iter().filter(|taken| taken.stage == stage).count();
         LaneCounts {
-            queued: state.queue.len() + usize::from(is_at(Stage::Asked)),
+            queued: state.queue.len() + count(Stage::Asked),
             capacity: state.queue.capacity(),
-            busy: is_at(Stage::Running),
+            busy: count(Stage::Running) > 0,
             completed: state.completed,
+            batches: state.batches,
         }
     }
 }
@@ -246,6 +275,14 @@ impl<J: Job> Lane<J> {
 impl<J: Job> Drop for Lane<J> {
     fn drop(&mut self) {
         self.shut_down();
+    }
+}
+
+impl<J> State<J> {
+    fn stop(&self, is_meant: impl Fn(&Taken) -> bool) {
+        for taken in self.taken.iter().filter(|taken| is_meant(taken)) {
+            taken.cancelled.store(true, Ordering::Relaxed);
+        }
     }
 }
 
@@ -260,9 +297,8 @@ impl<J: Job> Shared<J> {
             }
             match state.queue.pop(Instant::now()) {
                 Some(Next::Run(turn)) => {
-                    let Entry { session, request, .. } = turn.entry;
-                    state.taken = Some(Taken { session, request, stage: Stage::Asked });
-                    self.cancelled.store(false, Ordering::Relaxed);
+                    self.first_cancelled.store(false, Ordering::Relaxed);
+                    state.taken.push(Taken::new(&turn.entry, Stage::Asked, &self.first_cancelled));
                     return Some(Coming::Turn(turn));
                 }
                 Some(Next::Expired(entry)) => return Some(Coming::Expired(entry)),
@@ -288,26 +324,61 @@ impl<J: Job> Shared<J> {
         if !becomes_ready(&turn) {
             return self.put_off(turn);
         }
-        let entry = turn.entry;
-        if let Some(taken) = &mut self.state.lock().taken {
-            taken.stage = Stage::Running;
-        }
-        let stop = StopSignal { cancelled: &self.cancelled, deadline: entry.deadline };
-        let outcome = catch_unwind(AssertUnwindSafe(|| entry.job.run(executor, &stop)));
-        if outcome.is_err() {
-            // The job answered while it unwound; the executor keeps no state of a call.
-            tracing::error!(session = %entry.session, request = %entry.request, "a job panicked");
-        }
+        let (first, along) = self.with_those_along(turn.entry, executor);
+        let (along, flags): (Vec<_>, Vec<_>) = along.into_iter().unzip();
+        let count = 1 + along.len() as u64;
+        let outcome = catch_unwind(AssertUnwindSafe(|| {
+            let stop = StopSignal { cancelled: &self.first_cancelled, deadline: first.deadline };
+            if along.is_empty() {
+                return first.job.run(executor, &stop);
+            }
+            let with_stop = along.into_iter().zip(&flags).map(|(entry, cancelled)| {
+                let stop = StopSignal { cancelled, deadline: entry.deadline };
+                (entry.job, stop)
+            });
+            J::run_together(std::iter::once((first.job, stop)).chain(with_stop).collect(), executor);
+        }));
         let mut state = self.state.lock();
-        state.taken = None;
-        state.completed += 1;
+        if outcome.is_err() {
+            // Each job answered while it unwound; the executor keeps no state of a call.
+            for Taken { session, request, .. } in &state.taken {
+                tracing::error!(%session, %request, "a job panicked");
+            }
+        }
+        state.taken.clear();
+        state.completed += count;
+        state.batches += 1;
+    }
+
+    /// The job, which runs now, and others that are run at once with it.
+    fn with_those_along(&self, first: Entry<J>, executor: &J::Executor) -> (Entry<J>, Vec<Along<J>>) {
+        // One that panics here does so when it is run too, and is answered there.
+        let most = catch_unwind(AssertUnwindSafe(|| first.job.most_together(executor))).unwrap_or(1);
+        let mut state = self.state.lock();
+        let entries = match most {
+            0 | 1 => Vec::new(),
+            most => {
+                let goes_with = |job: &J| catch_unwind(AssertUnwindSafe(|| first.job.goes_with(job))).unwrap_or(false);
+                state.queue.take_along(most - 1, Instant::now(), goes_with)
+            }
+        };
+        if let Some(first) = state.taken.first_mut() {
+            first.stage = Stage::Running;
+        }
+        let note = |entry: Entry<J>| {
+            let cancelled = Arc::<AtomicBool>::default();
+            state.taken.push(Taken::new(&entry, Stage::Running, &cancelled));
+            (entry, cancelled)
+        };
+        let along = entries.into_iter().map(note).collect();
+        (first, along)
     }
 
     /// Takes a job that is not ready back into the queue, unless nobody waits for it any more.
     fn put_off(&self, turn: Turn<J>) {
         let mut state = self.state.lock();
-        state.taken = None;
-        let refused = if self.cancelled.load(Ordering::Relaxed) {
+        let is_cancelled = state.taken.drain(..).any(|taken| taken.cancelled.load(Ordering::Relaxed));
+        let refused = if is_cancelled {
             Some((turn.entry, Refusal::Cancelled))
         } else if !state.open {
             Some((turn.entry, Refusal::ShuttingDown))
@@ -321,6 +392,9 @@ impl<J: Job> Shared<J> {
         }
     }
 }
+
+/// A job that runs at once with another, and whether it is taken back.
+type Along<J> = (Entry<J>, Arc<AtomicBool>);
 
 /// What the lane's thread does next.
 enum Coming<J> {

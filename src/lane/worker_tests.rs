@@ -207,6 +207,80 @@ fn shutting_down_finishes_the_running_job_and_answers_the_rest() {
     assert_eq!(lane.lane.counts().completed, 1);
 }
 
+/// Runs with its likes: says which ran together, and which of them were to stop by then.
+struct Social {
+    name: u64,
+    kind: u64,
+    go: Option<Receiver<()>>,
+    tell: Sender<Vec<(u64, bool)>>,
+}
+
+impl Job for Social {
+    type Executor = usize;
+
+    fn run(self, executor: &mut usize, stop: &StopSignal<'_>) {
+        if let Some(go) = self.go {
+            go.recv().unwrap();
+        }
+        *executor += 1;
+        self.tell.send(vec![(self.name, stop.is_set())]).unwrap();
+    }
+
+    fn refuse(self, _: Refusal) {
+        self.tell.send(Vec::new()).unwrap();
+    }
+
+    fn most_together(&self, _: &usize) -> usize {
+        3
+    }
+
+    fn goes_with(&self, other: &Self) -> bool {
+        self.kind == other.kind
+    }
+
+    fn run_together(jobs: Vec<(Self, StopSignal<'_>)>, executor: &mut usize) {
+        *executor += 1;
+        if let Some(go) = jobs.iter().find_map(|(job, _)| job.go.as_ref()) {
+            go.recv().unwrap();
+        }
+        let told = jobs.iter().map(|(job, stop)| (job.name, stop.is_set())).collect();
+        jobs[0].0.tell.send(told).unwrap();
+    }
+}
+
+#[test]
+fn jobs_that_go_together_are_run_at_once_up_to_what_the_first_allows() {
+    let lane: Lane<Social> = Lane::spawn("test", Queue::new(Policy::Fifo, 16), || 0).unwrap();
+    let (tell, told) = unbounded();
+    let (go, wait) = bounded(0);
+    let submit = |name, kind, go| {
+        let job = Social { name, kind, go, tell: tell.clone() };
+        lane.submit(Entry { session: SessionId(name), request: RequestId(name), deadline: None, job });
+    };
+    submit(1, 9, Some(wait.clone()));
+    // They wait behind the first, which has nobody to go with.
+    while lane.counts().queued > 0 {
+        std::thread::yield_now();
+    }
+    for (name, kind) in [(2, 0), (3, 1), (4, 0), (5, 0), (6, 0)] {
+        submit(name, kind, (name == 2).then(|| wait.clone()));
+    }
+    go.send(()).unwrap();
+    assert_eq!(told.recv().unwrap(), [(1, false)]);
+    // The three run by now; one of them and one that waits are taken back.
+    while lane.counts().queued > 2 {
+        std::thread::yield_now();
+    }
+    lane.cancel(SessionId(4), RequestId(4));
+    go.send(()).unwrap();
+    assert_eq!(told.recv().unwrap(), [(2, false), (4, true), (5, false)]);
+    assert_eq!(told.recv().unwrap(), [(3, false)]);
+    assert_eq!(told.recv().unwrap(), [(6, false)]);
+    lane.shut_down();
+    let counts = lane.counts();
+    assert_eq!((counts.completed, counts.batches), (6, 4));
+}
+
 /// What the lane's thread owns here: says when it is put in order, and when that is to be done again.
 struct Orderly {
     again: Option<Duration>,

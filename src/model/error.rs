@@ -142,6 +142,14 @@ pub enum ModelError {
         /// What the model has instead.
         reason: String,
     },
+    /// A step of a run refers to conditionings in a way that does not work out.
+    #[error("{}: {reason}", path.display())]
+    Conds {
+        /// The model.
+        path: PathBuf,
+        /// What does not work out.
+        reason: String,
+    },
     /// What an adapter changes does not fit the model.
     #[error("an adapter does not fit layer {layer}: {reason}")]
     Adapter {
@@ -352,7 +360,8 @@ impl ModelError {
             | Self::Tiles { .. }
             | Self::Prompt { .. }
             | Self::MissingInput { .. }
-            | Self::UnwantedInput { .. } => ErrorKind::InvalidTensor,
+            | Self::UnwantedInput { .. }
+            | Self::Conds { .. } => ErrorKind::InvalidTensor,
             Self::Adapter { .. } | Self::AdapterFile { .. } => ErrorKind::InvalidModel,
             Self::AdapterStrength { .. } => ErrorKind::Configuration,
             Self::OverBudget { .. } | Self::NoRoom { .. } | Self::OutOfMemory { .. } => ErrorKind::OutOfMemory,
@@ -392,6 +401,9 @@ impl ModelError {
             }
             Self::MissingInput { .. } => "encode the prompt as this model's family does, and pass all that it gives",
             Self::UnwantedInput { .. } => "leave it out, or use what was made for this model",
+            Self::Conds { .. } => {
+                "send context, and y where the model takes one, with the first step of each cond and of each number of rows"
+            }
             Self::Adapter { .. } => "use an adapter that was made for this model's family",
             Self::AdapterFile { .. } => {
                 "use an adapter that was made for this model's family; if this one was, download or export it again"

@@ -1,12 +1,13 @@
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use crate::device::{Span, StreamRef};
-use crate::service::{Precision, UnetInput, VaeMode, VaeOperation};
+use crate::service::{CacheStep, Precision, StepInput, VaeMode, VaeOperation};
 use crate::tensor::TensorMeta;
 
-use super::ModelError;
 #[cfg(doc)]
-use super::UnetFacts;
+use super::{Conds, UnetFacts};
+use super::{ModelError, ReadyStack, RunMemory, StackMaker};
 
 /// Where the weights of a loaded model live.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -145,25 +146,52 @@ pub trait Vae {
     }
 }
 
+/// One step of a request, as a UNet runs it.
+#[derive(Debug)]
+pub struct UnetCall<'a> {
+    /// The tensors; a step of a run may leave out what the run has.
+    pub input: StepInput<ModelInput<'a>>,
+    /// Where the result goes: holds what was said of it when the step was checked.
+    pub output: &'a Span,
+    /// Adapters that were put together for this model.
+    pub stack: Option<&'a ReadyStack>,
+    /// The run that the step is of, and the conditionings that share its rows evenly.
+    pub run: Option<(&'a mut RunMemory, &'a [u32])>,
+}
+
 /// A loaded UNet. It belongs to its lane's thread and is never modified by a call.
 pub trait Unet {
-    /// Runs one step: the network's output for `input`, which is what [`UnetFacts::check`] said of it, straight into
-    /// `output`. `stop` is asked before it begins and ends the call with
-    /// [`ModelError::Cancelled`].
+    /// Runs one step of each of `calls` as one batch: the network's output for each straight into its own place, as
+    /// [`UnetFacts::check_alone`] or [`Conds::check`] said of it. Answers, by call, what a block cache did.
+    ///
+    /// Those that run together have latents of one height and width and as many tokens each; one with a control runs alone.
+    /// A request's result is the same alone and among others, but for rounding. `stop` is asked before the batch begins and
+    /// ends it with [`ModelError::Cancelled`].
     ///
     /// With [`Unet::stream`], tensors may also lie in that GPU's memory, under the terms of [`Vae::run`].
     ///
     /// # Errors
-    /// As [`UnetFacts::check`]; [`ModelError::OutOfMemory`] after everything the attempt held was freed,
-    /// [`ModelError::Executor`], [`ModelError::Changed`], [`ModelError::Cancelled`].
-    fn run(
+    /// As those checks; [`ModelError::OutOfMemory`] after everything the attempt held was freed,
+    /// [`ModelError::Executor`], [`ModelError::Changed`], [`ModelError::Cancelled`]. All calls of a batch fail together;
+    /// their runs keep what the calls brought.
+    fn step(
         &mut self,
-        input: &UnetInput<ModelInput<'_>>,
-        output: &Span,
+        calls: &mut [UnetCall<'_>],
         stop: &dyn Fn() -> bool,
-    ) -> Result<(), ModelError>;
+    ) -> Result<Vec<Option<CacheStep>>, ModelError>;
 
-    /// The stream that GPU work of every [`Unet::run`] is enqueued on; as [`Vae::stream`].
+    /// What puts stacks of adapters together for this model. It outlives the model, and keeps its weights.
+    fn stack_maker(&self) -> Arc<dyn StackMaker>;
+
+    /// Waits until all work that was enqueued is done; nothing to do where it is done when a call returns.
+    ///
+    /// # Errors
+    /// [`ModelError::Executor`] where the GPU failed.
+    fn wait(&self) -> Result<(), ModelError> {
+        Ok(())
+    }
+
+    /// The stream that GPU work of every [`Unet::step`] is enqueued on; as [`Vae::stream`].
     fn stream(&self) -> Option<StreamRef> {
         None
     }

@@ -13,7 +13,11 @@ use super::ModelError;
 use super::header::{Header, quote, read_header};
 use super::weights::WeightPlan;
 use crate::device::Span;
+use crate::id::ContentDigest;
 use crate::tensor::DType;
+
+/// Bytes read at once for a digest.
+const DIGESTED_BYTES: usize = 1 << 20;
 
 /// Element type as a file stores it; wider than [`DType`], which lists what can be computed with.
 pub type StoredDType = safetensors::Dtype;
@@ -304,6 +308,25 @@ impl ModelFile {
         let mut bytes = vec![0; stored.bytes.len()];
         self.read_exact_at(stored.bytes.start as u64, &mut bytes)?;
         Ok(bytes)
+    }
+
+    /// The digest of all that is in the file, header included, or of the memory. Reads it once.
+    ///
+    /// # Errors
+    /// As [`ModelFile::read_exact_at`].
+    pub fn digest(&self) -> Result<ContentDigest, ModelError> {
+        let mut hasher = blake3::Hasher::new();
+        let mut piece = vec![0; DIGESTED_BYTES];
+        let size = self.size_bytes();
+        let mut at = 0;
+        while at < size {
+            let length = usize::try_from(size - at).unwrap_or(usize::MAX).min(DIGESTED_BYTES);
+            let piece = piece.get_mut(..length).unwrap_or_default();
+            self.read_exact_at(at, piece)?;
+            hasher.update(piece);
+            at += length as u64;
+        }
+        Ok(ContentDigest(*hasher.finalize().as_bytes()))
     }
 
     /// The open file, for questions about how it is stored; absent for memory.

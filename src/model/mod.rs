@@ -19,12 +19,12 @@ pub mod torch;
 mod unet;
 pub mod weights;
 
-pub use adapter::{AdapterFile, AdapterKind, AdapterReport, LayerNames, UnknownKeys};
+pub use adapter::{Adapter, AdapterFile, AdapterKind, AdapterReport, LayerNames, ReadyStack, StackMaker, UnknownKeys};
 pub use detect::vae_facts;
 pub use detect_unet::unet_facts;
 pub use error::{CudaUnavailable, ModelError};
-pub use executor::{Capability, ModelInput, Unet, Vae, VaeFacts, VaePlan, WeightStorage};
+pub use executor::{Capability, ModelInput, Unet, UnetCall, Vae, VaeFacts, VaePlan, WeightStorage};
 pub use file::{FileState, ModelFile, StoredDType, StoredTensor};
 pub use hand_off::HandOff;
 pub use layout::{LayerId, Skip};
-pub use unet::{Control, Prediction, UnetFacts, UnetInput, UnetVariant};
+pub use unet::{Conds, Control, Prediction, RunMemory, StepFacts, StepInput, UnetFacts, UnetInput, UnetVariant};

@@ -1,8 +1,8 @@
 use serde::{Deserialize, Serialize};
 
 use crate::error::Fault;
-use crate::id::{ArenaId, AttachmentId, DraftId, Epoch, GpuUuid, LeaseRef, PermitId, RequestId};
-use crate::service::{Rung, Service, UnetInput, VaeCall, VaeMode};
+use crate::id::{ArenaId, AttachmentId, DraftId, Epoch, GpuUuid, LeaseRef, PermitId, RequestId, RunId};
+use crate::service::{AdapterStack, AdapterTaken, How, RunSettings, Rung, Service, StepInput, VaeCall};
 use crate::tensor::{DType, Dims, TensorMeta};
 
 use super::negotiate::{Accepted, DeviceRung, Hello, NONCE_BYTES, ProbeAnswer, RungFailure, Welcome};
@@ -43,6 +43,11 @@ pub enum ClientMessage {
     EndPermit {
         /// The place.
         permit: PermitId,
+    },
+    /// A run is over. Not answered.
+    CloseRun {
+        /// The run.
+        run: RunId,
     },
     /// The session ends in order.
     Goodbye,
@@ -114,6 +119,17 @@ pub enum Operation {
     Vae(VaeRequest),
     /// One step of a UNet.
     Unet(Box<UnetRequest>),
+    /// A sampling run: what stays the same from step to step.
+    OpenRun(Box<OpenRun>),
+    /// Put adapters together now instead of with the first request that asks for them.
+    Prefetch {
+        /// Who runs the model.
+        service: Service,
+        /// Name or path of the model.
+        model: String,
+        /// The adapters.
+        adapters: AdapterStack,
+    },
     /// What a model is; loads nothing.
     Describe {
         /// Who runs it.
@@ -211,12 +227,40 @@ pub struct VaeRequest {
 /// One step of a UNet with its tensors. Those that cross inline lie behind the frame one after the other.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct UnetRequest {
-    /// Name or path of the model.
-    pub model: String,
+    /// What the step is of.
+    pub subject: StepSubject,
     /// The tensors.
-    pub input: UnetInput<TensorSource>,
+    pub input: StepInput<TensorSource>,
     /// The memory that the result goes to.
     pub result: SlotPlace,
+}
+
+/// What a step is of.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum StepSubject {
+    /// A model by itself.
+    Model {
+        /// Name or path.
+        name: String,
+        /// Adapters of this step.
+        adapters: AdapterStack,
+    },
+    /// A run of the session's.
+    Run {
+        /// The run.
+        run: RunId,
+        /// The conditionings that share the step's rows evenly, by numbers that the client chose.
+        conds: Vec<u32>,
+    },
+}
+
+/// A wish for a sampling run.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct OpenRun {
+    /// Name or path of the model.
+    pub model: String,
+    /// What stays the same.
+    pub settings: RunSettings,
 }
 
 /// Which of a session's memories a slot is wanted in.
@@ -474,16 +518,25 @@ pub enum Outcome {
     Tensor {
         /// Where it is.
         descriptor: Descriptor,
-        /// How it was computed; absent where there is one way.
-        mode: Option<VaeMode>,
+        /// How it was computed.
+        how: How,
     },
     /// A tensor in the bytes behind this frame.
     InlineTensor {
         /// Element type, shape and strides.
         meta: TensorMeta,
-        /// How it was computed; absent where there is one way.
-        mode: Option<VaeMode>,
+        /// How it was computed.
+        how: How,
     },
+    /// A run, now open.
+    Run {
+        /// What to call it in steps.
+        run: RunId,
+        /// What the model took up of each adapter.
+        adapters: Vec<AdapterTaken>,
+    },
+    /// Adapters are put together: what the model took up of each.
+    Adapters(Vec<AdapterTaken>),
     /// The next step towards a GPU's rung.
     Gpu(Box<GpuAnswer>),
     /// Weights, now attached. Their table is in the bytes behind this frame.

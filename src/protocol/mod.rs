@@ -17,15 +17,19 @@ pub use codec::CodecError;
 pub use ladder::{GpuNonces, GpuSituation, gpu_reason, judge_gpu};
 pub use message::{
     ArenaHandle, ArenaOffer, ArenaPlace, ClientMessage, Descriptor, FenceOffer, Force, GpuAnswer, GpuFindings,
-    GpuOffer, GpuProbeOutcome, GpuProbed, GpuTarget, MarkedFindings, OpenGpu, Operation, Outcome, RegisteredModel,
-    Release, Reply, Request, ServerMessage, SlotPlace, TensorSource, Times, UnetRequest, VaeRequest,
+    GpuOffer, GpuProbeOutcome, GpuProbed, GpuTarget, MarkedFindings, OpenGpu, OpenRun, Operation, Outcome,
+    RegisteredModel, Release, Reply, Request, ServerMessage, SlotPlace, StepSubject, TensorSource, Times, UnetRequest,
+    VaeRequest,
 };
 pub(crate) use negotiate::presentable;
 pub use negotiate::{
     Accepted, DeviceRung, FailureCode, Features, Hello, NONCE_BYTES, PROTOCOL_VERSION, ProbeAnswer, ProbeOffer,
     ProbeOutcome, Reason, RungFailure, Welcome, negotiate, settle,
 };
-pub use report::{HolderReport, LaneReport, ModelReport, SessionReport, Status, UnetReport, WeightReport, WeightState};
+pub use report::{
+    HolderReport, LaneReport, ModelReport, RunStatus, SessionReport, StackReport, Status, UnetReport, WeightReport,
+    WeightState,
+};
 pub use session::{Action, Phase, ProtocolError, SessionMachine};
 pub use weights::{
     AttachRequest, AttachedWeights, DraftOffer, MAX_TABLE_BYTES, MAX_TABLE_ENTRIES, PublishRequest, VerifyReport,

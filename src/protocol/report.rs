@@ -3,8 +3,8 @@
 use serde::{Deserialize, Serialize};
 
 use super::negotiate::DeviceRung;
-use crate::id::{ContentDigest, SessionId, WeightSetId};
-use crate::service::Service;
+use crate::id::{ContentDigest, RunId, SessionId, WeightSetId};
+use crate::service::{AdapterMode, AdapterUse, BlockCache, RunReport, Service};
 
 /// Everything about a broker at one moment.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -25,6 +25,10 @@ pub struct Status {
     pub weights: Vec<WeightReport>,
     /// Lanes.
     pub lanes: Vec<LaneReport>,
+    /// Sampling runs that are open.
+    pub runs: Vec<RunStatus>,
+    /// Adapters put together for models.
+    pub stacks: Vec<StackReport>,
     /// Requests answered since the start, faults included.
     pub requests: u64,
     /// Faults among them.
@@ -133,8 +137,44 @@ pub struct LaneReport {
     pub busy: bool,
     /// Requests it has run.
     pub completed: u64,
+    /// How often it ran some, one or several at once.
+    pub batches: u64,
     /// The session that has it by a permit.
     pub permitted: Option<SessionId>,
+}
+
+/// One sampling run.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RunStatus {
+    /// Whose it is.
+    pub session: SessionId,
+    /// Its id in that session.
+    pub run: RunId,
+    /// The model.
+    pub model: String,
+    /// Adapters of every step.
+    pub adapters: u64,
+    /// Whether steps may be left out.
+    pub cache: Option<BlockCache>,
+    /// The run until now.
+    pub report: RunReport,
+    /// How many times as long it would have taken without its block cache.
+    pub speed_up: f64,
+}
+
+/// Adapters that are put together for a model.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct StackReport {
+    /// The model.
+    pub model: String,
+    /// Each adapter, as it was first asked for, with its strength.
+    pub adapters: Vec<AdapterUse>,
+    /// How they are applied.
+    pub mode: AdapterMode,
+    /// Bytes of what was put together.
+    pub bytes: u64,
+    /// Requests and runs that use it now.
+    pub users: u64,
 }
 
 /// One set of weights.

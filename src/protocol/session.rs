@@ -3,7 +3,7 @@ use rustc_hash::FxHashSet;
 use super::message::{ClientMessage, Operation, Release};
 use super::negotiate::{Hello, ProbeAnswer};
 use crate::error::{Error, ErrorKind};
-use crate::id::{ArenaId, AttachmentId, DraftId, PermitId, RequestId};
+use crate::id::{ArenaId, AttachmentId, DraftId, PermitId, RequestId, RunId};
 
 /// Where a session is in its life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -90,7 +90,9 @@ pub enum Action {
     Abandon(DraftId),
     /// End a permit.
     EndPermit(PermitId),
-    /// Take back the permit, the weights or the draft that answered this request: the client has given it up and does not
+    /// End a run.
+    CloseRun(RunId),
+    /// Take back the permit, the weights, the draft or the run that answered this request: the client has given it up and does not
     /// look at the answer.
     Recall(RequestId),
     /// The arena's name can go.
@@ -168,6 +170,7 @@ impl SessionMachine {
             (Phase::Open, ClientMessage::Detach(attachments)) => Ok(Action::Detach(attachments)),
             (Phase::Open, ClientMessage::Abandon { draft }) => Ok(Action::Abandon(draft)),
             (Phase::Open, ClientMessage::EndPermit { permit }) => Ok(Action::EndPermit(permit)),
+            (Phase::Open, ClientMessage::CloseRun { run }) => Ok(Action::CloseRun(run)),
             (Phase::Open, ClientMessage::Goodbye) => {
                 self.phase = Phase::Closed;
                 Ok(Action::Leave)
@@ -208,6 +211,7 @@ impl ClientMessage {
             Self::Detach(_) => "detach",
             Self::EndPermit { .. } => "end-permit",
             Self::Abandon { .. } => "abandon",
+            Self::CloseRun { .. } => "close-run",
             Self::Goodbye => "goodbye",
         }
     }

@@ -74,19 +74,69 @@ impl<T> Control<T> {
 impl<T> UnetInput<T> {
     /// Every tensor, in the order in which they cross.
     pub fn each<'a>(&'a self) -> impl Iterator<Item = &'a T> + use<'a, T> {
-        let control = self.control.iter().flat_map(|Control { input, middle, output }| {
-            input.iter().chain(middle).chain(output).filter_map(Option::as_ref)
-        });
-        [&self.x, &self.timesteps, &self.context].into_iter().chain(&self.y).chain(control)
+        let Self { x, timesteps, context, y, control } = self;
+        [x, timesteps, context].into_iter().chain(y).chain(control.iter().flat_map(Control::each))
+    }
+}
+
+impl<T> Control<T> {
+    /// Every tensor, in the order in which they cross.
+    pub fn each<'a>(&'a self) -> impl Iterator<Item = &'a T> + use<'a, T> {
+        let Self { input, middle, output } = self;
+        input.iter().chain(middle).chain(output).filter_map(Option::as_ref)
+    }
+}
+
+/// What one step takes where it may be of a run: that has what is left out here.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct StepInput<T> {
+    /// As [`UnetInput::x`].
+    pub x: T,
+    /// As [`UnetInput::timesteps`].
+    pub timesteps: T,
+    /// As [`UnetInput::context`].
+    pub context: Option<T>,
+    /// As [`UnetInput::y`].
+    pub y: Option<T>,
+    /// As [`UnetInput::control`].
+    pub control: Option<Control<T>>,
+}
+
+impl<T> From<UnetInput<T>> for StepInput<T> {
+    fn from(input: UnetInput<T>) -> Self {
+        let UnetInput { x, timesteps, context, y, control } = input;
+        Self { x, timesteps, context: Some(context), y, control }
+    }
+}
+
+impl<T> StepInput<T> {
+    /// The same with every tensor replaced, in the order in which they cross.
+    ///
+    /// # Errors
+    /// The first that `f` returns.
+    pub fn try_map<'a, U, E>(&'a self, f: &mut impl FnMut(&'a T) -> Result<U, E>) -> Result<StepInput<U>, E> {
+        Ok(StepInput {
+            x: f(&self.x)?,
+            timesteps: f(&self.timesteps)?,
+            context: self.context.as_ref().map(&mut *f).transpose()?,
+            y: self.y.as_ref().map(&mut *f).transpose()?,
+            control: self.control.as_ref().map(|control| control.try_map(f)).transpose()?,
+        })
     }
 
-    /// As [`UnetInput::each`], to be changed.
+    /// Every tensor, in the order in which they cross.
+    pub fn each<'a>(&'a self) -> impl Iterator<Item = &'a T> + use<'a, T> {
+        let Self { x, timesteps, context, y, control } = self;
+        [x, timesteps].into_iter().chain(context).chain(y).chain(control.iter().flat_map(Control::each))
+    }
+
+    /// As [`StepInput::each`], to be changed.
     pub fn each_mut<'a>(&'a mut self) -> impl Iterator<Item = &'a mut T> + use<'a, T> {
         let Self { x, timesteps, context, y, control } = self;
         let control = control.iter_mut().flat_map(|Control { input, middle, output }| {
             input.iter_mut().chain(middle).chain(output).filter_map(Option::as_mut)
         });
-        [x, timesteps, context].into_iter().chain(y).chain(control)
+        [x, timesteps].into_iter().chain(context).chain(y).chain(control)
     }
 
     /// Gives every tensor away.
@@ -95,6 +145,6 @@ impl<T> UnetInput<T> {
         let control = control
             .into_iter()
             .flat_map(|Control { input, middle, output }| input.into_iter().chain(middle).chain(output).flatten());
-        [x, timesteps, context].into_iter().chain(y).chain(control).for_each(take);
+        [x, timesteps].into_iter().chain(context).chain(y).chain(control).for_each(take);
     }
 }

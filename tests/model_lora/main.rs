@@ -5,14 +5,12 @@ mod refusals;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::rc::Rc;
 use std::sync::Arc;
 
 use luna_broker::device::InProcessDevice;
-use luna_broker::model::torch::{
-    Adapted, Adapter, AdapterMode, LoadOptions, Patches, Target, TorchUnet, load_unet, set_threads,
-};
-use luna_broker::model::{AdapterFile, AdapterKind, ModelFile, UnetInput, WeightStorage};
+use luna_broker::model::torch::{Adapted, LoadOptions, Patches, Target, TorchUnet, load_unet, set_threads};
+use luna_broker::model::{Adapter, AdapterFile, AdapterKind, ModelFile, UnetInput, WeightStorage};
+use luna_broker::service::AdapterMode;
 use tch::Tensor;
 
 /// Largest difference between weights merged in float64 and what is done here that rounding explains.
@@ -127,7 +125,7 @@ fn read(path: &Path) -> AdapterFile {
 
 fn for_all_rows(adapted: Adapted) -> Patches {
     let mut patches = Patches::none();
-    patches.add(0, 2, Rc::new(adapted.stack)).expect("the only group");
+    patches.add(0, 2, Arc::new(adapted.stack)).expect("the only group");
     patches
 }
 
@@ -265,7 +263,7 @@ fn rows_have_adapters_of_their_own() {
     let [first, second] = ["lora", "loha"].map(|name| scene.adapter(name));
     let stack = |file| {
         let adapted = scene.unet.adapt(&[Adapter { file, strength: 1.0 }], AdapterMode::Auto).expect("it fits");
-        Rc::new(adapted.stack)
+        Arc::new(adapted.stack)
     };
     let mut patches = Patches::none();
     patches.add(0, 1, stack(&first)).expect("a row");

@@ -3,8 +3,8 @@
 use std::path::PathBuf;
 
 use luna_broker::error::{Error, ErrorKind};
-use luna_broker::model::torch::{Adapter, AdapterMode};
-use luna_broker::model::{AdapterFile, AdapterKind, AdapterReport, LayerNames, ModelError, ModelFile};
+use luna_broker::model::{Adapter, AdapterFile, AdapterKind, AdapterReport, LayerNames, ModelError, ModelFile};
+use luna_broker::service::AdapterMode;
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use std::sync::Arc;

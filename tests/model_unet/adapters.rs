@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::rc::Rc;
+use std::sync::Arc;
 
 use luna_broker::model::torch::{LayerPatch, LowRank, Patches, Replaced, Stack, TorchUnet};
 use luna_broker::model::{LayerId, ModelError, ModelFile};
@@ -41,8 +41,8 @@ fn merged(weight: &Tensor, path: &LowRank) -> Tensor {
     (weight.to_kind(Kind::Double) + up.matmul(&down).view(weight.size().as_slice())).to_kind(Kind::Float)
 }
 
-fn stack(unet: &TorchUnet, changes: Vec<(LayerId, LayerPatch)>) -> Rc<Stack> {
-    Rc::new(unet.stack(changes).unwrap_or_else(|error| panic!("{error}")))
+fn stack(unet: &TorchUnet, changes: Vec<(LayerId, LayerPatch)>) -> Arc<Stack> {
+    Arc::new(unet.stack(changes).unwrap_or_else(|error| panic!("{error}")))
 }
 
 /// Side paths beside every linear layer and convolution; by stem.
@@ -51,7 +51,7 @@ fn everywhere(unet: &TorchUnet) -> BTreeMap<String, LowRank> {
     unet.layers().filter_map(path).collect()
 }
 
-fn added(unet: &TorchUnet, paths: &BTreeMap<String, LowRank>) -> Rc<Stack> {
+fn added(unet: &TorchUnet, paths: &BTreeMap<String, LowRank>) -> Arc<Stack> {
     let change = |(stem, path): (&String, &LowRank)| {
         let path = LowRank { down: path.down.shallow_clone(), up: path.up.shallow_clone() };
         (unet.layer(stem).expect("a layer"), LayerPatch { low_rank: vec![path], replaced: None })
@@ -59,7 +59,7 @@ fn added(unet: &TorchUnet, paths: &BTreeMap<String, LowRank>) -> Rc<Stack> {
     stack(unet, paths.iter().map(change).collect())
 }
 
-fn replaced(unet: &TorchUnet, paths: &BTreeMap<String, LowRank>) -> Rc<Stack> {
+fn replaced(unet: &TorchUnet, paths: &BTreeMap<String, LowRank>) -> Arc<Stack> {
     let change = |(stem, path): (&String, &LowRank)| {
         let id = unet.layer(stem).expect("a layer");
         let (weight, bias) = unet.weights(id).expect("its weights");
@@ -69,10 +69,10 @@ fn replaced(unet: &TorchUnet, paths: &BTreeMap<String, LowRank>) -> Rc<Stack> {
     stack(unet, paths.iter().map(change).collect())
 }
 
-fn for_rows(groups: &[(u32, u32, &Rc<Stack>)]) -> Patches {
+fn for_rows(groups: &[(u32, u32, &Arc<Stack>)]) -> Patches {
     let mut patches = Patches::none();
     for &(first, rows, stack) in groups {
-        patches.add(first, rows, Rc::clone(stack)).expect("rows in order");
+        patches.add(first, rows, Arc::clone(stack)).expect("rows in order");
     }
     patches
 }
@@ -160,7 +160,7 @@ fn rows_do_not_see_the_adapters_of_others() {
         let one = input.try_map(&mut |tensor| Ok::<_, ()>(tensor.narrow(0, row, 1))).expect("one row");
         unet.forward(&one, patches).expect("it runs")
     };
-    let arrangements: [&[(u32, &Rc<Stack>)]; 5] =
+    let arrangements: [&[(u32, &Arc<Stack>)]; 5] =
         [&[(0, &first), (2, &second)], &[(0, &second), (1, &first)], &[(1, &second)], &[(2, &first)], &[(0, &second)]];
     for groups in arrangements {
         let batch: Vec<_> = groups.iter().map(|&(row, stack)| (row, 1, stack)).collect();
@@ -283,8 +283,8 @@ fn stacks_belong_to_rows_that_are_there_and_to_one_model() {
     let own = stack(&unet, vec![(id, LayerPatch { low_rank: vec![path(), path()], replaced: None })]);
     assert_eq!(own.size_bytes(), 4 * 4 * 4 * 64);
     let mut patches = for_rows(&[(0, 1, &own)]);
-    assert!(patches.add(0, 1, Rc::clone(&own)).is_err(), "a row twice");
-    assert!(patches.add(1, 0, Rc::clone(&own)).is_err(), "no rows");
+    assert!(patches.add(0, 1, Arc::clone(&own)).is_err(), "a row twice");
+    assert!(patches.add(1, 0, Arc::clone(&own)).is_err(), "no rows");
     for (model, rows) in [(&unet, 3), (&other, 2)] {
         let refused = model.forward(&input, &for_rows(&[(0, rows, &own)]));
         assert!(matches!(refused, Err(ModelError::Executor { .. })), "{refused:?}");

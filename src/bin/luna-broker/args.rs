@@ -226,6 +226,16 @@ pub(crate) struct ServeArgs {
     #[arg(long, value_parser = bytes, value_name = "BYTES")]
     weight_bytes: Option<u64>,
 
+    /// Bytes of adapters (LoRA and its kin) that are put together for models; accepts K, M, G. Those that nobody uses give
+    /// way to others.
+    #[arg(long, default_value = "4G", value_parser = bytes, value_name = "BYTES")]
+    adapter_bytes: u64,
+
+    /// Requests of a UNet that run as one batch where they wait anyway and are alike. Default: as many as were found to take
+    /// no longer at once than one after the other, up to 8.
+    #[arg(long, value_name = "N")]
+    max_batch: Option<usize>,
+
     /// Bytes of the models that are loaded, on each device; accepts K, M, G. Those unused for longest give way to others.
     /// Default: no bound.
     #[arg(long, value_parser = bytes, value_name = "BYTES")]
@@ -339,6 +349,8 @@ impl TryFrom<&ServeArgs> for BrokerConfig {
             },
             vae_precision: args.vae_precision.into(),
             weight_bytes: args.weight_bytes,
+            adapter_bytes: args.adapter_bytes,
+            max_batch: args.max_batch,
             model_bytes: args.model_bytes,
             model_idle: args.model_idle.map(|idle| seconds("--model-idle", idle)).transpose()?,
             permit_patience: Duration::from_secs(args.permit_seconds),

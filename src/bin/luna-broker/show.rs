@@ -1,6 +1,7 @@
 use std::fmt::Write;
 
-use luna_broker::protocol::{DeviceRung, ModelReport, Status, VerifyReport, WeightReport};
+use luna_broker::protocol::{DeviceRung, ModelReport, RunStatus, StackReport, Status, VerifyReport, WeightReport};
+use luna_broker::service::RunReport;
 
 /// A number of bytes as people read it.
 pub(crate) fn bytes(count: u64) -> String {
@@ -81,10 +82,48 @@ pub(crate) fn status(status: &Status) -> String {
                     None => if lane.busy { "yes" } else { "no" }.to_owned(),
                 },
                 lane.completed.to_string(),
+                lane.batches.to_string(),
             ]
         })
         .collect();
-    text + &table(["service", "device", "waiting", "running", "completed"], &lanes)
+    text += &table(["service", "device", "waiting", "running", "completed", "in batches"], &lanes);
+    if !status.runs.is_empty() {
+        _ = writeln!(text, "\nruns");
+        text += &runs(status);
+    }
+    if !status.stacks.is_empty() {
+        _ = writeln!(text, "\nadapters");
+        text += &stacks(&status.stacks);
+    }
+    text
+}
+
+fn runs(status: &Status) -> String {
+    let row = |run: &RunStatus| {
+        let session = status.sessions.iter().find(|session| session.id == run.session);
+        let RunReport { steps, hits, .. } = run.report;
+        [
+            session.map_or_else(|| run.session.to_string(), |session| session.name.clone()),
+            run.model.clone(),
+            run.adapters.to_string(),
+            steps.to_string(),
+            if run.cache.is_some() { format!("{hits} of {steps}") } else { "no cache".to_owned() },
+            if run.cache.is_some() { format!("{:.2} x", run.speed_up) } else { String::new() },
+        ]
+    };
+    let rows: Vec<_> = status.runs.iter().map(row).collect();
+    table(["session", "model", "adapters", "steps", "left out", "speed-up"], &rows)
+}
+
+fn stacks(stacks: &[StackReport]) -> String {
+    let row = |stack: &StackReport| {
+        let adapters: Vec<String> =
+            stack.adapters.iter().map(|used| format!("{} at {}", used.name, used.strength)).collect();
+        let users = stack.users.to_string();
+        [adapters.join(", "), stack.model.clone(), stack.mode.name().to_owned(), bytes(stack.bytes), users]
+    };
+    let rows: Vec<_> = stacks.iter().map(row).collect();
+    table(["stack", "model", "mode", "bytes", "users"], &rows)
 }
 
 fn weights(weights: &[WeightReport]) -> String {

@@ -4,7 +4,7 @@ use super::super::responder::Responder;
 use crate::device::{DeviceError, StreamRef};
 use crate::model::ModelError;
 use crate::protocol::Outcome;
-use crate::service::VaeMode;
+use crate::service::How;
 use crate::tensor::TensorMeta;
 
 /// A call that ran: what is left is to hand its result over and its inputs back.
@@ -12,7 +12,7 @@ pub(super) struct Finished {
     pub(super) responder: Responder,
     pub(super) output: Held,
     pub(super) meta: TensorMeta,
-    pub(super) mode: Option<VaeMode>,
+    pub(super) how: How,
     /// Whether the result crosses as bytes behind the reply.
     pub(super) inline: bool,
 }
@@ -25,7 +25,7 @@ impl Finished {
         mark: impl FnOnce(&mut I, &Held) -> Result<(), DeviceError>,
         stream: Option<StreamRef>,
     ) {
-        let Self { responder, output, meta, mode, inline } = self;
+        let Self { responder, output, meta, how, inline } = self;
         if let Err(error) = mark(&mut inputs, &output) {
             output.give_up(stream);
             return responder.fail(error);
@@ -35,7 +35,7 @@ impl Finished {
             return match meta.size_bytes() {
                 Ok(length) => {
                     let payload = Payload::Slot { held: output, length };
-                    responder.answer_with_payload(Outcome::InlineTensor { meta, mode }, payload);
+                    responder.answer_with_payload(Outcome::InlineTensor { meta, how }, payload);
                 }
                 Err(error) => responder.fail(error),
             };
@@ -45,7 +45,7 @@ impl Finished {
         // says when the GPU is done with them.
         drop(inputs);
         match handed_over {
-            Ok(descriptor) => responder.answer(Outcome::Tensor { descriptor, mode }),
+            Ok(descriptor) => responder.answer(Outcome::Tensor { descriptor, how }),
             Err(error) => responder.fail(error),
         }
     }

@@ -7,5 +7,5 @@ mod unet;
 mod vae;
 
 pub(super) use models::{ModelJob, ModelTask, Shared};
-pub(super) use unet::{UnetCallJob, UnetExecutor, UnetOperand, UnetWork};
+pub(super) use unet::{PrepareJob, UnetCallJob, UnetExecutor, UnetOperand, UnetWork};
 pub(super) use vae::{Unfinished, VaeCallJob, VaeExecutor, VaeWork};

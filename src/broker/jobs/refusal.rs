@@ -1,6 +1,6 @@
 use super::super::responder::Responder;
 use crate::error::{ErrorKind, Fault};
-use crate::lane::Refusal;
+use crate::lane::{Refusal, StopSignal};
 use crate::service::Service;
 
 /// Answers a request that was not run.
@@ -36,6 +36,14 @@ fn refusal(service: Service, why: Refusal, client: &str) -> Fault {
             "the broker is stopping; the request was not run",
             "send it again once the broker is back",
         ),
+    }
+}
+
+/// What answers a request that was taken back, or whose time was up, just before it ran.
+pub(super) fn taken_back(stop: &StopSignal<'_>) -> Fault {
+    match stop.is_late() {
+        true => late("before it ran"),
+        false => Fault::new(ErrorKind::Cancelled, "the request was cancelled before it ran", ""),
     }
 }
 

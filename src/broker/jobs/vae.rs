@@ -13,7 +13,7 @@ use super::refusal::{late, refuse};
 use crate::device::StreamRef;
 use crate::lane::{Job, Refusal, StopSignal};
 use crate::model::{ModelError, ModelInput, Vae, VaePlan};
-use crate::service::{Service, VaeMode};
+use crate::service::{How, Service, VaeMode};
 use crate::tensor::TensorMeta;
 
 /// A VAE call with its memory, ready to run.
@@ -64,7 +64,7 @@ impl VaeCallJob {
         let Self { responder, model, plan, input, output, inline, .. } = self;
         // Before the client can know: its next request may need the room.
         drop(model);
-        let finished = Finished { responder, output, meta: plan.output, mode: Some(mode), inline };
+        let finished = Finished { responder, output, meta: plan.output, how: How::Vae(mode), inline };
         finished.answer(input, |input, output| input.mark_read(output, stream), stream);
     }
 }

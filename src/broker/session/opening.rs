@@ -5,6 +5,7 @@ use super::super::memory::{Handing, Held, SessionMemory};
 use super::super::open_gpu::GpuDoor;
 use super::super::pool::{ArenaPool, Growth, Limits};
 use super::super::responder::OpenSession;
+use super::super::runs::Runs;
 use super::Session;
 use crate::device::{Device, HostDevice, HostSharing, InProcessDevice};
 use crate::error::{Error, ErrorKind, Result};
@@ -128,7 +129,7 @@ impl Session {
         let memories = Memories::new(memory, self.sharing(rung));
         let rung = DeviceRung::host(rung, reason);
         let rungs = vec![rung.clone()];
-        let open = OpenSession { name: hello.name, rung, memories };
+        let open = OpenSession { name: hello.name, rung, memories, runs: Runs::default() };
         if self.link.open.set(open).is_err() {
             return Err(Error::new(ErrorKind::Internal, "a session was opened twice", ""));
         }

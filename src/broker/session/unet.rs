@@ -1,51 +1,69 @@
+use std::sync::Arc;
 use std::time::Instant;
 
+use super::super::adapters::{Stacked, Waiting, Wish};
 use super::super::jobs::{UnetCallJob, UnetOperand, UnetWork};
 use super::super::memories::SlotSource;
+use super::super::registry::ModelEntry;
 use super::super::responder::Responder;
+use super::super::runs::{Run, Runs};
 use super::super::usage::InUse;
 use super::Session;
 use super::vae::{Unprepared, check_reach};
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
+use crate::id::RunId;
 use crate::lane::Entry;
-use crate::protocol::{Rung, SlotPlace, TensorSource, UnetRequest};
-use crate::service::Service;
+use crate::model::StepFacts;
+use crate::protocol::{OpenRun, Outcome, Rung, SlotPlace, StepSubject, TensorSource, UnetRequest};
+use crate::service::{AdapterStack, Service, StepInput};
+use crate::tensor::TensorMeta;
 
 impl Session {
     /// # Errors
     /// What ends the session: bytes behind the request did not come.
     pub(super) fn unet(&mut self, responder: Responder, deadline: Option<Instant>, request: UnetRequest) -> Result<()> {
-        let (session, id) = (responder.session(), responder.request());
-        let UnetRequest { model, input, result } = request;
-        let prepared = self.prepare_unet(&model, &input, result);
-        match prepared {
+        match self.prepare_unet(request) {
             Err(Unprepared::Refused(error)) => responder.fail(error),
             Err(Unprepared::Broken(error)) => {
                 let fault = error.into_fault();
                 responder.fail(fault.clone());
                 return Err(fault.into());
             }
-            Ok(prepared) => {
-                let job = UnetWork::Call(prepared(responder));
-                self.state.unet_lane.submit(Entry { session, request: id, deadline, job });
+            Ok((prepared, None)) => self.submit_step(prepared(responder), deadline),
+            Ok((prepared, Some(wish))) => {
+                // It enters the lane once its adapters are there, and holds up nobody until then.
+                let state = Arc::clone(&self.state);
+                let (session, request) = (responder.session(), responder.request());
+                let go_on = move |stacked: Result<_>| match stacked {
+                    Ok(stacked) => {
+                        let job = UnetCallJob { stacked: Some(stacked), ..prepared(responder) };
+                        state.unet_lane.submit(Entry { session, request, deadline, job: UnetWork::Call(job) });
+                    }
+                    Err(error) => responder.fail(error),
+                };
+                self.state.adapters.obtain(&self.state, wish, Waiting { session, request, go_on: Box::new(go_on) });
             }
         }
         Ok(())
     }
 
-    /// Checks a step and finds its memory; what comes out lacks only who is answered.
+    fn submit_step(&self, job: UnetCallJob, deadline: Option<Instant>) {
+        let (session, request) = (job.responder.session(), job.responder.request());
+        self.state.unet_lane.submit(Entry { session, request, deadline, job: UnetWork::Call(job) });
+    }
+
+    /// Checks a step and finds its memory; what comes out lacks who is answered and, where there is a wish, adapters.
     fn prepare_unet(
         &mut self,
-        model: &str,
-        input: &crate::service::UnetInput<TensorSource>,
-        result: SlotPlace,
-    ) -> Result<impl FnOnce(Responder) -> UnetCallJob + use<>, Unprepared> {
-        let model = InUse::by(self.link.id(), self.state.registry.resolve(Service::Unet, model)?);
+        request: UnetRequest,
+    ) -> Result<(impl FnOnce(Responder) -> UnetCallJob + use<>, Option<Wish>), Unprepared> {
+        let UnetRequest { subject, input, result } = request;
         let metas = input.try_map(&mut |source| {
             let meta = source.meta();
             meta.validate().map(|()| meta)
-        })?;
-        let output_meta = model.unet()?.check(&metas)?;
+        });
+        let checked = metas.map_err(Error::from).and_then(|metas| self.subject(subject, &metas));
+        let Subject { model, facts, wish, run } = checked?;
         // In this order they lie behind the frame, where they do.
         let operands = input.try_map(&mut |source| match source {
             TensorSource::Leased(descriptor) => {
@@ -56,10 +74,115 @@ impl Session {
             TensorSource::Inline(meta) => Ok::<_, Unprepared>(UnetOperand { held: self.receive(meta)?, meta: *meta }),
         })?;
         let SlotSource { memory, .. } = self.memories()?.source(&self.state, result)?;
-        let output = memory.lease(output_meta.size_bytes()? as u64)?;
+        let output = memory.lease(facts.output.size_bytes()? as u64)?;
         check_reach(&model, &output)?;
         let crosses_inline = self.link.open.get().is_some_and(|open| open.rung.rung == Rung::Inline);
         let inline = crosses_inline && result == SlotPlace::Host;
-        Ok(move |responder| UnetCallJob { responder, model, input: operands, output, output_meta, inline })
+        let model = InUse::by(self.link.id(), model);
+        let job = move |responder| {
+            let (input, stacked) = (operands, None);
+            UnetCallJob { responder, model, input, facts, output, inline, stacked, run }
+        };
+        Ok((job, wish))
     }
+
+    /// What a step is of, where it fits that.
+    fn subject(&self, subject: StepSubject, input: &StepInput<TensorMeta>) -> Result<Subject> {
+        match subject {
+            StepSubject::Model { name, adapters } => {
+                let model = self.state.registry.resolve(Service::Unet, &name)?;
+                let facts = model.unet()?.check_alone(input)?;
+                let wish = self.wish(&model, adapters)?;
+                Ok(Subject { model, facts, wish, run: None })
+            }
+            StepSubject::Run { run, conds } => {
+                let run = self.runs()?.get(run)?;
+                let model = Arc::clone(&run.model);
+                let facts = run.conds.lock().check(model.unet()?, input, &conds)?;
+                Ok(Subject { model, facts, wish: None, run: Some((run, conds)) })
+            }
+        }
+    }
+
+    /// The adapters that are to be put together; `None` where there are none.
+    fn wish(&self, model: &Arc<ModelEntry>, adapters: AdapterStack) -> Result<Option<Wish>> {
+        match adapters.adapters.is_empty() {
+            true => Ok(None),
+            false => Wish::new(&self.state, model, adapters).map(Some),
+        }
+    }
+
+    pub(super) fn open_run(&self, responder: Responder, request: OpenRun) {
+        let OpenRun { model, settings } = request;
+        let prepared = settings.validate().map_err(Error::from).and_then(|()| {
+            let model = self.state.registry.resolve(Service::Unet, &model)?;
+            let wish = self.wish(&model, settings.adapters.clone())?;
+            Ok((model, wish))
+        });
+        let (model, wish) = match prepared {
+            Ok(prepared) => prepared,
+            Err(error) => return responder.fail(error),
+        };
+        let (session, id) = (responder.session(), responder.request());
+        let open = move |responder: Responder, stacked: Option<Arc<_>>| {
+            let run = Run::new(model, stacked.clone(), &settings);
+            let opened = responder.runs().ok_or_else(not_negotiated).and_then(|runs| runs.open(id, run));
+            let adapters = stacked.map(|stacked| stacked.taken.clone()).unwrap_or_default();
+            responder.settle(opened.map(|run| Outcome::Run { run, adapters }));
+        };
+        let Some(wish) = wish else { return open(responder, None) };
+        let go_on = move |stacked: Result<_>| match stacked {
+            Ok(stacked) => open(responder, Some(stacked)),
+            Err(error) => responder.fail(error),
+        };
+        self.state.adapters.obtain(&self.state, wish, Waiting { session, request: id, go_on: Box::new(go_on) });
+    }
+
+    pub(super) fn close_run(&self, run: RunId) {
+        if let Ok(runs) = self.runs() {
+            runs.close(run);
+        }
+    }
+
+    /// Puts adapters together, and answers what the model took up of each.
+    pub(super) fn prefetch(&self, responder: Responder, service: Service, model: &str, adapters: AdapterStack) {
+        let wish = match service {
+            Service::Unet => self
+                .state
+                .registry
+                .resolve(service, model)
+                .map_err(Error::from)
+                .and_then(|model| self.wish(&model, adapters)),
+            Service::Vae => {
+                let message = format!("a {} takes no adapters", service.name());
+                Err(Error::new(ErrorKind::Unsupported, message, "name a UNet"))
+            }
+        };
+        let wish = match wish {
+            Ok(Some(wish)) => wish,
+            Ok(None) => return responder.answer(Outcome::Adapters(Vec::new())),
+            Err(error) => return responder.fail(error),
+        };
+        let (session, request) = (responder.session(), responder.request());
+        let go_on = move |stacked: Result<Arc<Stacked>>| {
+            responder.settle(stacked.map(|stacked| Outcome::Adapters(stacked.taken.clone())));
+        };
+        self.state.adapters.obtain(&self.state, wish, Waiting { session, request, go_on: Box::new(go_on) });
+    }
+
+    fn runs(&self) -> Result<&Runs> {
+        self.link.open.get().map(|open| &open.runs).ok_or_else(not_negotiated)
+    }
+}
+
+fn not_negotiated() -> Error {
+    Error::new(ErrorKind::Protocol, "the session is not negotiated", "")
+}
+
+/// What a step is of, found to fit it.
+struct Subject {
+    model: Arc<ModelEntry>,
+    facts: StepFacts,
+    wish: Option<Wish>,
+    run: Option<(Arc<Run>, Vec<u32>)>,
 }

@@ -1,7 +1,7 @@
 use super::super::router::Answer;
 use super::Link;
 use crate::error::Result;
-use crate::id::{AttachmentId, DraftId, PermitId};
+use crate::id::{AttachmentId, DraftId, PermitId, RunId};
 use crate::protocol::{ClientMessage, Outcome};
 
 impl Link {
@@ -14,6 +14,7 @@ impl Link {
             Outcome::Attached(ref weights) => self.detach(weights.attachment),
             Outcome::Draft(ref offer) => self.abandon(offer.draft),
             Outcome::Permitted { permit } => self.end_permit(permit),
+            Outcome::Run { run, .. } => self.close_run(run),
             _ => {}
         }
     }
@@ -40,6 +41,14 @@ impl Link {
         // A connection that is gone has given it back already.
         if self.opener.is_here() && !self.router.is_lost() {
             _ = self.send(&ClientMessage::EndPermit { permit });
+        }
+    }
+
+    /// A run is over.
+    pub(in crate::client) fn close_run(&self, run: RunId) {
+        // A connection that is gone has ended it already.
+        if self.opener.is_here() && !self.router.is_lost() {
+            _ = self.send(&ClientMessage::CloseRun { run });
         }
     }
 

@@ -3,7 +3,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::super::header::quote;
-use super::super::{LayerId, ModelError, ModelFile, StoredTensor};
+use super::super::{FileState, LayerId, ModelError, ModelFile, StoredTensor};
 use super::build::Builder;
 use super::change::{Change, Part};
 use super::names::LayerNames;
@@ -74,6 +74,12 @@ impl AdapterFile {
     #[must_use]
     pub fn path(&self) -> &Path {
         self.file.path()
+    }
+
+    /// What tells whether the file is still the same.
+    #[must_use]
+    pub fn state(&self) -> &FileState {
+        self.file.state()
     }
 
     /// What the model with these layers takes up of it. Reads nothing.

@@ -11,9 +11,11 @@ mod names;
 mod number;
 mod piece;
 mod report;
+mod stack;
 
 #[cfg(feature = "torch")]
 pub(super) use change::{Change, Delta, Factor, Part};
 pub use file::AdapterFile;
 pub use names::LayerNames;
 pub use report::{AdapterKind, AdapterReport, UnknownKeys};
+pub use stack::{Adapter, ReadyStack, StackMaker};

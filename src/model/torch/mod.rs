@@ -3,6 +3,7 @@
 mod adapter;
 mod clip;
 mod cuda;
+mod frozen;
 mod kl;
 mod ladder;
 mod ops;
@@ -20,9 +21,7 @@ use tch::{Kind, TchError};
 pub use clip::{SdxlSizes, load_clip, sdxl_vector};
 pub use cuda::{CudaSwitches, GpuFacts, TorchCuda, TorchMemory, shim_version};
 pub use target::Target;
-pub use unet::{
-    Adapted, Adapter, AdapterMode, LayerPatch, LowRank, Patches, Replaced, Stack, Started, TorchUnet, load_unet,
-};
+pub use unet::{Adapted, LayerPatch, LowRank, Patches, Replaced, Stack, Started, TorchUnet, load_unet};
 pub use vae::load_vae;
 pub use weights::LoadOptions;
 

@@ -1,37 +1,18 @@
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use tch::{Kind, TchError, Tensor};
 
 use super::super::super::adapter::{Change, Delta, Part};
 use super::super::super::layout::unet::Layer;
-use super::super::super::{AdapterFile, AdapterReport, LayerId, ModelError};
+use super::super::super::{Adapter, AdapterFile, AdapterReport, LayerId, ModelError, ReadyStack, StackMaker};
 use super::super::adapter::{Narrow, merged, narrow, tensors};
 use super::super::failed;
-use super::super::weights::Backing;
 use super::WHAT;
+use super::base::Base;
 use super::load::TorchUnet;
 use super::stack::{LayerPatch, LowRank, Replaced, Stack};
-
-/// An adapter, and how much of it.
-#[derive(Debug, Clone, Copy)]
-pub struct Adapter<'a> {
-    /// Its file.
-    pub file: &'a AdapterFile,
-    /// Times what the file says; 0 leaves it out, less turns it round.
-    pub strength: f64,
-}
-
-/// How adapters are applied. Results of the modes differ by rounding only: whoever repeats a result names the mode.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum AdapterMode {
-    /// Beside the layer where all its adapters are of low rank and cost less there than the layer itself; else merged.
-    #[default]
-    Auto,
-    /// Beside the layer whatever can run there, and a private copy of its weights for the rest: the least memory.
-    Side,
-    /// A private copy of every weight that is changed: the fastest run.
-    Merged,
-}
+use crate::service::AdapterMode;
 
 /// What adapters make of a model.
 #[derive(Debug)]
@@ -49,12 +30,29 @@ struct Step<T> {
 }
 
 impl TorchUnet {
-    /// Makes a stack of adapters, which are applied in this order. The model is not modified.
+    /// As [`StackMaker::make`], for rows that [`super::Patches`] names.
     ///
     /// # Errors
-    /// As [`AdapterFile::report`]; [`ModelError::AdapterStrength`], [`ModelError::Changed`] where a file is no longer the
-    /// one that was opened, [`ModelError::OutOfMemory`].
+    /// As there.
     pub fn adapt(&self, adapters: &[Adapter<'_>], mode: AdapterMode) -> Result<Adapted, ModelError> {
+        self.base.adapt(adapters, mode)
+    }
+}
+
+impl StackMaker for Base {
+    fn make(
+        &self,
+        adapters: &[Adapter<'_>],
+        mode: AdapterMode,
+    ) -> Result<(ReadyStack, Vec<AdapterReport>), ModelError> {
+        let Adapted { stack, reports } = self.adapt(adapters, mode)?;
+        let size_bytes = stack.size_bytes();
+        Ok((ReadyStack::new(Arc::new(stack), size_bytes), reports))
+    }
+}
+
+impl Base {
+    fn adapt(&self, adapters: &[Adapter<'_>], mode: AdapterMode) -> Result<Adapted, ModelError> {
         let mut reports = Vec::new();
         let mut layers: BTreeMap<LayerId, Vec<(&AdapterFile, Step<Part>)>> = BTreeMap::new();
         for &Adapter { file, strength } in adapters {
@@ -71,9 +69,7 @@ impl TorchUnet {
                 layers.entry(id).or_default().push((file, Step { change, strength }));
             }
         }
-        if let Backing::File(file) = &self.backing {
-            file.check_unchanged()?;
-        }
+        self.check_unchanged()?;
         let changes = self.changes(&layers, mode)?;
         Ok(Adapted { stack: self.stack(changes)?, reports })
     }

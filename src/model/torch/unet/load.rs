@@ -1,31 +1,25 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 use super::super::super::detect_unet::{facts, unet_layout};
 use super::super::super::layout::unet::{Layer, Unet};
 use super::super::super::{LayerId, LayerNames, ModelError, ModelFile, UnetFacts};
-use super::super::target::{Target, kind_of_precision};
-use super::super::weights::{Backing, LoadOptions, Weights};
-use super::stack::{LayerPatch, Slot, Stack, StackBuilder};
+use super::super::frozen::Frozen;
+use super::super::target::kind_of_precision;
+use super::super::weights::{LoadOptions, Weights};
+use super::base::Base;
+use super::stack::{LayerPatch, Stack};
 
 /// A loaded UNet. It belongs to its lane's thread and is never modified by a call.
 #[derive(Debug)]
 pub struct TorchUnet {
-    // Both are declared before `backing`, so that they are dropped before the memory that their tensors point into.
+    // Declared before `base`, so that it is dropped before the memory that its tensors point into.
     pub(super) net: Unet<Tensor>,
-    /// By id: other names for the tensors in `net`.
-    pub(super) layers: Vec<Layer<Tensor>>,
     ids: HashMap<String, LayerId>,
-    /// What adapters call the layers.
-    pub(super) names: LayerNames,
     pub(super) facts: UnetFacts,
-    pub(super) kind: Kind,
-    pub(super) target: Target,
-    pub(super) backing: Backing,
-    /// Tells this model's stacks from those of others.
-    pub(super) identity: Arc<()>,
+    pub(super) base: Arc<Base>,
 }
 
 /// Loads the UNet in `file`, to be run by the calling thread.
@@ -62,9 +56,16 @@ fn load(file: &Arc<ModelFile>, options: LoadOptions<'_>) -> Result<TorchUnet, Mo
     })?;
     layers.sort_by_key(|layer| layer.id);
     let ids = layers.iter().filter_map(|layer| Some((net.stems.get(layer.id.0)?.clone(), layer.id))).collect();
-    let backing = weights.into_backing(file);
-    let target = options.target.clone();
-    Ok(TorchUnet { net, layers, ids, names, facts, kind, target, backing, identity: Arc::new(()) })
+    let base = Base {
+        layers: Frozen::new(layers),
+        stems: net.stems.clone(),
+        names,
+        kind,
+        target: options.target.clone(),
+        backing: weights.into_backing(file),
+        file: Arc::clone(file),
+    };
+    Ok(TorchUnet { net, ids, facts, base: Arc::new(base) })
 }
 
 fn same(id: LayerId, weight: &Tensor, bias: Option<&Tensor>) -> Layer<Tensor> {
@@ -80,7 +81,7 @@ impl TorchUnet {
 
     /// All layers with what single-file checkpoints call them, without prefix: `input_blocks.1.1.proj_in`.
     pub fn layers(&self) -> impl ExactSizeIterator<Item = (LayerId, &str)> {
-        self.layers.iter().map(|layer| (layer.id, self.stem(layer.id)))
+        self.base.layers.iter().map(|layer| (layer.id, self.base.stem(layer.id)))
     }
 
     /// The layer of that name.
@@ -92,7 +93,7 @@ impl TorchUnet {
     /// A layer's weight and bias, to be read only: every request computes with them.
     #[must_use]
     pub fn weights(&self, id: LayerId) -> Option<(&Tensor, Option<&Tensor>)> {
-        self.layers.get(id.0).map(|layer| (&layer.weight, layer.bias.as_ref()))
+        self.base.layers.get(id.0).map(|layer| (&layer.weight, layer.bias.as_ref()))
     }
 
     /// Checks what adapters change and brings it to where and how this model computes. Each layer may be named once.
@@ -100,19 +101,6 @@ impl TorchUnet {
     /// # Errors
     /// [`ModelError::Adapter`] for a change that does not fit its layer, [`ModelError::OutOfMemory`].
     pub fn stack(&self, changes: Vec<(LayerId, LayerPatch)>) -> Result<Stack, ModelError> {
-        let _no_grad = tch::no_grad_guard();
-        let _current = self.target.make_current()?;
-        let mut stack = StackBuilder::new(&self.identity, self.layers.len(), self.kind, self.target.device());
-        for (id, change) in changes {
-            let unknown =
-                || ModelError::Adapter { layer: id.0.to_string(), reason: "there is no such layer".to_owned() };
-            let layer = self.layers.get(id.0).ok_or_else(unknown)?;
-            stack.add(id, &Slot { stem: self.stem(id), weight: &layer.weight }, change)?;
-        }
-        Ok(stack.finish())
-    }
-
-    fn stem(&self, id: LayerId) -> &str {
-        self.net.stems.get(id.0).map_or("", String::as_str)
+        self.base.stack(changes)
     }
 }

@@ -1,11 +1,10 @@
 use std::ops::Range;
-use std::rc::Rc;
 use std::sync::Arc;
 
 use tch::{TchError, Tensor};
 
-use super::super::super::ModelError;
 use super::super::super::layout::unet::Layer;
+use super::super::super::{ModelError, ModelFile};
 use super::WHAT;
 use super::stack::{LayerPatch, LowRank, Replaced, Stack};
 
@@ -21,11 +20,11 @@ pub struct Patches {
     groups: Vec<Group>,
 }
 
-/// Neighbouring rows of one request. Tensors are not to be shared between threads, so neither is the stack.
+/// Neighbouring rows of one request.
 #[derive(Debug, Clone)]
 struct Group {
     rows: Range<i64>,
-    stack: Rc<Stack>,
+    stack: Arc<Stack>,
 }
 
 impl Patches {
@@ -39,7 +38,7 @@ impl Patches {
     ///
     /// # Errors
     /// [`ModelError::Executor`] for rows that another group has or that lie before it.
-    pub fn add(&mut self, first_row: u32, rows: u32, stack: Rc<Stack>) -> Result<(), ModelError> {
+    pub fn add(&mut self, first_row: u32, rows: u32, stack: Arc<Stack>) -> Result<(), ModelError> {
         let rows = i64::from(first_row)..i64::from(first_row) + i64::from(rows);
         let free_from = self.groups.last().map_or(0, |group| group.rows.end);
         if rows.is_empty() || rows.start < free_from {
@@ -57,7 +56,7 @@ impl Patches {
     }
 
     /// Checks that all groups are of a batch of `rows` and made for `model`.
-    pub(super) fn check(&self, rows: i64, model: &Arc<()>) -> Result<(), ModelError> {
+    pub(super) fn check(&self, rows: i64, model: &Arc<ModelFile>) -> Result<(), ModelError> {
         let cause = if self.groups.last().is_some_and(|group| group.rows.end > rows) {
             "adapters for rows that the batch does not have"
         } else if self.groups.iter().any(|group| !group.stack.is_for(model)) {
@@ -74,8 +73,8 @@ impl Patches {
         for (at, row) in (0i64..).zip(rows) {
             let Some(group) = self.groups.iter().find(|group| group.rows.contains(row)) else { continue };
             match groups.last_mut() {
-                Some(last) if last.rows.end == at && Rc::ptr_eq(&last.stack, &group.stack) => last.rows.end = at + 1,
-                _ => groups.push(Group { rows: at..at + 1, stack: Rc::clone(&group.stack) }),
+                Some(last) if last.rows.end == at && Arc::ptr_eq(&last.stack, &group.stack) => last.rows.end = at + 1,
+                _ => groups.push(Group { rows: at..at + 1, stack: Arc::clone(&group.stack) }),
             }
         }
         Self { groups }

@@ -3,7 +3,6 @@ use tch::{Kind, TchError, Tensor};
 use super::super::super::layout::unet::Input;
 use super::super::super::{Control, ModelError, UnetInput};
 use super::super::target::Target;
-use super::super::weights::Backing;
 use super::super::{dtype_of, failed};
 use super::WHAT;
 use super::blocks::{EPS, Pass};
@@ -38,6 +37,11 @@ impl Started {
     /// What `input_blocks.1` gave, control added: the same shape.
     pub fn h1(&self) -> &Tensor {
         &self.h1
+    }
+
+    /// What is added inside of the network, for every row.
+    pub(super) fn control(&self) -> &Control<Tensor> {
+        &self.control
     }
 
     /// The forward of some of its rows only, in the order of `rows`: of the requests that a cache does not answer.
@@ -87,12 +91,10 @@ impl TorchUnet {
     pub fn start(&self, input: &UnetInput<Tensor>, patches: &Patches) -> Result<Started, ModelError> {
         let meta = self.facts.check(&input.try_map(&mut |tensor| describe(tensor))?)?;
         let rows = meta.shape.as_slice().first().copied().unwrap_or(0).cast_signed();
-        patches.check(rows, &self.identity)?;
-        if let Backing::File(file) = &self.backing {
-            file.check_unchanged()?;
-        }
+        patches.check(rows, &self.base.file)?;
+        self.base.check_unchanged()?;
         let _no_grad = tch::no_grad_guard();
-        let _current = self.target.make_current()?;
+        let _current = self.base.target.make_current()?;
         self.started(input, rows, patches).map_err(failed(WHAT))
     }
 
@@ -103,7 +105,7 @@ impl TorchUnet {
     /// [`ModelError::OutOfMemory`], [`ModelError::Executor`].
     pub fn rest(&self, started: &Started) -> Result<Tensor, ModelError> {
         let _no_grad = tch::no_grad_guard();
-        let _current = self.target.make_current()?;
+        let _current = self.base.target.make_current()?;
         self.ended(started).map_err(failed(WHAT))
     }
 
@@ -113,7 +115,7 @@ impl TorchUnet {
     /// [`ModelError::Executor`] where `h` has not the size of the forward, [`ModelError::OutOfMemory`].
     pub fn finish(&self, started: &Started, h: &Tensor) -> Result<Tensor, ModelError> {
         let _no_grad = tch::no_grad_guard();
-        let _current = self.target.make_current()?;
+        let _current = self.base.target.make_current()?;
         let mut wanted = started.h0.size();
         if let (Some(channels), Some(own)) = (wanted.get_mut(1), self.net.norm_out.weight.size().first()) {
             *channels = *own;
@@ -126,7 +128,8 @@ impl TorchUnet {
     }
 
     fn started(&self, input: &UnetInput<Tensor>, rows: i64, patches: &Patches) -> Result<Started, TchError> {
-        let own = |tensor: &Tensor| tensor.f_to_device(self.target.device())?.f_to_kind(self.kind)?.f_contiguous();
+        let own =
+            |tensor: &Tensor| tensor.f_to_device(self.base.target.device())?.f_to_kind(self.base.kind)?.f_contiguous();
         // One row of control is all rows'; a view, without memory of its own.
         let mut all_rows = |tensor: &Tensor| {
             let (_, channels, height, width) = tensor.size4()?;
@@ -146,17 +149,26 @@ impl TorchUnet {
             h1 = add(input_block(&pass, first, h1)?, &control.input, 1)?;
         }
         let kind = input.x.f_kind()?;
-        Ok(Started { h0, h1, embed, context, control, patches: patches.clone(), target: self.target.clone(), kind })
+        Ok(Started {
+            h0,
+            h1,
+            embed,
+            context,
+            control,
+            patches: patches.clone(),
+            target: self.base.target.clone(),
+            kind,
+        })
     }
 
     /// Timestep and vector as all residual blocks take them: activated once for all.
     fn embed(&self, input: &UnetInput<Tensor>, patches: &Patches) -> Result<Tensor, TchError> {
-        let own = |tensor: &Tensor| tensor.f_to_device(self.target.device())?.f_to_kind(self.kind);
+        let own = |tensor: &Tensor| tensor.f_to_device(self.base.target.device())?.f_to_kind(self.base.kind);
         let two = |[first, second]: &[_; 2], x: &Tensor| {
             let hidden = patches.linear(first, x)?.f_silu_()?;
             patches.linear(second, &hidden)
         };
-        let steps = sinusoids(&input.timesteps.f_to_device(self.target.device())?, self.facts.model_channels)?;
+        let steps = sinusoids(&input.timesteps.f_to_device(self.base.target.device())?, self.facts.model_channels)?;
         let mut embed = two(&self.net.time_embed, &own(&steps)?)?;
         if let (Some(layers), Some(y)) = (&self.net.label_embed, &input.y) {
             embed = embed.f_add_(&two(layers, &own(y)?.f_contiguous()?)?)?;
@@ -198,7 +210,7 @@ impl TorchUnet {
     }
 
     fn finished(&self, started: &Started, h: &Tensor) -> Result<Tensor, TchError> {
-        let h = h.f_to_device(self.target.device())?.f_to_kind(self.kind)?.f_contiguous()?;
+        let h = h.f_to_device(self.base.target.device())?.f_to_kind(self.base.kind)?.f_contiguous()?;
         let mut y = started.patches.group_norm(&self.net.norm_out, &h, EPS)?.f_silu_()?;
         y = started.patches.conv(&self.net.conv_out, &y, 1, 1)?;
         y.f_to_kind(started.kind)

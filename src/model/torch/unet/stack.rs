@@ -2,8 +2,9 @@ use std::sync::Arc;
 
 use tch::{Device, Kind, TchError, Tensor};
 
-use super::super::super::{LayerId, ModelError};
+use super::super::super::{LayerId, ModelError, ModelFile};
 use super::super::failed;
+use super::super::frozen::Frozen;
 use super::WHAT;
 
 /// What a request's adapters change in one layer.
@@ -37,9 +38,9 @@ pub struct Replaced {
 #[derive(Debug)]
 pub struct Stack {
     /// By the layers' ids.
-    layers: Vec<Option<LayerPatch>>,
+    layers: Frozen<Vec<Option<LayerPatch>>>,
     /// The model it was checked against.
-    model: Arc<()>,
+    model: Arc<ModelFile>,
     size_bytes: u64,
 }
 
@@ -56,7 +57,7 @@ impl Stack {
     }
 
     /// Whether it was checked against that model.
-    pub(super) fn is_for(&self, model: &Arc<()>) -> bool {
+    pub(super) fn is_for(&self, model: &Arc<ModelFile>) -> bool {
         Arc::ptr_eq(&self.model, model)
     }
 }
@@ -69,19 +70,22 @@ pub(super) struct Slot<'a> {
 
 /// Puts a stack together.
 pub(super) struct StackBuilder {
-    stack: Stack,
+    layers: Vec<Option<LayerPatch>>,
+    model: Arc<ModelFile>,
+    size_bytes: u64,
     kind: Kind,
     device: Device,
 }
 
 impl StackBuilder {
-    pub(super) fn new(model: &Arc<()>, layers: usize, kind: Kind, device: Device) -> Self {
+    pub(super) fn new(model: &Arc<ModelFile>, layers: usize, kind: Kind, device: Device) -> Self {
         let layers = (0..layers).map(|_| None).collect();
-        Self { stack: Stack { layers, model: Arc::clone(model), size_bytes: 0 }, kind, device }
+        Self { layers, model: Arc::clone(model), size_bytes: 0, kind, device }
     }
 
     pub(super) fn finish(self) -> Stack {
-        self.stack
+        let Self { layers, model, size_bytes, .. } = self;
+        Stack { layers: Frozen::new(layers), model, size_bytes }
     }
 
     /// Takes up a change of the layer `id`, which is `slot`.
@@ -96,7 +100,7 @@ impl StackBuilder {
             let bias = replaced.bias.map(|bias| self.take(&bias)).transpose()?;
             checked.replaced = Some(Replaced { weight: self.take(&replaced.weight)?, bias });
         }
-        match self.stack.layers.get_mut(id.0) {
+        match self.layers.get_mut(id.0) {
             Some(place @ None) => *place = Some(checked),
             _ => return Err(misfit(slot, "it is changed twice, or is not one of the model's".to_owned())),
         }
@@ -106,7 +110,7 @@ impl StackBuilder {
     fn take(&mut self, tensor: &Tensor) -> Result<Tensor, ModelError> {
         let moved = tensor.f_to_device(self.device).and_then(|there| there.f_to_kind(self.kind));
         let own = moved.and_then(|own| own.f_contiguous()).map_err(failed(WHAT))?;
-        self.stack.size_bytes += own.numel() as u64 * self.kind.elt_size_in_bytes() as u64;
+        self.size_bytes += own.numel() as u64 * self.kind.elt_size_in_bytes() as u64;
         Ok(own)
     }
 }

@@ -1,0 +1,143 @@
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::time::Instant;
+
+use crossbeam_channel::Receiver;
+
+use super::super::jobs::{PrepareJob, UnetWork};
+use super::super::registry::AdapterPlace;
+use super::super::state::State;
+use super::files::ReadAdapter;
+use super::service::{Stacked, Wish, WishedAdapter};
+use crate::error::{Error, ErrorKind, Fault, Result};
+use crate::id::{RequestId, SessionId};
+use crate::lane::Entry;
+use crate::model::{Adapter, AdapterReport, StackMaker};
+use crate::service::{AdapterTaken, AdapterUse};
+
+/// The session of what the broker asks of its own lanes; clients' begin at 1.
+const BROKER: SessionId = SessionId(0);
+
+/// A stack to be put together.
+#[derive(Debug)]
+pub(super) struct Work {
+    state: Arc<State>,
+    wish: Wish,
+}
+
+/// What came of trying.
+enum Tried {
+    Made(Arc<Stacked>),
+    /// The model is not loaded.
+    NeedsModel,
+}
+
+impl Work {
+    pub(super) fn new(state: &Arc<State>, wish: Wish) -> Self {
+        Self { state: Arc::clone(state), wish }
+    }
+
+    fn run(self) {
+        // Everybody took it back, or the broker stops.
+        if !self.state.adapters.is_awaited(&self.wish) {
+            return;
+        }
+        let tried = catch_unwind(AssertUnwindSafe(|| self.try_to_make())).unwrap_or_else(|_| {
+            Err(Error::new(ErrorKind::Internal, "putting adapters together panicked", "see the broker's log"))
+        });
+        match tried {
+            Ok(Tried::Made(stacked)) => self.state.adapters.settle(&self.wish, Ok(stacked)),
+            Ok(Tried::NeedsModel) => self.load_model(),
+            Err(error) => self.fail(error.into_fault()),
+        }
+    }
+
+    pub(super) fn fail(self, fault: Fault) {
+        self.state.adapters.settle(&self.wish, Err(fault));
+    }
+
+    fn try_to_make(&self) -> Result<Tried> {
+        let Self { state, wish } = self;
+        let mut read = Vec::new();
+        for adapter in &wish.adapters {
+            read.push(self.read(&adapter.place)?);
+        }
+        let key = wish.stack_key(read.iter().map(|read| read.content));
+        if let Some(stacked) = state.adapters.kept(&key) {
+            return Ok(Tried::Made(stacked));
+        }
+        let Some(maker) = wish.model.stack_maker() else { return Ok(Tried::NeedsModel) };
+        let stacked = make(&*maker, wish, &read)?;
+        state.adapters.keep(key, stacked).map(Tried::Made)
+    }
+
+    fn read(&self, place: &AdapterPlace) -> Result<ReadAdapter> {
+        let adapters = &self.state.adapters;
+        let path = match place {
+            // Not remembered: as long as it is open, its memory is in use.
+            AdapterPlace::Published(set) => return Ok(ReadAdapter::published(set)?),
+            AdapterPlace::File(path) => path,
+        };
+        if let Some(known) = adapters.known(path) {
+            return Ok(known);
+        }
+        let new = ReadAdapter::read(path)?;
+        adapters.learn(path, &new);
+        Ok(new)
+    }
+
+    /// Has the model's lane load it, and goes on then.
+    fn load_model(self) {
+        let (state, model) = (Arc::clone(&self.state), Arc::clone(&self.wish.model));
+        let done = move |loaded: Result<()>| match loaded {
+            Ok(()) => Arc::clone(&self.state).adapters.queue(self),
+            Err(error) => self.fail(error.into_fault()),
+        };
+        let job = UnetWork::Prepare(PrepareJob { model, done: Box::new(done) });
+        state.unet_lane.submit(Entry { session: BROKER, request: RequestId(0), deadline: None, job });
+    }
+}
+
+/// Works off what there is, until nobody is left who could ask for more.
+pub(super) fn work(wishes: &Receiver<Work>) {
+    for work in wishes {
+        work.run();
+    }
+}
+
+fn make(maker: &dyn StackMaker, wish: &Wish, read: &[ReadAdapter]) -> Result<Stacked> {
+    let began = Instant::now();
+    let adapters = read.iter().zip(&wish.adapters);
+    let adapters: Vec<_> = adapters
+        .map(|(read, WishedAdapter { strength, .. })| Adapter { file: &read.file, strength: *strength })
+        .collect();
+    let (stack, reports) = maker.make(&adapters, wish.mode)?;
+    let report = wish.model.report();
+    tracing::info!(
+        model = report.name,
+        adapters = wish.adapters.len(),
+        bytes = stack.size_bytes(),
+        seconds = began.elapsed().as_secs_f64(),
+        "adapters put together"
+    );
+    let taken = wish.adapters.iter().zip(reports).map(|(wished, report)| taken(wished.name.clone(), report));
+    let used = |wished: &WishedAdapter| AdapterUse { name: wished.name.clone(), strength: wished.strength };
+    Ok(Stacked {
+        stack,
+        model: report.name,
+        adapters: wish.adapters.iter().map(used).collect(),
+        taken: taken.collect(),
+    })
+}
+
+fn taken(name: String, report: AdapterReport) -> AdapterTaken {
+    let AdapterReport { layers, kinds, unknown, text_encoder_keys } = report;
+    AdapterTaken {
+        name,
+        layers: layers as u64,
+        kinds: kinds.into_iter().map(|(kind, count)| (kind.name().to_owned(), count as u64)).collect(),
+        unknown_keys: unknown.count as u64,
+        unknown: unknown.first,
+        other_keys: text_encoder_keys as u64,
+    }
+}

@@ -1,0 +1,129 @@
+//! Many clients at once: each gets what it gets alone, whoever else is there.
+
+use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use luna_broker::client::{Client, Input};
+use luna_broker::config::BrokerConfig;
+use luna_broker::service::{AdapterMode, AdapterStack, BlockCache, RunSettings, Service, StepInput};
+
+use crate::config;
+use crate::support::{Place, broker_at, client_at};
+use crate::{Scene, TOLERANCE, difference, given, made, values};
+
+/// Each client's adapters; the first has none.
+const STACKS: [&str; 7] = ["lora@0.8", "lora@-0.5", "loha@1", "lokr@1", "dora-rows@1", "lora@0.8+set@1", "oft@1"];
+
+fn stack(scene: &Scene, client: usize) -> AdapterStack {
+    match client.checked_sub(1).and_then(|at| STACKS.get(at)) {
+        Some(stack) => scene.stack(stack, AdapterMode::Auto),
+        None => AdapterStack::default(),
+    }
+}
+
+/// A latent of a client's own, in a round.
+fn latent(client: usize, round: usize) -> (luna_broker::tensor::TensorMeta, Vec<u8>) {
+    made(&[2, 4, 8, 8], |at| ((at * (client + 2)) as f32 * 0.13 + round as f32 * 0.01).sin())
+}
+
+fn step<'a>(scene: &'a Scene, x: Input<'a>) -> StepInput<Input<'a>> {
+    StepInput { x, ..scene.step() }
+}
+
+fn alone(scene: &Scene, client: &Client, who: usize, rounds: usize) -> Vec<Vec<f32>> {
+    let run = scene.unet(client).run(RunSettings { adapters: stack(scene, who), ..RunSettings::default() }).unwrap();
+    (0..rounds).map(|round| values(&run.step(&step(scene, given(&latent(who, round))), &[0, 1]).unwrap())).collect()
+}
+
+/// All clients' steps interleaved, held against what each gets alone; requests that ran together at most.
+fn interleaved(scene: &Scene, max_batch: Option<usize>, rounds: usize) -> u32 {
+    let place = Place::new();
+    let _broker = broker_at(&place, BrokerConfig { max_batch, ..config() });
+    let first = client_at(&place);
+    let plain = values(&scene.unet(&first).step(&scene.input()).unwrap());
+    let expected: Vec<_> = (0..8).map(|who| alone(scene, &first, who, rounds)).collect();
+    let most = AtomicU32::new(0);
+    std::thread::scope(|scope| {
+        for (who, expected) in expected.iter().enumerate() {
+            let (place, most) = (&place, &most);
+            scope.spawn(move || {
+                let client = client_at(place);
+                let adapters = stack(scene, who);
+                let unet = scene.unet(&client);
+                let run = unet.run(RunSettings { adapters: adapters.clone(), ..RunSettings::default() }).unwrap();
+                for (round, expected) in expected.iter().enumerate() {
+                    let x = latent(who, round);
+                    let input = step(scene, given(&x));
+                    // By turns as a step of a run and by itself.
+                    let options = client.default_options();
+                    let output = match round % 2 {
+                        0 => run.call(&input, &[0, 1], &options).unwrap(),
+                        _ => {
+                            let input = luna_broker::service::UnetInput { x: given(&x), ..scene.input() };
+                            unet.call(&input, &adapters, &options).unwrap()
+                        }
+                    };
+                    most.fetch_max(output.step.together, Ordering::Relaxed);
+                    let off = difference(&values(&output.tensor), expected);
+                    assert!(off <= TOLERANCE, "client {who} in round {round}: {off:e}");
+                }
+            });
+        }
+    });
+    assert_eq!(values(&scene.unet(&first).step(&scene.input()).unwrap()), plain, "the model is as it was");
+    let lane = first.status().unwrap().lanes.into_iter().find(|lane| lane.service == Service::Unet).unwrap();
+    assert!(lane.batches <= lane.completed);
+    if max_batch == Some(1) {
+        assert_eq!(lane.batches, lane.completed);
+    }
+    most.into_inner()
+}
+
+#[test]
+fn eight_clients_with_stacks_of_their_own_get_what_each_gets_alone() {
+    let Some(scene) = Scene::of("sd15") else { return };
+    let before = std::fs::read(scene.model()).unwrap();
+    assert_eq!(interleaved(&scene, Some(1), 20), 1);
+    assert!(interleaved(&scene, Some(8), 20) > 1, "some ran together");
+    interleaved(&scene, None, 100);
+    assert!(before == std::fs::read(scene.model()).unwrap(), "the weights are the mapped file");
+}
+
+#[test]
+fn runs_with_block_caches_run_together_and_decide_apart() {
+    let Some(scene) = Scene::of("sd15") else { return };
+    let place = Place::new();
+    let _broker = broker_at(&place, BrokerConfig { max_batch: Some(8), ..config() });
+    let together = AtomicU32::new(0);
+    let verdicts = |threshold: f64, who: usize| {
+        let client = client_at(&place);
+        let cache = Some(BlockCache::new(threshold));
+        let run = scene.unet(&client).run(RunSettings { cache, ..RunSettings::default() }).unwrap();
+        let mut hits = Vec::new();
+        for round in 0..40 {
+            let x = latent(who, round);
+            let timesteps = made(&[2], |_| 900.0 - round as f32);
+            let input = StepInput { timesteps: given(&timesteps), ..step(&scene, given(&x)) };
+            let output = run.call(&input, &[0, 1], &client.default_options()).unwrap();
+            together.fetch_max(output.step.together, Ordering::Relaxed);
+            hits.push((output.step.cache.unwrap().verdict, values(&output.tensor)));
+        }
+        hits
+    };
+    let thresholds = [0.0, 0.02, 0.05, 1e6];
+    let alone: Vec<_> = thresholds.iter().enumerate().map(|(who, &threshold)| verdicts(threshold, who)).collect();
+    let kinds: BTreeSet<_> = alone.iter().flatten().map(|(verdict, _)| verdict.name()).collect();
+    assert!(kinds.contains("hit") && kinds.contains("different"), "{kinds:?}");
+    let verdicts = &verdicts;
+    let crowd: Vec<_> = std::thread::scope(|scope| {
+        let each = thresholds.iter().enumerate().map(|(who, &threshold)| scope.spawn(move || verdicts(threshold, who)));
+        each.collect::<Vec<_>>().into_iter().map(|thread| thread.join().unwrap()).collect()
+    });
+    for (who, (alone, crowd)) in alone.iter().zip(&crowd).enumerate() {
+        for (round, (alone, crowd)) in alone.iter().zip(crowd).enumerate() {
+            assert_eq!(alone.0, crowd.0, "client {who} in round {round}");
+            assert!(difference(&alone.1, &crowd.1) <= 2.0 * TOLERANCE, "client {who} in round {round}");
+        }
+    }
+    assert!(together.into_inner() > 1, "some ran together");
+}
