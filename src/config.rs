@@ -21,6 +21,9 @@ pub struct ConfigError {
 pub struct BrokerConfig {
     /// Folders in which model names are looked up. None by default: models are then named by path.
     pub model_folders: Vec<PathBuf>,
+    /// Folders with embeddings (textual inversions) that prompts name by `embedding:name`; folders below them count too.
+    /// None by default.
+    pub embedding_folders: Vec<PathBuf>,
     /// Whether the do-nothing VAE `builtin:hand-off` is served. Off by default.
     pub bench_models: bool,
     /// Requests that may wait for their turn in one lane; more are refused as busy. Default 64. Those that had their turn and
@@ -81,6 +84,7 @@ impl Default for BrokerConfig {
     fn default() -> Self {
         Self {
             model_folders: Vec::new(),
+            embedding_folders: Vec::new(),
             bench_models: false,
             lane_capacity: 64,
             session_in_flight: 32,

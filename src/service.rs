@@ -5,8 +5,12 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+mod clip;
 mod unet;
 
+pub use clip::{
+    Chunk, ClipInput, ClipKind, ClipOptions, ClipPrompt, ClipText, ClipTokens, IgnoredEmbedding, Token, WeightedToken,
+};
 pub use unet::{Control, UnetInput};
 
 /// A kind of model that the broker serves.
@@ -18,11 +22,13 @@ pub enum Service {
     Vae,
     /// One denoising step.
     Unet,
+    /// Prompts to what UNets are conditioned on.
+    Clip,
 }
 
 impl Service {
     /// Every service.
-    pub const ALL: [Self; 2] = [Self::Vae, Self::Unet];
+    pub const ALL: [Self; 3] = [Self::Vae, Self::Unet, Self::Clip];
 
     /// The name used in `status` and metrics.
     #[must_use]
@@ -30,6 +36,7 @@ impl Service {
         match self {
             Self::Vae => "vae",
             Self::Unet => "unet",
+            Self::Clip => "clip",
         }
     }
 

@@ -17,6 +17,7 @@ mod open_gpu;
 mod outbox;
 mod permits;
 mod pool;
+mod prompts;
 mod quarantine;
 mod registry;
 mod responder;

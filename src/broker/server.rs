@@ -7,9 +7,10 @@ use parking_lot::Mutex;
 
 use super::clock::Clock;
 use super::gpu::BrokerGpu;
-use super::jobs::{UnetExecutor, VaeExecutor};
+use super::jobs::{ClipExecutor, UnetExecutor, VaeExecutor};
 use super::loader::{Loader, Placement};
 use super::permits::Permits;
+use super::prompts::Prompts;
 use super::registry::Registry;
 use super::session::Session;
 use super::state::{Sessions, State};
@@ -92,6 +93,7 @@ fn make_state(config: BrokerConfig, address: String) -> Result<State> {
     let queue = gpu.as_ref().map(BrokerGpu::queue).transpose()?;
     // Each lane's libtorch is a stream of its own: a loader opens it on the lane's thread.
     let unet_loader = Loader::new(&config, placement.clone(), Arc::clone(&loading), None);
+    let clip_loader = Loader::new(&config, placement.clone(), Arc::clone(&loading), None);
     let loader = Loader::new(&config, placement, Arc::clone(&loading), queue);
     let lane_registry = Arc::clone(&registry);
     let queue = Queue::new(Policy::Fifo, config.lane_capacity).patience(config.input_patience);
@@ -101,6 +103,11 @@ fn make_state(config: BrokerConfig, address: String) -> Result<State> {
     let queue = Queue::new(Policy::FairBySession, config.lane_capacity).patience(config.input_patience);
     let unet_lane =
         Lane::spawn("luna-unet", queue, move || UnetExecutor::new(unet_loader, lane_registry)).map_err(no_thread)?;
+    let lane_registry = Arc::clone(&registry);
+    let queue = Queue::new(Policy::Fifo, config.lane_capacity);
+    let clip_lane =
+        Lane::spawn("luna-clip", queue, move || ClipExecutor::new(clip_loader, lane_registry)).map_err(no_thread)?;
+    let prompts = Prompts::new(config.embedding_folders.clone());
     let limits = WeightLimits::new(config.weight_bytes, gpu.as_ref());
     let weights = Weights::start(limits).map_err(no_thread)?;
     Ok(State {
@@ -111,6 +118,8 @@ fn make_state(config: BrokerConfig, address: String) -> Result<State> {
         registry,
         vae_lane,
         unet_lane,
+        clip_lane,
+        prompts,
         permits: Arc::new(Permits::default()),
         weights,
         loading,
@@ -206,6 +215,14 @@ impl Broker {
         Ok(self.state.registry.resolve(service, model)?.report())
     }
 
+    /// Recognises the text encoders in files, by name or path, as one set, without loading it.
+    ///
+    /// # Errors
+    /// As [`Broker::describe`].
+    pub fn describe_encoders(&self, models: &[String]) -> Result<ModelReport> {
+        Ok(self.state.registry.resolve_set(models)?.report())
+    }
+
     /// Bytes of weights of the model being loaded that are in place.
     #[must_use]
     pub fn loading_bytes(&self) -> u64 {
@@ -237,6 +254,7 @@ impl Broker {
         self.state.permits.end_all();
         self.state.vae_lane.shut_down();
         self.state.unet_lane.shut_down();
+        self.state.clip_lane.shut_down();
         let deadline = Instant::now() + FAREWELL;
         for link in &sessions {
             link.outbox.flush(deadline);

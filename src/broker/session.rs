@@ -21,6 +21,7 @@ use crate::service::Service;
 use crate::tensor::{DType, Dims, TensorMeta};
 use crate::transport::{Abilities, Connection, FrameReader};
 
+mod clip;
 mod models;
 mod opening;
 mod unet;
@@ -104,6 +105,7 @@ impl Session {
                 Action::Cancel(id) => {
                     self.state.vae_lane.cancel(self.link.id(), id);
                     self.state.unet_lane.cancel(self.link.id(), id);
+                    self.state.clip_lane.cancel(self.link.id(), id);
                     self.state.weights.cancel(self.link.id(), id);
                     // It may be granted in this moment.
                     self.recall(id);
@@ -166,6 +168,7 @@ impl Session {
         state.permits.end_session(link.id());
         state.vae_lane.end_session(link.id());
         state.unet_lane.end_session(link.id());
+        state.clip_lane.end_session(link.id());
         state.weights.end_session(link.id());
         connection.close();
         drop((probing, gpu_door));
@@ -217,6 +220,8 @@ impl Session {
                 self.step_gpu(responder, |door, state, memories, _| door.probed(state, memories, probed));
             }
             Operation::Unet(request) => self.unet(responder, deadline, *request)?,
+            Operation::Clip(request) => self.clip(responder, deadline, *request)?,
+            Operation::Encoders { models, task } => self.encoders(responder, deadline, &models, task),
             Operation::Describe { service, model } => {
                 let described = self.state.registry.resolve(service, &model);
                 responder.settle(described.map(|model| Outcome::Model(model.report())).map_err(Error::from));

@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::clip::ClipReport;
 use super::negotiate::DeviceRung;
 use crate::id::{ContentDigest, SessionId, WeightSetId};
 use crate::service::Service;
@@ -71,7 +72,7 @@ pub struct SessionReport {
 pub struct ModelReport {
     /// Name to use in requests.
     pub name: String,
-    /// File it comes from; empty for a built-in model.
+    /// File it comes from, the first of several; empty for a built-in model.
     pub path: String,
     /// Service that runs it.
     pub service: Service,
@@ -83,13 +84,16 @@ pub struct ModelReport {
     pub bytes: u64,
     /// Device it runs on.
     pub device: String,
-    /// Channels of the latent.
+    /// Channels of the latent; 0 for a model that has nothing to do with latents.
     pub latent_channels: u64,
-    /// Pixels per latent element in each direction; 0 for a model that has to do with latents alone.
+    /// Pixels per latent element in each direction; 0 for a model that has nothing to do with pixels.
     pub ratio: u64,
     /// What else there is to know of a UNet.
     #[serde(default)]
     pub unet: Option<UnetReport>,
+    /// What else there is to know of text encoders.
+    #[serde(default)]
+    pub clip: Option<ClipReport>,
 }
 
 /// What a UNet takes, and what its output means.

@@ -1,6 +1,6 @@
 use std::fmt::Write;
 
-use luna_broker::protocol::{DeviceRung, ModelReport, Status, VerifyReport, WeightReport};
+use luna_broker::protocol::{DeviceRung, EncoderReport, ModelReport, Status, VerifyReport, WeightReport};
 
 /// A number of bytes as people read it.
 pub(crate) fn bytes(count: u64) -> String {
@@ -131,16 +131,20 @@ pub(crate) fn models(models: &[ModelReport]) -> String {
     let rows: Vec<_> = models
         .iter()
         .map(|model| {
-            let latent = match &model.unet {
-                None => format!("{} channels, 1:{}", model.latent_channels, model.ratio),
-                Some(unet) => format!("{} channels in, {}, {}", unet.in_channels, unet.variant, unet.prediction),
+            let takes = match (&model.unet, &model.clip) {
+                (Some(unet), _) => format!("{} channels in, {}, {}", unet.in_channels, unet.variant, unet.prediction),
+                (None, Some(clip)) => {
+                    let encoder = |one: &EncoderReport| format!("{} {} wide", one.kind, one.width);
+                    clip.encoders.iter().map(encoder).collect::<Vec<_>>().join(", ")
+                }
+                (None, None) => format!("{} channels, 1:{}", model.latent_channels, model.ratio),
             };
             let loaded = if model.loaded { "yes" } else { "no" }.to_owned();
             let (name, service, family) = (model.name.clone(), model.service.name().to_owned(), model.family.clone());
-            [name, service, family, latent, loaded, bytes(model.bytes), model.device.clone()]
+            [name, service, family, takes, loaded, bytes(model.bytes), model.device.clone()]
         })
         .collect();
-    table(["name", "service", "family", "latent", "loaded", "weights", "device"], &rows)
+    table(["name", "service", "family", "takes", "loaded", "weights", "device"], &rows)
 }
 
 /// A model that was loaded.

@@ -17,7 +17,7 @@ mod weights;
 
 use tch::{Kind, TchError};
 
-pub use clip::{SdxlSizes, load_clip, sdxl_vector};
+pub use clip::load_clip;
 pub use cuda::{CudaSwitches, GpuFacts, TorchCuda, TorchMemory, shim_version};
 pub use target::Target;
 pub use unet::{
