@@ -5,6 +5,7 @@ use pyo3::prelude::*;
 
 mod call;
 mod client;
+mod clip;
 mod dlpack;
 mod doctor;
 mod errors;
@@ -26,6 +27,7 @@ fn native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     tensor::register(module)?;
     vae::register(module)?;
     unet::register(module)?;
+    clip::register(module)?;
     weights::register(module)?;
     permit::register(module)?;
     client::register(module)?;
