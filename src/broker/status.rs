@@ -51,6 +51,7 @@ impl State {
         vec![
             report(Service::Vae, self.vae_lane.counts(), self.permits.holder()),
             report(Service::Unet, self.unet_lane.counts(), None),
+            report(Service::Clip, self.clip_lane.counts(), None),
         ]
     }
 }

@@ -1,5 +1,6 @@
 //! The calling side: typed calls, imported memory, leases, reconnection.
 
+mod clip;
 mod compute;
 mod connect;
 #[cfg(all(feature = "cuda", unix))]
@@ -22,6 +23,7 @@ mod unet;
 mod vae;
 mod weights;
 
+pub use clip::{Clip, ClipOutput};
 pub use connect::{
     CallOptions, Client, ResultPlace, Unshared, address_from_environment, gpu_named, synchronize_default_stream,
 };
