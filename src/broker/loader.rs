@@ -182,7 +182,9 @@ impl Loader {
         match model.source() {
             Source::HandOff => Err(model.changed()),
             #[cfg(feature = "torch")]
-            Source::Files(files) => self.load_files(files, load_clip),
+            Source::Files(files) => {
+                self.load_files(files, |files, options| Ok(Box::new(load_clip(files, options)?) as Box<dyn Clip>))
+            }
             #[cfg(not(feature = "torch"))]
             Source::Files(files) => Err(without_executors(files, "text encoders")),
         }

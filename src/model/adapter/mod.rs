@@ -11,6 +11,7 @@ mod names;
 mod number;
 mod piece;
 mod report;
+mod text_names;
 
 #[cfg(feature = "torch")]
 pub(super) use change::{Change, Delta, Factor, Part};
