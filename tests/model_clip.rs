@@ -47,7 +47,7 @@ fn load(folder: &Path, names: &[&str], storage: WeightStorage) -> Loaded {
         seen.set((done, total));
     };
     let options = LoadOptions { target: &Target::Cpu, storage, memory: &InProcessDevice, progress: &progress };
-    let clip = load_clip(&files, options).unwrap_or_else(|error| panic!("{error}"));
+    let clip = Box::new(load_clip(&files, options).unwrap_or_else(|error| panic!("{error}")));
     assert_eq!(seen.get(), (set.weight_bytes(), set.weight_bytes()), "progress ends with everything loaded");
     Loaded { set, clip }
 }

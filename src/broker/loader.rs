@@ -182,7 +182,9 @@ impl Loader {
         match model.source().open()? {
             None => Err(model.changed()),
             #[cfg(feature = "torch")]
-            Some(files) => self.load_files(&files, load_clip),
+            Some(files) => {
+                self.load_files(&files, |files, options| Ok(Box::new(load_clip(files, options)?) as Box<dyn Clip>))
+            }
             #[cfg(not(feature = "torch"))]
             Some(files) => Err(without_executors(&files, "text encoders")),
         }

@@ -131,13 +131,13 @@ fn make(maker: &dyn StackMaker, wish: &Wish, read: &[ReadAdapter]) -> Result<Sta
 }
 
 fn taken(name: String, report: AdapterReport) -> AdapterTaken {
-    let AdapterReport { layers, kinds, unknown, text_encoder_keys } = report;
+    let AdapterReport { layers, kinds, unknown, text_encoder_keys, unet_keys } = report;
     AdapterTaken {
         name,
         layers: layers as u64,
         kinds: kinds.into_iter().map(|(kind, count)| (kind.name().to_owned(), count as u64)).collect(),
         unknown_keys: unknown.count as u64,
         unknown: unknown.first,
-        other_keys: text_encoder_keys as u64,
+        other_keys: (text_encoder_keys + unet_keys) as u64,
     }
 }

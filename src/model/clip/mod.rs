@@ -15,5 +15,4 @@ pub use facts::{ClipFacts, TextEncoders};
 pub use packed::{PackedPrompt, unpack};
 pub use vector::{SdxlSizes, sdxl_vector};
 
-#[cfg(feature = "torch")]
 pub(super) use detect::{FoundClip, find_set};
