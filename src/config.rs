@@ -1,10 +1,11 @@
 //! Settings of broker and client: unit, default, bound and cost of each.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::error::{Error, ErrorKind};
-use crate::service::{GpuOrder, Precision, Rung};
+use crate::service::{GpuOrder, Precision, Rung, Service};
 
 /// Why a configuration cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -62,8 +63,15 @@ pub struct BrokerConfig {
     pub input_patience: Duration,
     /// Whether named segments are used where sealed memory could be. Off by default.
     pub named_segments: bool,
+    /// What is served. Default: every service. Requests for another are refused as unsupported.
+    pub services: Vec<Service>,
     /// Where models run: `cpu`, `cuda:0` or the UUID of a GPU. Default `cpu`.
     pub device: String,
+    /// Where the models of a service run instead. Default: none elsewhere.
+    ///
+    /// Tensors are shared in the memory of one GPU, see [`BrokerConfig::tensor_device`]. A service that runs on another takes
+    /// and gives tensors in host memory.
+    pub service_devices: BTreeMap<Service, String>,
     /// Bytes of the first tensor arena on the GPU, and the least a further one has. Default 32 MiB: GPU memory is
     /// used up as soon as it is allocated. The driver allocates multiples of 2 MiB.
     pub gpu_arena_bytes: u64,
@@ -116,7 +124,9 @@ impl Default for BrokerConfig {
             payload_patience: Duration::from_secs(30),
             input_patience: Duration::from_secs(30),
             named_segments: false,
+            services: Service::ALL.to_vec(),
             device: "cpu".to_owned(),
+            service_devices: BTreeMap::new(),
             gpu_arena_bytes: 32 << 20,
             gpu_bytes: 2 << 30,
             pinned_bytes: 1 << 30,
@@ -132,6 +142,21 @@ impl Default for BrokerConfig {
 }
 
 impl BrokerConfig {
+    /// Where the models of `service` run.
+    #[must_use]
+    pub fn device_of(&self, service: Service) -> &str {
+        self.service_devices.get(&service).unwrap_or(&self.device).trim()
+    }
+
+    /// The device in whose memory tensors are shared: where models run by default, or else the first GPU that a service runs
+    /// on.
+    #[must_use]
+    pub fn tensor_device(&self) -> &str {
+        let of_services = self.services.iter().map(|service| self.device_of(*service));
+        let mut devices = std::iter::once(self.device.trim()).chain(of_services);
+        devices.find(|device| !device.eq_ignore_ascii_case("cpu")).unwrap_or("cpu")
+    }
+
     /// Checks bounds and relations.
     ///
     /// # Errors
@@ -161,6 +186,9 @@ impl BrokerConfig {
         }
         if self.model_idle.is_some_and(|idle| idle.is_zero()) {
             return refuse("model idle time", "a model that is unloaded at once is loaded for every request");
+        }
+        if self.services.is_empty() {
+            return refuse("services", "a broker that serves none is of no use");
         }
         if self.permit_patience.is_zero() {
             return refuse("permit patience", "a permit that has ended before it begins is of no use");
@@ -254,10 +282,29 @@ mod tests {
             ("sessions", BrokerConfig { max_sessions: 0, ..config() }),
             ("input patience", BrokerConfig { input_patience: Duration::ZERO, ..config() }),
             ("model idle time", BrokerConfig { model_idle: Some(Duration::ZERO), ..config() }),
+            ("services", BrokerConfig { services: Vec::new(), ..config() }),
             ("permit patience", BrokerConfig { permit_patience: Duration::ZERO, ..config() }),
         ];
         for (setting, config) in broken {
             assert_eq!(config.validate().unwrap_err().setting, setting);
         }
+    }
+
+    #[test]
+    fn each_service_runs_where_it_is_told_and_tensors_are_shared_on_the_first_gpu() {
+        let with = |device: &str, of_vae: &str| BrokerConfig {
+            device: device.to_owned(),
+            service_devices: BTreeMap::from([(Service::Vae, of_vae.to_owned())]),
+            ..BrokerConfig::default()
+        };
+        let devices = |config: &BrokerConfig| {
+            [config.device_of(Service::Unet), config.device_of(Service::Vae), config.tensor_device()].map(str::to_owned)
+        };
+        assert_eq!(devices(&BrokerConfig::default()), ["cpu", "cpu", "cpu"]);
+        assert_eq!(devices(&with("cuda:0", "cpu")), ["cuda:0", "cpu", "cuda:0"]);
+        assert_eq!(devices(&with("CPU", "cuda:1")), ["CPU", "cuda:1", "cuda:1"]);
+        assert_eq!(devices(&with("cuda:0", "cuda:1")), ["cuda:0", "cuda:1", "cuda:0"]);
+        let unserved = BrokerConfig { services: vec![Service::Unet], ..with("cpu", "cuda:1") };
+        assert_eq!(unserved.tensor_device(), "cpu", "nothing runs there");
     }
 }

@@ -18,7 +18,7 @@ pub use run::{BlockCache, CacheStep, CacheVerdict, How, RunReport, RunSettings, 
 pub use unet::{Control, StepInput, UnetInput};
 
 /// A kind of model that the broker serves.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 #[non_exhaustive]
 pub enum Service {

@@ -639,12 +639,18 @@ class Client:
         `OutOfMemory`, `Unsupported`.
         """
 
+    def of(self, service: str) -> Client:
+        """A client of the broker that runs a service's models, for what is not about models: `status`, `attach`, ...
+
+        It shares this client's connection. Raises `Unsupported` for a service that no broker was named for.
+        """
+
     def register(self, name: str, info: Mapping[str, Any]) -> None:
         """Has a model listed that this process has loaded itself, so that others see in `models()` and `status()` where
         memory goes. The broker does nothing else with it.
 
-        `info`: `service` (`"vae"`, `"unet"`, ...), and where wanted `family`, `bytes` and `device`. Another model of the same
-        name takes its place; it is listed until the session ends, and after a restart of the broker no more.
+        `info`: `service` (`"vae"`, `"unet"`, ...), and where wanted `family`, `bytes` and `device`. Another model of
+        that name takes its place; it is listed until the session ends, and after a restart of the broker no more.
 
         Raises `ConfigurationError` for another key and for a service that there is not.
         """
@@ -742,14 +748,18 @@ def sdxl_vector(
     """
 
 def connect(
-    address: str | PathLike[str] | None = None,
+    address: str | PathLike[str] | Mapping[str, str | PathLike[str]] | None = None,
     timeout: float | None = None,
     name: str | None = None,
 ) -> Client:
-    """Connects to a broker on this machine.
+    """Connects to a broker on this machine, or to one for each service.
 
     `address`: path of its socket; `None` means `$LUNA_BROKER`, else the default socket of this
-    user. `timeout`: seconds that connecting, and later each call, may wait for the broker; `None`
+    user. Where services have brokers of their own: `{"vae": path, "unet": path}`, or the text
+    `vae=PATH,unet=PATH`, also in `$LUNA_BROKER`. Models are then looked for at the broker of their service; `models`,
+    `load`, `unload` and `close` concern all brokers, and everything else the one that is named first, of a dictionary
+    the first in alphabetical order. `client.of("vae")` is the client of a certain one.
+    `timeout`: seconds that connecting, and later each call, may wait for the broker; `None`
     means the default of the client. `name`: how this client appears in the broker's status and
     logs; `None` means one made of the process id.
 

@@ -1,9 +1,11 @@
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use luna_broker::client;
+use luna_broker::client::{self, Addresses, CallOptions};
 use luna_broker::config::ClientConfig;
 use luna_broker::protocol::Force;
+use luna_broker::service::Service;
 use luna_broker::tensor::{Dims, TensorMeta};
 use luna_broker::{Error, ErrorKind};
 use pyo3::prelude::*;
@@ -25,14 +27,43 @@ use crate::weights::{self, Watch};
 /// A connection to a broker.
 #[pyclass(frozen, module = "luna_broker")]
 pub(crate) struct Client {
+    brokers: client::Brokers,
+    /// Of the broker that was named first.
     client: client::Client,
     timeout: Option<Duration>,
 }
 
-/// Connects to a broker on this machine.
+/// What may be passed as an address.
+#[derive(FromPyObject)]
+enum Address {
+    One(PathBuf),
+    Each(BTreeMap<String, PathBuf>),
+}
+
+impl Address {
+    fn read(self, py: Python<'_>) -> PyResult<Addresses> {
+        let each = match self {
+            Self::One(path) => return Addresses::parse(&path.to_string_lossy()).map_err(|error| raise(py, error)),
+            Self::Each(each) => each,
+        };
+        let named = each
+            .into_iter()
+            .map(|(service, path)| Ok((service_named(py, &service)?, path.to_string_lossy().into_owned())));
+        named.collect::<PyResult<_>>().map(Addresses::Each)
+    }
+}
+
+fn service_named(py: Python<'_>, name: &str) -> PyResult<Service> {
+    Service::from_name(name).ok_or_else(|| {
+        let remedy = format!("name one of {}", Service::ALL.map(Service::name).join(", "));
+        raise(py, Error::new(ErrorKind::Configuration, format!("there is no service {name:?}"), remedy))
+    })
+}
+
+/// Connects to a broker on this machine, or to one for each service.
 #[pyfunction]
 #[pyo3(signature = (address=None, timeout=None, name=None))]
-fn connect(py: Python<'_>, address: Option<PathBuf>, timeout: Option<f64>, name: Option<String>) -> PyResult<Client> {
+fn connect(py: Python<'_>, address: Option<Address>, timeout: Option<f64>, name: Option<String>) -> PyResult<Client> {
     let mut config = ClientConfig::default();
     if let Some(seconds) = timeout {
         let timeout = call::seconds(py, seconds)?;
@@ -41,9 +72,12 @@ fn connect(py: Python<'_>, address: Option<PathBuf>, timeout: Option<f64>, name:
     }
     config.name = name.unwrap_or_else(|| format!("python-{}-{}", std::process::id(), serial()));
     let timeout = config.timeout;
-    let address = address.map(|path| path.to_string_lossy().into_owned());
-    let client = quick(py, || client::Client::connect_with(address.as_deref(), config))?;
-    Ok(Client { client, timeout })
+    let addresses = match address {
+        Some(address) => address.read(py)?,
+        None => Addresses::from_environment().map_err(|error| raise(py, error))?,
+    };
+    let brokers = quick(py, || client::Brokers::connect(&addresses, config.clone()))?;
+    Ok(Client { client: brokers.first().clone(), brokers, timeout })
 }
 
 /// Tells the clients of one process apart.
@@ -76,15 +110,21 @@ impl Client {
         py.detach(|| self.client.session()).into()
     }
 
+    /// The client of one service's broker.
+    fn of(&self, py: Python<'_>, service: &str) -> PyResult<Self> {
+        let client = self.brokers.of(service_named(py, service)?).map_err(|error| raise(py, error))?;
+        Ok(Self { brokers: client.clone().into(), client: client.clone(), timeout: self.timeout })
+    }
+
     /// The VAE of that name or path.
     fn vae(&self, py: Python<'_>, name: PathBuf) -> PyResult<Vae> {
-        let vae = quick(py, || self.client.vae(&name.to_string_lossy()))?;
+        let vae = quick(py, || self.brokers.vae(&name.to_string_lossy()))?;
         Ok(Vae::new(vae, self.timeout))
     }
 
     /// The UNet of that name or path.
     fn unet(&self, py: Python<'_>, name: PathBuf) -> PyResult<Unet> {
-        let unet = quick(py, || self.client.unet(&name.to_string_lossy()))?;
+        let unet = quick(py, || self.brokers.unet(&name.to_string_lossy()))?;
         Ok(Unet::new(unet, self.timeout))
     }
 
@@ -92,7 +132,7 @@ impl Client {
     #[pyo3(signature = (*names))]
     fn clip(&self, py: Python<'_>, names: Vec<PathBuf>) -> PyResult<Clip> {
         let names: Vec<String> = names.iter().map(|name| name.to_string_lossy().into_owned()).collect();
-        let clip = quick(py, || self.client.clip(&names))?;
+        let clip = quick(py, || self.brokers.clip(&names))?;
         Ok(Clip::new(clip, self.timeout))
     }
 
@@ -132,7 +172,7 @@ impl Client {
     #[pyo3(signature = (service, bytes=0, timeout=None))]
     fn permit(&self, py: Python<'_>, service: &str, bytes: u64, timeout: Option<f64>) -> PyResult<Permit> {
         let timeout = self.patience(py, timeout)?;
-        Permit::new(py, self.client.clone(), service, bytes, timeout)
+        Permit::new(py, &self.brokers, service, bytes, timeout)
     }
 
     /// Compares what weights contain with what they contained.
@@ -173,20 +213,24 @@ impl Client {
 
     /// The models the broker knows.
     fn models<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
-        let models = quick(py, || self.client.models())?;
+        let models = quick(py, || self.brokers.models())?;
         to_python(py, &models)
     }
 
     /// Has the broker load a model now.
     fn load(&self, py: Python<'_>, name: PathBuf) -> PyResult<()> {
-        released(py, self.timeout, |options| self.client.load_with(None, &name.to_string_lossy(), options)).map(|_| ())
+        let name = name.to_string_lossy();
+        let load = |options: &CallOptions<'_>| {
+            self.brokers.with_parts(|client| client.load_with(None, &name, options)).map(drop)
+        };
+        released(py, self.timeout, load)
     }
 
     /// Has the broker give up a model's memory.
     #[pyo3(signature = (name, force=false))]
     fn unload(&self, py: Python<'_>, name: PathBuf, force: bool) -> PyResult<()> {
         let force = if force { Force::Yes } else { Force::No };
-        quick(py, || self.client.unload_with(&name.to_string_lossy(), force))
+        quick(py, || self.brokers.unload(&name.to_string_lossy(), force))
     }
 
     /// Seconds that an empty round trip took.
@@ -196,7 +240,7 @@ impl Client {
 
     /// Ends the session.
     fn close(&self, py: Python<'_>) {
-        py.detach(|| self.client.close());
+        py.detach(|| self.brokers.close());
     }
 
     fn __enter__(slf: Py<Self>) -> Py<Self> {

@@ -22,7 +22,7 @@ pub(crate) struct Permit {
 impl Permit {
     pub(crate) fn new(
         py: Python<'_>,
-        client: client::Client,
+        brokers: &client::Brokers,
         service: &str,
         bytes: u64,
         timeout: Option<Duration>,
@@ -31,6 +31,7 @@ impl Permit {
             let message = format!("there is no service {service:?}");
             raise(py, Error::new(ErrorKind::Unsupported, message, "permits are for \"vae\""))
         })?;
+        let client = brokers.of(service).map_err(|error| raise(py, error))?.clone();
         Ok(Self { client, service, bytes, timeout, held: Mutex::new(None) })
     }
 }

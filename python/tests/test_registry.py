@@ -51,3 +51,32 @@ def test_models_of_comfyuis_folders_have_their_names(start_broker: Any, construc
     paths.write_text("comfyui:\n  base_path: models\n  vae: vae/\n")
     with luna_broker.connect(start_broker("--comfyui-paths", str(paths)).address) as client:
         assert client.vae("sub/own.safetensors").info["service"] == "vae"
+
+
+def test_services_may_have_brokers_of_their_own(start_broker: Any, constructed_vae: str) -> None:
+    vae, unet = start_broker("--services", "vae"), start_broker("--services", "unet")
+    each = {"vae": vae.address, "unet": unet.address}
+    for address in (each, f"vae={vae.address},unet={unet.address}"):
+        with luna_broker.connect(address) as client:
+            client.load(constructed_vae)
+            assert client.vae(constructed_vae).info["loaded"]
+            assert [lane["service"] for lane in client.of("unet").status()["lanes"]] == ["unet"]
+            with pytest.raises(luna_broker.Unsupported, match="not served here, only unet"):
+                client.of("unet").vae(constructed_vae)
+            client.unload(constructed_vae)
+    with luna_broker.connect({"unet": unet.address}) as client:
+        with pytest.raises(luna_broker.Unsupported, match="no broker was named"):
+            client.vae(constructed_vae)
+        with pytest.raises(luna_broker.ConfigurationError, match="oven"):
+            client.of("oven")
+    with pytest.raises(luna_broker.ConfigurationError, match="oven"):
+        luna_broker.connect({"oven": unet.address})
+
+
+def test_the_environment_may_name_a_broker_for_each_service(
+    start_broker: Any, constructed_vae: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broker = start_broker("--services", "vae")
+    monkeypatch.setenv("LUNA_BROKER", f"vae={broker.address}")
+    with luna_broker.connect() as client:
+        assert client.vae(constructed_vae).info["service"] == "vae"

@@ -50,7 +50,7 @@ impl BrokerGpu {
     /// # Errors
     /// [`DeviceError::NoDriver`], [`DeviceError::UnknownGpu`], [`DeviceError::Cuda`].
     pub(super) fn open(config: &BrokerConfig, arena_ids: &Arc<AtomicU32>) -> Result<Option<Self>, DeviceError> {
-        let wanted = config.device.trim();
+        let wanted = config.tensor_device();
         if wanted.eq_ignore_ascii_case("cpu") {
             return Ok(None);
         }

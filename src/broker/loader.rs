@@ -1,3 +1,4 @@
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 #[cfg(feature = "torch")]
@@ -11,7 +12,7 @@ use crate::device::CopyStream;
 use crate::error::Error;
 use crate::model::clip::Clip;
 use crate::model::{Capability, HandOff, ModelError, Unet, UnetFacts, Vae, VaeFacts, WeightStorage};
-use crate::service::Precision;
+use crate::service::{Precision, Service};
 #[cfg(feature = "torch")]
 use crate::{
     device::HostDevice,
@@ -41,17 +42,18 @@ struct Gpu {
 }
 
 impl Placement {
-    /// What `config` asks for.
+    /// What `config` asks for, for the models of a service.
     ///
     /// # Errors
     /// A name that is no device's, or a GPU that this process does not see.
-    pub(super) fn new(config: &BrokerConfig) -> Result<Self, Error> {
-        let wanted = config.device.trim();
+    pub(super) fn new(config: &BrokerConfig, service: Service) -> Result<Self, Error> {
+        let wanted = config.device_of(service);
         let (device, gpu) = match wanted.eq_ignore_ascii_case(CPU) {
             true => (CPU.to_owned(), None),
             false => find(wanted).map(|(device, gpu)| (device, Some(gpu)))?,
         };
-        Ok(Self { device, gpu, precision: config.vae_precision })
+        let precision = config.vae_precision.filter(|_| service == Service::Vae);
+        Ok(Self { device, gpu, precision })
     }
 
     /// The element type that a UNet computes in here.
@@ -64,6 +66,31 @@ impl Placement {
         let suited = facts.precision(self.gpu.and_then(|gpu| gpu.capability));
         let asked_for = self.precision.filter(|_| self.gpu.is_some());
         facts.in_precision(asked_for.unwrap_or(suited))
+    }
+}
+
+/// What the models of each service run on.
+#[derive(Debug, Clone)]
+pub(super) struct Placements(BTreeMap<Service, Placement>);
+
+impl Placements {
+    /// What `config` asks for, for each service that it names.
+    ///
+    /// # Errors
+    /// As [`Placement::new`].
+    pub(super) fn new(config: &BrokerConfig) -> Result<Self, Error> {
+        let each = config.services.iter().map(|service| Ok((*service, Placement::new(config, *service)?)));
+        Ok(Self(each.collect::<Result<_, Error>>()?))
+    }
+
+    /// Absent for a service that is not served here.
+    pub(super) fn of(&self, service: Service) -> Option<&Placement> {
+        self.0.get(&service)
+    }
+
+    /// What is served here.
+    pub(super) fn services(&self) -> impl Iterator<Item = Service> {
+        self.0.keys().copied()
     }
 }
 
@@ -115,7 +142,8 @@ fn only(files: &[Arc<ModelFile>]) -> Result<Arc<ModelFile>, ModelError> {
 pub(super) struct Loader {
     storage: WeightStorage,
     threads: usize,
-    placement: Placement,
+    /// Absent for a service that is not served here.
+    placement: Option<Placement>,
     /// Bytes of the model being loaded that are in place.
     loading: Arc<AtomicU64>,
     /// Where the do-nothing VAE of the lane enqueues its copies within GPU memory.
@@ -128,7 +156,7 @@ pub(super) struct Loader {
 impl Loader {
     pub(super) fn new(
         config: &BrokerConfig,
-        placement: Placement,
+        placement: Option<Placement>,
         loading: Arc<AtomicU64>,
         queue: Option<Arc<dyn CopyStream>>,
     ) -> Self {
@@ -217,9 +245,10 @@ impl Loader {
         if let Some(target) = self.target.get() {
             return Ok(target);
         }
-        let target = match self.placement.gpu {
+        let on_gpu = self.placement.as_ref().and_then(|placement| Some((placement.gpu?, placement.precision)));
+        let target = match on_gpu {
             None => Target::Cpu,
-            Some(gpu) => Target::Cuda { lane: TorchCuda::open(gpu.ordinal)?, precision: self.placement.precision },
+            Some((gpu, precision)) => Target::Cuda { lane: TorchCuda::open(gpu.ordinal)?, precision },
         };
         Ok(self.target.get_or_init(|| target))
     }

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use parking_lot::Mutex;
 
 use super::folders::Folders;
-use super::loader::{CPU, Placement};
+use super::loader::{CPU, Placement, Placements};
 use super::registered::Registered;
 use super::residents::Residents;
 use super::usage::Usage;
@@ -306,7 +306,7 @@ pub(super) struct Registry {
     adapters: Folders,
     weights: Arc<Weights>,
     bench_models: bool,
-    placement: Placement,
+    placements: Placements,
     residents: Residents,
     registered: Registered,
     next: AtomicU64,
@@ -336,7 +336,7 @@ impl Asked {
 impl Registry {
     pub(super) fn new(
         config: &BrokerConfig,
-        placement: Placement,
+        placements: Placements,
         evictions: Evictions,
         weights: Arc<Weights>,
     ) -> Self {
@@ -345,7 +345,7 @@ impl Registry {
             adapters: Folders::of_adapters(config.adapter_folders.clone()),
             weights,
             bench_models: config.bench_models,
-            placement,
+            placements,
             residents: Residents::new(config.model_bytes, config.model_idle, evictions),
             registered: Registered::default(),
             next: AtomicU64::new(1),
@@ -353,9 +353,21 @@ impl Registry {
         }
     }
 
-    /// What models run on: `cpu`, or a GPU by a name that means the same in every process.
-    pub(super) fn device(&self) -> &str {
-        &self.placement.device
+    /// What the models of a service run on: `cpu`, or a GPU by a name that means the same in every process. Absent for one
+    /// that is not served here.
+    pub(super) fn device(&self, service: Service) -> Option<&str> {
+        self.placements.of(service).map(|placement| placement.device.as_str())
+    }
+
+    /// What the models of a service run on.
+    ///
+    /// # Errors
+    /// [`ModelError::NotServed`].
+    pub(super) fn placement(&self, service: Service) -> Result<&Placement, ModelError> {
+        self.placements.of(service).ok_or_else(|| ModelError::NotServed {
+            service: service.name(),
+            served: self.placements.services().map(Service::name).collect::<Vec<_>>().join(", "),
+        })
     }
 
     /// The models that the lanes hold.
@@ -402,6 +414,7 @@ impl Registry {
     }
 
     fn find(&self, asked: Asked) -> Result<Arc<ModelEntry>, ModelError> {
+        self.placement(asked.service)?;
         let known = self.known.lock().get(&asked).cloned();
         if let Some(entry) = known {
             // A loaded one looks at its file itself, in each call.
@@ -449,13 +462,17 @@ impl Registry {
     }
 
     /// What a service finds in files; text encoders alone may be in several.
+    ///
+    /// # Errors
+    /// [`ModelError`]: no such part, or none that can be run.
     fn recognise(&self, service: Service, files: &[Arc<ModelFile>]) -> Result<Facts, ModelError> {
         let first = files.first().ok_or_else(|| self.models.not_found(""))?;
+        let placement = self.placement(service)?;
         Ok(match service {
-            Service::Vae => Facts::Vae(self.placement.facts(vae_facts(first)?)),
+            Service::Vae => Facts::Vae(placement.facts(vae_facts(first)?)),
             Service::Unet => {
                 let facts = unet_facts(first)?;
-                let precision = self.placement.unet_precision(&facts);
+                let precision = placement.unet_precision(&facts);
                 let sizes = UnetSizes { weight_bytes: facts.weight_bytes(precision), precision };
                 Facts::Unet(facts, sizes)
             }
@@ -470,7 +487,7 @@ impl Registry {
     pub(super) fn parts(&self, name: &str) -> Result<Vec<Arc<ModelEntry>>, ModelError> {
         let mut parts = Vec::new();
         let mut refused = None;
-        for service in Service::ALL {
+        for service in self.placements.services() {
             match self.resolve(service, name) {
                 Ok(entry) => parts.push(entry),
                 // A part that is there and cannot be run says more than one that is not there.
@@ -526,7 +543,7 @@ impl Registry {
         let id = ModelId(self.next.fetch_add(1, Ordering::Relaxed));
         let device = match source {
             Source::HandOff => CPU.to_owned(),
-            Source::Files(_) | Source::Published(_) => self.placement.device.clone(),
+            Source::Files(_) | Source::Published(_) => self.device(key.service).unwrap_or(CPU).to_owned(),
         };
         let entry = ModelEntry {
             id,
@@ -609,7 +626,7 @@ impl Registry {
     /// in the model folders.
     pub(super) fn list(&self) -> Vec<ModelReport> {
         let mut listed = 0;
-        if self.bench_models {
+        if self.bench_models && self.placement(Service::Vae).is_ok() {
             // Served whether or not somebody has asked for it.
             _ = self.resolve(Service::Vae, HandOff::NAME);
         }

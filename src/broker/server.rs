@@ -9,7 +9,7 @@ use super::adapters::Adapters;
 use super::clock::Clock;
 use super::gpu::BrokerGpu;
 use super::jobs::{ClipExecutor, UnetExecutor, VaeExecutor};
-use super::loader::{Loader, Placement};
+use super::loader::{Loader, Placements};
 use super::permits::Permits;
 use super::prompts::Prompts;
 use super::registry::Registry;
@@ -87,19 +87,19 @@ fn make_state(config: BrokerConfig, address: String) -> Result<State> {
     let mut epoch = [0; 8];
     getrandom::fill(&mut epoch).map_err(|error| Error::new(ErrorKind::Internal, error.to_string(), ""))?;
     let loading = Arc::new(AtomicU64::new(0));
-    let placement = Placement::new(&config)?;
+    let placements = Placements::new(&config)?;
     let metrics = Metrics::default();
     let arena_ids = Arc::new(AtomicU32::new(0));
     let gpu = BrokerGpu::open(&config, &arena_ids)?;
     let limits = WeightLimits::new(config.weight_bytes, gpu.as_ref());
     let weights = Arc::new(Weights::start(limits).map_err(no_thread)?);
-    let registry = Registry::new(&config, placement.clone(), metrics.evictions.clone(), Arc::clone(&weights));
+    let registry = Registry::new(&config, placements.clone(), metrics.evictions.clone(), Arc::clone(&weights));
     let registry = Arc::new(registry);
     let queue = gpu.as_ref().map(BrokerGpu::queue).transpose()?;
     // Each lane's libtorch is a stream of its own: a loader opens it on the lane's thread.
-    let unet_loader = Loader::new(&config, placement.clone(), Arc::clone(&loading), None);
-    let clip_loader = Loader::new(&config, placement.clone(), Arc::clone(&loading), None);
-    let loader = Loader::new(&config, placement, Arc::clone(&loading), queue);
+    let unet_loader = Loader::new(&config, placements.of(Service::Unet).cloned(), Arc::clone(&loading), None);
+    let clip_loader = Loader::new(&config, placements.of(Service::Clip).cloned(), Arc::clone(&loading), None);
+    let loader = Loader::new(&config, placements.of(Service::Vae).cloned(), Arc::clone(&loading), queue);
     let lane_registry = Arc::clone(&registry);
     let queue = Queue::new(Policy::Fifo, config.lane_capacity).patience(config.input_patience);
     let vae_lane =

@@ -38,21 +38,24 @@ impl State {
     }
 
     pub(super) fn lane_reports(&self) -> Vec<LaneReport> {
-        let report = |service: Service, counts: LaneCounts, permitted| LaneReport {
-            service,
-            device: self.registry.device().to_owned(),
-            queued: counts.queued as u64,
-            capacity: counts.capacity as u64,
-            busy: counts.busy,
-            completed: counts.completed,
-            batches: counts.batches,
-            permitted,
+        let report = |(service, counts, permitted): (Service, LaneCounts, _)| {
+            Some(LaneReport {
+                service,
+                device: self.registry.device(service)?.to_owned(),
+                queued: counts.queued as u64,
+                capacity: counts.capacity as u64,
+                busy: counts.busy,
+                completed: counts.completed,
+                batches: counts.batches,
+                permitted,
+            })
         };
-        vec![
-            report(Service::Vae, self.vae_lane.counts(), self.permits.holder()),
-            report(Service::Unet, self.unet_lane.counts(), None),
-            report(Service::Clip, self.clip_lane.counts(), None),
-        ]
+        let lanes = [
+            (Service::Vae, self.vae_lane.counts(), self.permits.holder()),
+            (Service::Unet, self.unet_lane.counts(), None),
+            (Service::Clip, self.clip_lane.counts(), None),
+        ];
+        lanes.into_iter().filter_map(report).collect()
     }
 }
 

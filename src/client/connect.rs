@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
+use super::brokers::Addresses;
 use super::clip::Clip;
 use super::gpu;
 use super::input::{allocate, unexpected_outcome};
@@ -99,7 +100,8 @@ impl Client {
     ///
     /// # Errors
     /// [`ErrorKind::ConnectionLost`] where nobody listens, [`ErrorKind::Refused`], [`ErrorKind::Timeout`],
-    /// [`ErrorKind::Configuration`] for a rung in `LUNA_BROKER_TRANSPORT` that does not exist.
+    /// [`ErrorKind::Configuration`] for a rung in `LUNA_BROKER_TRANSPORT` that does not exist, and where the brokers of several
+    /// addresses are named: [`Brokers`](super::Brokers) connects to those.
     pub fn connect(address: Option<&str>) -> Result<Self> {
         Self::connect_with(address, ClientConfig::default())
     }
@@ -113,6 +115,7 @@ impl Client {
             config.rung = rung_from_environment()?;
         }
         let address = address.map_or_else(address_from_environment, str::to_owned);
+        let address = Addresses::parse(&address)?.into_one()?;
         let target = address.clone();
         let connector = move || Ok(Arc::new(LocalConnection::connect(&target)?) as Arc<dyn Connection>);
         Self::start(address, config, Box::new(connector))
@@ -194,6 +197,11 @@ impl Client {
             let lease = allocate(link, Home::Gpu(&gpu), length, false, &options)?;
             Ok(Tensor::new(meta, Storage::Leased(lease)))
         })
+    }
+
+    /// Whether both are one client.
+    pub(super) fn is_same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.inner, &other.inner)
     }
 
     /// The client's settings.

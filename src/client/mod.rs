@@ -1,5 +1,6 @@
 //! The calling side: typed calls, imported memory, leases, reconnection.
 
+mod brokers;
 mod clip;
 mod compute;
 mod connect;
@@ -23,6 +24,7 @@ mod unet;
 mod vae;
 mod weights;
 
+pub use brokers::{Addresses, Brokers};
 pub use clip::{Clip, ClipOutput};
 pub use connect::{
     CallOptions, Client, ResultPlace, Unshared, address_from_environment, gpu_named, synchronize_default_stream,

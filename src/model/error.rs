@@ -196,6 +196,14 @@ pub enum ModelError {
         /// Bytes it may use.
         budget_bytes: u64,
     },
+    /// Models of this kind are run by another broker, if by any.
+    #[error("the {service} service is not served here, only {served}")]
+    NotServed {
+        /// What was asked for.
+        service: &'static str,
+        /// What is served.
+        served: String,
+    },
     /// The models that requests use leave too little room for another.
     #[error(
         "{name} takes {needed_bytes} bytes; {used_bytes} of the {limit_bytes} for models on {device} are in use{}; nothing \
@@ -341,7 +349,9 @@ impl ModelError {
             }
             Self::Unreadable { cause, .. } if cause.kind() == io::ErrorKind::NotFound => ErrorKind::ModelNotFound,
             Self::Unreadable { .. } => ErrorKind::Io,
-            Self::Unsupported { .. } | Self::ElementType { .. } | Self::CastTarget { .. } => ErrorKind::Unsupported,
+            Self::Unsupported { .. } | Self::NotServed { .. } | Self::ElementType { .. } | Self::CastTarget { .. } => {
+                ErrorKind::Unsupported
+            }
             Self::WeightShape { .. } | Self::DuplicateTensor { .. } | Self::EmptySet => ErrorKind::InvalidTensor,
             Self::PlanMismatch { .. } | Self::Cast(_) => ErrorKind::Internal,
             Self::Memory(cause) => cause.kind(),
@@ -400,6 +410,9 @@ impl ModelError {
             }
             Self::AdapterStrength { .. } => "give a finite strength; 0 leaves the adapter out",
             Self::OverBudget { .. } => "send a smaller batch, smaller tiles, or raise --vae-budget",
+            Self::NotServed { .. } => {
+                "connect to the broker that serves it, or start this one with it among its --services"
+            }
             Self::NoRoom { .. } => {
                 "send it again when the others are not in use, use a smaller model, or raise --model-bytes"
             }

@@ -16,3 +16,4 @@ mod folders;
 #[cfg(feature = "torch")]
 mod published;
 mod registered;
+mod services;

@@ -5,7 +5,7 @@ use std::time::Duration;
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 use luna_broker::client::address_from_environment;
 use luna_broker::config::{BrokerConfig, ClientConfig};
-use luna_broker::service::{GpuOrder, Precision};
+use luna_broker::service::{GpuOrder, Precision, Service};
 use luna_broker::{Error, ErrorKind};
 use tracing_subscriber::EnvFilter;
 
@@ -184,9 +184,26 @@ pub(crate) struct ServeArgs {
     #[arg(long, value_name = "FILE")]
     pub(crate) comfyui_paths: Vec<PathBuf>,
 
+    /// What is served, separated by commas: vae, unet. Default: everything.
+    #[arg(long, value_delimiter = ',', value_parser = service, value_name = "SERVICES")]
+    services: Vec<Service>,
+
     /// Where models run: cpu, cuda (the first GPU), cuda:N, or a GPU's UUID as `nvidia-smi -L` prints it.
     #[arg(long, default_value = "cpu")]
     device: String,
+
+    /// Where VAEs run instead. GPU tensors are shared on one GPU, that of --device or else the first named: a service elsewhere
+    /// takes and gives tensors in host memory.
+    #[arg(long, value_name = "DEVICE")]
+    vae_device: Option<String>,
+
+    /// Where UNets run instead, as --vae-device.
+    #[arg(long, value_name = "DEVICE")]
+    unet_device: Option<String>,
+
+    /// Where text encoders run instead, as --vae-device.
+    #[arg(long, value_name = "DEVICE")]
+    clip_device: Option<String>,
 
     /// Element type that VAEs compute in on a GPU. f16 makes some pictures of full VAEs black.
     #[arg(long, value_enum, default_value_t = VaePrecision::Auto)]
@@ -311,6 +328,11 @@ impl TryFrom<&ServeArgs> for BrokerConfig {
 
     fn try_from(args: &ServeArgs) -> Result<Self, Error> {
         let Folders { models, adapters, embeddings } = Folders::of(args)?;
+        let services = if args.services.is_empty() { Service::ALL.to_vec() } else { args.services.clone() };
+        check_served(&services, [(Service::Vae, &args.vae), (Service::Unet, &args.unet)])?;
+        let devices =
+            [(Service::Vae, &args.vae_device), (Service::Unet, &args.unet_device), (Service::Clip, &args.clip_device)];
+        let devices = devices.into_iter().filter_map(|(service, device)| Some((service, device.clone()?)));
         let config = Self {
             model_folders: models,
             adapter_folders: adapters,
@@ -325,7 +347,9 @@ impl TryFrom<&ServeArgs> for BrokerConfig {
             vae_budget_bytes: args.vae_budget,
             copy_weights: matches!(args.weights, Weights::Copy),
             threads: args.threads,
+            services,
             device: args.device.clone(),
+            service_devices: devices.collect(),
             gpu_bytes: args.gpu_bytes,
             pinned_bytes: args.pinned_bytes,
             gpu_arena_bytes: Self::default().gpu_arena_bytes.min(args.gpu_bytes),
@@ -345,6 +369,19 @@ impl TryFrom<&ServeArgs> for BrokerConfig {
         config.validate()?;
         Ok(config)
     }
+}
+
+/// That what is to be loaded at once is of a service that is served.
+fn check_served<const N: usize>(services: &[Service], files: [(Service, &Vec<PathBuf>); N]) -> Result<(), Error> {
+    let unserved = files.into_iter().find(|(service, files)| !files.is_empty() && !services.contains(service));
+    let Some((service, _)) = unserved else { return Ok(()) };
+    let message = format!("--{0} names a model, and --services leaves {0} out", service.name());
+    Err(Error::new(ErrorKind::Configuration, message, format!("add {} to --services", service.name())))
+}
+
+fn service(name: &str) -> Result<Service, String> {
+    let names = Service::ALL.map(Service::name).join(", ");
+    Service::from_name(name.trim()).ok_or_else(|| format!("{name:?} is no service; there are {names}"))
 }
 
 #[derive(Debug, ClapArgs)]

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
 use luna_broker::broker::Broker;
-use luna_broker::client::{CallOptions, Client};
+use luna_broker::client::{Addresses, CallOptions, Client};
 use luna_broker::config::{BrokerConfig, ClientConfig};
 use luna_broker::protocol::ModelReport;
 use luna_broker::service::Service;
@@ -16,11 +16,12 @@ use crate::show;
 /// Serves until a signal says stop.
 pub(crate) fn run(connection: &ConnectionArgs, args: &ServeArgs) -> Result<(), Error> {
     let config = BrokerConfig::try_from(args)?;
+    let address = Addresses::parse(&connection.address())?.into_one()?;
     let (stop, stopped) = std::sync::mpsc::channel();
     ctrlc::set_handler(move || _ = stop.send(())).map_err(|error| {
         Error::new(ErrorKind::Io, format!("signals cannot be handled: {error}"), "run it where signals are available")
     })?;
-    let broker = Arc::new(Broker::builder().config(config).address(connection.address()).start()?);
+    let broker = Arc::new(Broker::builder().config(config).address(address).start()?);
     let named = |service, paths: &[PathBuf]| paths.iter().map(|path| Part::new(service, [path])).collect();
     let mut parts: Vec<Part> = named(Service::Vae, &args.vae);
     parts.extend(named(Service::Unet, &args.unet));

@@ -7,7 +7,7 @@ use super::super::prompts::Tokenized;
 use super::super::responder::Responder;
 use super::super::usage::InUse;
 use super::Session;
-use super::vae::Unprepared;
+use super::vae::{Unprepared, check_reach};
 use crate::error::{Error, Result};
 use crate::lane::Entry;
 use crate::model::clip::{ClipCall, PackedPrompt, TextEncoders, unpack};
@@ -70,6 +70,7 @@ impl Session {
             ClipOutput::Inline(memory.lease(clip_length(&plan)? as u64)?)
         } else {
             let cond = memory.lease(plan.cond.size_bytes()? as u64)?;
+            check_reach(&model, &cond)?;
             ClipOutput::Leased { cond, pooled: memory.lease(plan.pooled.size_bytes()? as u64)? }
         };
         Ok(move |responder| ClipCallJob { responder, model, call, plan, output, ignored })

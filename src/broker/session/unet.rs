@@ -9,7 +9,7 @@ use super::super::responder::Responder;
 use super::super::runs::{Run, Runs};
 use super::super::usage::InUse;
 use super::Session;
-use super::vae::Unprepared;
+use super::vae::{Unprepared, check_reach};
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::RunId;
 use crate::lane::Entry;
@@ -68,12 +68,14 @@ impl Session {
         let operands = input.try_map(&mut |source| match source {
             TensorSource::Leased(descriptor) => {
                 let (held, _) = self.memories()?.resolve(descriptor)?;
+                check_reach(&model, &held)?;
                 Ok(UnetOperand { held, meta: descriptor.meta })
             }
             TensorSource::Inline(meta) => Ok::<_, Unprepared>(UnetOperand { held: self.receive(meta)?, meta: *meta }),
         })?;
         let SlotSource { memory, .. } = self.memories()?.source(&self.state, result)?;
         let output = memory.lease(facts.output.size_bytes()? as u64)?;
+        check_reach(&model, &output)?;
         let crosses_inline = self.link.open.get().is_some_and(|open| open.rung.rung == Rung::Inline);
         let inline = crosses_inline && result == SlotPlace::Host;
         let model = InUse::by(self.link.id(), model);

@@ -4,11 +4,12 @@ use std::time::Instant;
 use super::super::jobs::{Unfinished, VaeCallJob, VaeWork};
 use super::super::memories::SlotSource;
 use super::super::memory::Held;
+use super::super::registry::ModelEntry;
 use super::super::responder::Responder;
 use super::super::usage::InUse;
 use super::Session;
-use crate::device::CopyStream;
-use crate::error::{Error, Result};
+use crate::device::{CopyStream, Place};
+use crate::error::{Error, ErrorKind, Result};
 use crate::lane::comes_true_soon;
 use crate::model::HandOff;
 use crate::protocol::{Rung, SlotPlace, TensorSource, VaeRequest};
@@ -57,6 +58,11 @@ impl Session {
         let SlotSource { memory, queue: its_queue } = self.memories()?.source(&self.state, result)?;
         queue = its_queue.or(queue);
         let output = memory.lease(plan.output.size_bytes()? as u64)?;
+        // The do-nothing model runs wherever the tensors are.
+        if !model.vae()?.runs_inline {
+            check_reach(&model, &input)?;
+            check_reach(&model, &output)?;
+        }
         let crosses_inline = self.link.open.get().is_some_and(|open| open.rung.rung == Rung::Inline);
         let inline = crosses_inline && result == SlotPlace::Host;
         Ok((Prepared { model, plan, input, meta, output, inline }, queue))
@@ -74,6 +80,24 @@ impl Session {
             Err(error) => Err(Unprepared::Broken(error.into())),
         }
     }
+}
+
+/// That a model computes where the memory of a tensor of its call can be reached.
+///
+/// # Errors
+/// [`ErrorKind::Unsupported`] for memory of another GPU.
+pub(super) fn check_reach(model: &ModelEntry, tensor: &Held) -> Result<()> {
+    let Place::Gpu(gpu) = tensor.span().place() else { return Ok(()) };
+    let gpu = gpu.to_string();
+    if model.device() == gpu {
+        return Ok(());
+    }
+    let (service, device) = (model.service().name(), model.device());
+    Err(Error::new(
+        ErrorKind::Unsupported,
+        format!("the {service} lane runs on {device}, and memory of {gpu} was named for a tensor of its call"),
+        "pass tensors in host memory and ask for the result there, or serve what shares tensors on one GPU",
+    ))
 }
 
 /// Why a VAE call does not come to run.

@@ -7,6 +7,7 @@ use super::Session;
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::GpuUuid;
 use crate::protocol::{GpuTarget, MAX_TABLE_BYTES, PublishRequest, Rung, decode_table};
+use crate::service::Service;
 use crate::transport::{Connection, TransportError};
 
 impl Session {
@@ -58,6 +59,9 @@ impl Session {
     }
 
     pub(super) fn permit(&self, responder: Responder, deadline: Option<Instant>, bytes: u64) {
+        if let Err(error) = self.state.registry.placement(Service::Vae) {
+            return responder.fail(error);
+        }
         let budget = self.state.config.vae_budget_bytes;
         if bytes > budget {
             let message = format!("{bytes} bytes of working memory were asked for; one call may use {budget}");
