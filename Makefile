@@ -39,6 +39,7 @@ bench: build extension $(VENV)/.test
 	$(BIN)/python benches/attach.py --broker $(BROKER)
 	$(CARGO) bench --quiet --features $(FEATURES) --bench remote_call
 	$(CARGO) bench --quiet --features $(FEATURES) --bench weights_load
+	$(CARGO) bench --quiet --features $(FEATURES) --bench unet_steps
 
 build: $(VENV)/.run
 	$(CARGO) build --release --features $(FEATURES)
@@ -93,6 +94,7 @@ golden: $(VENV)/.test
 	@$(BIN)/python tests/golden/make_vae.py $(LUNA_BROKER_GOLDEN)
 	@$(BIN)/python tests/golden/make_unet.py $(LUNA_BROKER_GOLDEN)
 	@$(BIN)/python tests/golden/make_clip.py $(LUNA_BROKER_GOLDEN)/clip
+	@$(BIN)/python tests/golden/make_clip_lora.py $(LUNA_BROKER_GOLDEN)/clip
 	@$(BIN)/python tests/golden/make_lora.py $(LUNA_BROKER_GOLDEN)
 
 lint: $(VENV)/.test

@@ -24,8 +24,8 @@ pub struct BrokerConfig {
     pub model_folders: Vec<PathBuf>,
     /// Folders in which names of adapters (LoRA and its kin) are looked up. None by default: adapters are then named by path.
     pub adapter_folders: Vec<PathBuf>,
-    /// Folders in which names of embeddings (textual inversion) are looked up. None by default: prompts that name one are
-    /// refused.
+    /// Folders with embeddings (textual inversions) that prompts name by `embedding:name`; folders below them count too.
+    /// None by default.
     pub embedding_folders: Vec<PathBuf>,
     /// Whether the do-nothing VAE `builtin:hand-off` is served. Off by default.
     pub bench_models: bool,

@@ -6,10 +6,14 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 mod adapters;
+mod clip;
 mod run;
 mod unet;
 
 pub use adapters::{AdapterMode, AdapterStack, AdapterTaken, AdapterUse};
+pub use clip::{
+    Chunk, ClipInput, ClipKind, ClipOptions, ClipPrompt, ClipText, ClipTokens, IgnoredEmbedding, Token, WeightedToken,
+};
 pub use run::{BlockCache, CacheStep, CacheVerdict, How, RunReport, RunSettings, UnetStep};
 pub use unet::{Control, StepInput, UnetInput};
 
@@ -22,11 +26,13 @@ pub enum Service {
     Vae,
     /// One denoising step.
     Unet,
+    /// Prompts to what UNets are conditioned on.
+    Clip,
 }
 
 impl Service {
     /// Every service.
-    pub const ALL: [Self; 2] = [Self::Vae, Self::Unet];
+    pub const ALL: [Self; 3] = [Self::Vae, Self::Unet, Self::Clip];
 
     /// The name used in `status` and metrics.
     #[must_use]
@@ -34,6 +40,7 @@ impl Service {
         match self {
             Self::Vae => "vae",
             Self::Unet => "unet",
+            Self::Clip => "clip",
         }
     }
 

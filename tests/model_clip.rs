@@ -7,9 +7,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use luna_broker::device::{Device, InProcessDevice, Span};
-use luna_broker::model::clip::{Clip, ClipCall, ClipKind, ClipPrompt, TextEncoders, text_encoders};
+use luna_broker::model::clip::{
+    Clip, ClipCall, ClipKind, ClipPrompt, SdxlSizes, TextEncoders, sdxl_vector, text_encoders,
+};
 use luna_broker::model::text::{Chunk, Token, Tokenizer, WeightedToken};
-use luna_broker::model::torch::{LoadOptions, SdxlSizes, Target, load_clip, sdxl_vector};
+use luna_broker::model::torch::{LoadOptions, Target, load_clip};
 use luna_broker::model::{ModelError, ModelFile, StoredDType, WeightStorage};
 
 /// Largest difference that differently ordered sums explain.
@@ -45,7 +47,7 @@ fn load(folder: &Path, names: &[&str], storage: WeightStorage) -> Loaded {
         seen.set((done, total));
     };
     let options = LoadOptions { target: &Target::Cpu, storage, memory: &InProcessDevice, progress: &progress };
-    let clip = load_clip(&files, options).unwrap_or_else(|error| panic!("{error}"));
+    let clip = Box::new(load_clip(&files, options).unwrap_or_else(|error| panic!("{error}")));
     assert_eq!(seen.get(), (set.weight_bytes(), set.weight_bytes()), "progress ends with everything loaded");
     Loaded { set, clip }
 }
@@ -255,13 +257,13 @@ fn sdxl_gets_its_sizes_behind_the_pooled_row() {
     let cases = Cases::of(&folder, "sdxl");
     let pooled = cases.floats("vector.pooled");
     let (original, crop) = ([1024.0, 832.0], [16.0, 0.0]);
-    let base = sdxl_vector(&pooled, SdxlSizes::Base { original, crop, target: [1152.0, 896.0] }).expect("a vector");
-    let refiner = sdxl_vector(&pooled, SdxlSizes::Refiner { original, crop, aesthetic: 2.5 }).expect("a vector");
+    let base = sdxl_vector(&pooled, SdxlSizes::Base { original, crop, target: [1152.0, 896.0] });
+    let refiner = sdxl_vector(&pooled, SdxlSizes::Refiner { original, crop, aesthetic: 2.5 });
     let mut compare = Compare::of("sizes");
     compare.check("base", &base, &cases.floats("vector.base"));
     compare.check("refiner", &refiner, &cases.floats("vector.refiner"));
     let real = vec![0.0; 1280];
-    let length = |sizes| sdxl_vector(&real, sizes).expect("a vector").len();
+    let length = |sizes| sdxl_vector(&real, sizes).len();
     assert_eq!(length(SdxlSizes::Base { original, crop, target: original }), 2816);
     assert_eq!(length(SdxlSizes::Refiner { original, crop, aesthetic: 6.0 }), 2560);
 }

@@ -7,6 +7,9 @@
     image = vae.decode(latent)                  # torch [N, C, h, w] to [N, H, W, 3] in 0..1
     latent = vae.encode(image)                  # numpy arrays in give numpy arrays out
     unet = client.unet("sdxl.safetensors")
+    clip = client.clip("sdxl.safetensors")      # or the separate files: client.clip("clip_l...", "clip_g...")
+    context, pooled = clip.encode("a photo of a (cat:1.2)")
+    y = luna_broker.sdxl_vector(pooled, original=(1024, 1024))
     eps = unet(x, timesteps, context, y=y)      # one step, run by the broker; x's element type and size
     with unet.run(loras=[("style.safetensors", 0.8)], fb_cache=0.1) as run:     # one sampling run
         eps = run(x, timesteps, context, conds=[0, 1])  # the context crosses once; later it is left out
@@ -27,6 +30,7 @@ from ._native import (
     Call,
     Cancelled,
     Client,
+    Clip,
     ConfigurationError,
     ConnectionLost,
     DeviceTensor,
@@ -43,12 +47,14 @@ from ._native import (
     Session,
     ShuttingDown,
     Stale,
+    TextCall,
     Timeout,
     Unet,
     Unsupported,
     Vae,
     __version__,
     connect,
+    sdxl_vector,
 )
 from .weights import Weights
 
@@ -57,6 +63,7 @@ __all__ = [
     "Call",
     "Cancelled",
     "Client",
+    "Clip",
     "ConfigurationError",
     "ConnectionLost",
     "DeviceTensor",
@@ -74,6 +81,7 @@ __all__ = [
     "Session",
     "ShuttingDown",
     "Stale",
+    "TextCall",
     "Timeout",
     "Unet",
     "Unsupported",
@@ -82,6 +90,7 @@ __all__ = [
     "__version__",
     "connect",
     "doctor",
+    "sdxl_vector",
 ]
 
 

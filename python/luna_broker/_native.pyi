@@ -165,6 +165,80 @@ class Call:
         """Bytes this client copied to hand out the result; 0 where the result is a view."""
 
 @final
+class TextCall:
+    """How one prompt was encoded."""
+
+    @property
+    def queued_s(self) -> float:
+        """Seconds between the request's arrival at the broker and its start."""
+
+    @property
+    def run_s(self) -> float:
+        """Seconds the text encoders ran."""
+
+    @property
+    def bytes_copied_in(self) -> int:
+        """Bytes this client copied to get tokens across."""
+
+    @property
+    def bytes_copied_out(self) -> int:
+        """Bytes this client copied to hand out the results; 0 where they are views."""
+
+    @property
+    def ignored(self) -> list[tuple[str, str]]:
+        """Embeddings that the prompt names in vain, each with the reason; it was encoded without them."""
+
+@final
+class Clip:
+    """Text encoders that live in the broker. Obtained from `Client.clip`; may be used from many threads, and by many
+    processes at a time: each gets its turn.
+
+    What is said of results and errors at `Vae` holds here too. Results are torch tensors where torch is loaded, else
+    numpy arrays.
+    """
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """Facts about the text encoders, among them:
+
+        `name`; `family` (`"clip-l"`, `"clip-h"`, `"clip-g"`, `"clip-l+g"`); `bytes` (of weights); and under `clip`:
+        `files`, and `encoders`, each with `kind` (`"clip_l"`, `"clip_h"`, `"clip_g"`), `width`, `layers`, `tokens` (of
+        a chunk) and `projection` (width of a projected pooled row, or `None`).
+        """
+
+    @property
+    def last(self) -> TextCall:
+        """How the last call through this object went; of several threads, whichever ended last."""
+
+    def encode(
+        self,
+        text: str,
+        text_g: str | None = None,
+        skip: int | None = None,
+        project: bool = True,
+        device: str | torch.device | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Conditioning [1, positions, width] and pooled row [1, width] of a prompt, float32, as ComfyUI makes them.
+
+        `text`: `(word:1.2)` weighs, `embedding:name` is a file in the broker's `--embeddings` folders (`last.ignored`
+        has those that could not be had), long prompts go on in further chunks of 77 positions. `text_g`: another text
+        for CLIP-G; the shorter of both is filled up. `skip`: which block's result, counted from the end, 1 being the
+        last; by default what the diffusion model was trained with. `project`: whether the pooled row is projected where
+        the file has a projection. `device`: where the results go; the CPU by default.
+        """
+
+    def encode_tokens(
+        self,
+        tokens: dict[str, Sequence[Sequence[tuple[int | torch.Tensor | npt.NDArray[np.floating[Any]], float]]]],
+        skip: int | None = None,
+        project: bool = True,
+        device: str | torch.device | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `encode`, of tokens as ComfyUI's tokenizers give them: for each encoder (`"clip_l"` or `"l"`, ...) chunks
+        of tuples of a token, or a vector as wide as the encoder, and its weight; what is behind these is not looked at.
+        """
+
+@final
 class DeviceTensor:
     """A tensor of the broker's in memory of a GPU, for libraries that speak DLPack. What torch tensors and numpy
     arrays are given back as is of their own kind; numpy knows no GPU, so it gets this."""
@@ -516,6 +590,13 @@ class Client:
         Raises `ModelNotFound`, `InvalidModel`, `Unsupported` (a structure that the broker does not run, named).
         """
 
+    def clip(self, *names: str | PathLike[str]) -> Clip:
+        """The text encoders in the files of these names or paths as one set, in any order: a checkpoint, or a file each
+        for CLIP-L and CLIP-G. Loaded by the broker with their first prompt.
+
+        Raises `ModelNotFound`, `InvalidModel`, `Unsupported` (encoders that do not go together).
+        """
+
     def attach(
         self,
         name: str | PathLike[str],
@@ -650,6 +731,21 @@ class Client:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None: ...
+
+def sdxl_vector(
+    pooled: torch.Tensor,
+    original: tuple[float, float],
+    crop: tuple[float, float] = (0, 0),
+    target: tuple[float, float] | None = None,
+    aesthetic: float | None = None,
+) -> torch.Tensor:
+    """The vector `y` that SDXL takes beside the prompt: pooled rows [N, width], behind each its sizes as waves.
+
+    Sizes are (height, width) in pixels: `original` of the picture that the training picture was made of, `crop` what
+    was cut off at the top and at the left, `target` of the picture asked for (`original` by default). With `aesthetic`
+    (6 for what is wanted, 2.5 for what is not) it is the vector of the refiner, which has no target. numpy arrays in
+    give numpy arrays out.
+    """
 
 def connect(
     address: str | PathLike[str] | Mapping[str, str | PathLike[str]] | None = None,

@@ -13,6 +13,7 @@ use pyo3::types::PyDict;
 use serde::Serialize;
 
 use crate::call::{self, quick, released};
+use crate::clip::Clip;
 use crate::errors::raise;
 use crate::permit::Permit;
 use crate::publish;
@@ -125,6 +126,14 @@ impl Client {
     fn unet(&self, py: Python<'_>, name: PathBuf) -> PyResult<Unet> {
         let unet = quick(py, || self.brokers.unet(&name.to_string_lossy()))?;
         Ok(Unet::new(unet, self.timeout))
+    }
+
+    /// The text encoders in the files of these names or paths.
+    #[pyo3(signature = (*names))]
+    fn clip(&self, py: Python<'_>, names: Vec<PathBuf>) -> PyResult<Clip> {
+        let names: Vec<String> = names.iter().map(|name| name.to_string_lossy().into_owned()).collect();
+        let clip = quick(py, || self.brokers.clip(&names))?;
+        Ok(Clip::new(clip, self.timeout))
     }
 
     /// Weights that lie in the broker's memory once for everybody.

@@ -5,6 +5,7 @@ use pyo3::prelude::*;
 
 mod call;
 mod client;
+mod clip;
 mod dlpack;
 mod doctor;
 mod errors;
@@ -29,6 +30,7 @@ fn native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     vae::register(module)?;
     unet::register(module)?;
     run::register(module)?;
+    clip::register(module)?;
     weights::register(module)?;
     permit::register(module)?;
     client::register(module)?;

@@ -10,13 +10,14 @@ use super::registry::ModelEntry;
 use crate::config::BrokerConfig;
 use crate::device::CopyStream;
 use crate::error::Error;
+use crate::model::clip::Clip;
 use crate::model::{Capability, HandOff, ModelError, Unet, UnetFacts, Vae, VaeFacts, WeightStorage};
 use crate::service::{Precision, Service};
 #[cfg(feature = "torch")]
 use crate::{
     device::HostDevice,
     model::ModelFile,
-    model::torch::{self, LoadOptions, Target, TorchCuda, load_unet, load_vae},
+    model::torch::{self, LoadOptions, Target, TorchCuda, load_clip, load_unet, load_vae},
 };
 
 /// The setting for models on the CPU, and what it is called to users.
@@ -120,9 +121,19 @@ fn find(name: &str) -> Result<(String, Gpu), Error> {
 }
 
 #[cfg(not(feature = "torch"))]
-fn without_executors(file: &crate::model::ModelFile, what: &str) -> ModelError {
+fn without_executors(files: &[Arc<crate::model::ModelFile>], what: &str) -> ModelError {
     let what = format!("running {what} in a broker that was built without the feature torch");
-    ModelError::Unsupported { path: file.path().to_owned(), what }
+    let path = files.first().map(|file| file.path().to_owned()).unwrap_or_default();
+    ModelError::Unsupported { path, what }
+}
+
+/// The file of a model that is in one.
+#[cfg(feature = "torch")]
+fn only(files: &[Arc<ModelFile>]) -> Result<Arc<ModelFile>, ModelError> {
+    match files {
+        [file] => Ok(Arc::clone(file)),
+        _ => Err(ModelError::Executor { what: "loading", cause: format!("the model is in {} files", files.len()) }),
+    }
 }
 
 /// Turns an entry into something that runs, on the lane's thread.
@@ -174,9 +185,9 @@ impl Loader {
         match model.source().open()? {
             None => Ok(Box::new(self.queue.clone().map_or_else(HandOff::default, HandOff::on))),
             #[cfg(feature = "torch")]
-            Some(file) => self.load_file(&file, load_vae),
+            Some(files) => self.load_files(&files, |files, options| load_vae(only(files)?, options)),
             #[cfg(not(feature = "torch"))]
-            Some(file) => Err(without_executors(&file, "a VAE")),
+            Some(files) => Err(without_executors(&files, "a VAE")),
         }
     }
 
@@ -186,29 +197,44 @@ impl Loader {
         match model.source().open()? {
             None => Err(model.changed()),
             #[cfg(feature = "torch")]
-            Some(file) => {
-                self.load_file(&file, |file, options| Ok(Box::new(load_unet(file, options)?) as Box<dyn Unet>))
+            Some(files) => self
+                .load_files(&files, |files, options| Ok(Box::new(load_unet(only(files)?, options)?) as Box<dyn Unet>)),
+            #[cfg(not(feature = "torch"))]
+            Some(files) => Err(without_executors(&files, "a UNet")),
+        }
+    }
+
+    /// # Errors
+    /// As [`Loader::load_vae`].
+    pub(super) fn load_clip(&self, model: &ModelEntry) -> Result<Box<dyn Clip>, ModelError> {
+        match model.source().open()? {
+            None => Err(model.changed()),
+            #[cfg(feature = "torch")]
+            Some(files) => {
+                self.load_files(&files, |files, options| Ok(Box::new(load_clip(files, options)?) as Box<dyn Clip>))
             }
             #[cfg(not(feature = "torch"))]
-            Some(file) => Err(without_executors(&file, "a UNet")),
+            Some(files) => Err(without_executors(&files, "text encoders")),
         }
     }
 
     #[cfg(feature = "torch")]
-    fn load_file<M: ?Sized>(
+    fn load_files<M: ?Sized>(
         &self,
-        file: &Arc<ModelFile>,
-        load: impl FnOnce(Arc<ModelFile>, LoadOptions<'_>) -> Result<Box<M>, ModelError>,
+        files: &[Arc<ModelFile>],
+        load: impl FnOnce(&[Arc<ModelFile>], LoadOptions<'_>) -> Result<Box<M>, ModelError>,
     ) -> Result<Box<M>, ModelError> {
         let started = Instant::now();
         let progress = |done: u64, _total: u64| self.loading.store(done, Ordering::Relaxed);
         let memory = HostDevice::default();
         let options =
             LoadOptions { target: self.target()?, storage: self.storage, memory: &memory, progress: &progress };
-        let loaded = load(Arc::clone(file), options);
+        let loaded = load(files, options);
         self.loading.store(0, Ordering::Relaxed);
         if loaded.is_ok() {
-            tracing::info!(model = %file.path().display(), seconds = started.elapsed().as_secs_f64(), "model loaded");
+            let models: Vec<_> = files.iter().map(|file| file.path().display().to_string()).collect();
+            let models = models.join(", ");
+            tracing::info!(model = models, seconds = started.elapsed().as_secs_f64(), "model loaded");
         }
         loaded
     }

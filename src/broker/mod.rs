@@ -19,6 +19,7 @@ mod open_gpu;
 mod outbox;
 mod permits;
 mod pool;
+mod prompts;
 mod quarantine;
 mod registered;
 mod registry;

@@ -60,6 +60,7 @@ impl Registered {
             latent_channels: 0,
             ratio: 0,
             unet: None,
+            clip: None,
             registered_by: Some(*session),
         };
         models.iter().map(report).collect()

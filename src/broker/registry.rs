@@ -1,5 +1,5 @@
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -14,8 +14,9 @@ use super::weights::{PublishedModel, Weights};
 use crate::config::BrokerConfig;
 use crate::id::{ModelId, SessionId};
 use crate::metrics::Evictions;
+use crate::model::clip::{ClipFacts, TextEncoders, text_encoders};
 use crate::model::{HandOff, ModelError, ModelFile, StackMaker, UnetFacts, VaeFacts, unet_facts, vae_facts};
-use crate::protocol::{ModelReport, UnetReport};
+use crate::protocol::{ClipReport, EncoderReport, MAX_ENCODER_FILES, ModelReport, UnetReport};
 use crate::service::{Precision, Service};
 
 /// More models than anybody keeps in a model folder; bounds a listing's length.
@@ -44,6 +45,7 @@ pub(super) struct ModelEntry {
 pub(super) enum Facts {
     Vae(VaeFacts),
     Unet(UnetFacts, UnetSizes),
+    Clip(TextEncoders),
 }
 
 /// What a UNet takes in the element type that it computes in here.
@@ -58,6 +60,7 @@ impl Facts {
         match self {
             Self::Vae(_) => Service::Vae,
             Self::Unet(..) => Service::Unet,
+            Self::Clip(_) => Service::Clip,
         }
     }
 
@@ -65,6 +68,7 @@ impl Facts {
         match self {
             Self::Vae(facts) => facts.family,
             Self::Unet(facts, _) => facts.family,
+            Self::Clip(set) => set.family(),
         }
     }
 
@@ -72,6 +76,7 @@ impl Facts {
         match self {
             Self::Vae(facts) => facts.weight_bytes,
             Self::Unet(_, sizes) => sizes.weight_bytes,
+            Self::Clip(set) => set.weight_bytes(),
         }
     }
 }
@@ -80,7 +85,8 @@ impl Facts {
 #[derive(Debug)]
 pub(super) enum Source {
     HandOff,
-    File(Arc<ModelFile>),
+    /// One file, or several that are used together, by path.
+    Files(Vec<Arc<ModelFile>>),
     Published(PublishedModel),
 }
 
@@ -92,43 +98,53 @@ pub(super) enum AdapterPlace {
 }
 
 impl Source {
+    /// The files it is in; none for a built-in model.
+    pub(super) fn files(&self) -> &[Arc<ModelFile>] {
+        match self {
+            Self::HandOff | Self::Published(_) => &[],
+            Self::Files(files) => files,
+        }
+    }
+
+    fn path(&self) -> Option<&Path> {
+        self.files().first().map(|file| file.path())
+    }
+
     fn is_same(&self, other: &Self) -> bool {
         match (self, other) {
-            (Self::File(one), Self::File(two)) => one.path() == two.path(),
+            (Self::Files(one), Self::Files(two)) => {
+                one.len() == two.len() && one.iter().zip(two).all(|(one, two)| one.path() == two.path())
+            }
             (Self::Published(one), Self::Published(two)) => one.is_same(two),
             _ => false,
         }
     }
 
-    /// The tensors; none of a built-in model. A published set is held from here on until the value goes.
+    /// The tensors, by file; none of a built-in model. A published set is held from here on until the value goes.
     ///
     /// # Errors
     /// As [`PublishedModel::open`].
-    pub(super) fn open(&self) -> Result<Option<Arc<ModelFile>>, ModelError> {
+    pub(super) fn open(&self) -> Result<Option<Vec<Arc<ModelFile>>>, ModelError> {
         match self {
             Self::HandOff => Ok(None),
-            Self::File(file) => Ok(Some(Arc::clone(file))),
-            Self::Published(set) => Ok(Some(set.open()?)),
+            Self::Files(files) => Ok(Some(files.clone())),
+            Self::Published(set) => Ok(Some(vec![set.open()?])),
         }
     }
 
     /// Whether the model is no longer what was recognised.
     fn is_outdated(&self) -> bool {
         match self {
-            Self::HandOff => false,
-            Self::File(file) => file.check_unchanged().is_err(),
             Self::Published(set) => set.is_outdated(),
+            Self::HandOff | Self::Files(_) => self.files().iter().any(|file| file.check_unchanged().is_err()),
         }
     }
 
-    /// What users see: the file's name, or the name of a built-in model.
+    /// What users see: the files' names, or the name of a built-in model.
     fn shown(&self, asked_for: &str) -> String {
-        match self {
-            Self::HandOff | Self::Published(_) => asked_for.to_owned(),
-            Self::File(file) => {
-                file.path().file_name().map_or_else(|| asked_for.to_owned(), |name| name.to_string_lossy().into_owned())
-            }
-        }
+        let name = |file: &Arc<ModelFile>| Some(file.path().file_name()?.to_string_lossy().into_owned());
+        let names: Option<Vec<String>> = self.files().iter().map(name).collect();
+        names.filter(|names| !names.is_empty()).map_or_else(|| asked_for.to_owned(), |names| names.join(" + "))
     }
 }
 
@@ -168,7 +184,7 @@ impl ModelEntry {
     pub(super) fn vae(&self) -> Result<&VaeFacts, ModelError> {
         match &self.facts {
             Facts::Vae(facts) => Ok(facts),
-            Facts::Unet(..) => Err(self.is_no("VAE")),
+            Facts::Unet(..) | Facts::Clip(_) => Err(self.is_no("VAE")),
         }
     }
 
@@ -179,7 +195,18 @@ impl ModelEntry {
     pub(super) fn unet(&self) -> Result<&UnetFacts, ModelError> {
         match &self.facts {
             Facts::Unet(facts, _) => Ok(facts),
-            Facts::Vae(_) => Err(self.is_no("UNet")),
+            Facts::Vae(_) | Facts::Clip(_) => Err(self.is_no("UNet")),
+        }
+    }
+
+    /// As [`ModelEntry::vae`], of text encoders.
+    ///
+    /// # Errors
+    /// As [`ModelEntry::vae`].
+    pub(super) fn clip(&self) -> Result<&TextEncoders, ModelError> {
+        match &self.facts {
+            Facts::Clip(set) => Ok(set),
+            Facts::Vae(_) | Facts::Unet(..) => Err(self.is_no("CLIP text encoder")),
         }
     }
 
@@ -187,7 +214,7 @@ impl ModelEntry {
     pub(super) fn unet_precision(&self) -> Precision {
         match &self.facts {
             Facts::Unet(_, sizes) => sizes.precision,
-            Facts::Vae(_) => Precision::F32,
+            Facts::Vae(_) | Facts::Clip(_) => Precision::F32,
         }
     }
 
@@ -215,21 +242,18 @@ impl ModelEntry {
     /// The error for a request that was accepted for a model which has been given up since.
     pub(super) fn changed(&self) -> ModelError {
         let path = match &self.source {
-            Source::HandOff => PathBuf::from(&self.name),
             Source::Published(set) => PathBuf::from(set.name()),
-            Source::File(file) => file.path().to_owned(),
+            source => source.path().map_or_else(|| PathBuf::from(&self.name), Path::to_owned),
         };
         ModelError::Changed { path }
     }
 
     pub(super) fn report(&self) -> ModelReport {
-        let path = match &self.source {
-            Source::HandOff | Source::Published(_) => String::new(),
-            Source::File(file) => file.path().to_string_lossy().into_owned(),
-        };
-        let (latent_channels, ratio, unet) = match &self.facts {
-            Facts::Vae(facts) => (facts.latent_channels, facts.ratio, None),
-            Facts::Unet(facts, _) => (facts.out_channels, 0, Some(unet_report(facts))),
+        let path = self.source.path().map_or_else(String::new, |path| path.to_string_lossy().into_owned());
+        let (latent_channels, ratio, unet, clip) = match &self.facts {
+            Facts::Vae(facts) => (facts.latent_channels, facts.ratio, None, None),
+            Facts::Unet(facts, _) => (facts.out_channels, 0, Some(unet_report(facts)), None),
+            Facts::Clip(set) => (0, 0, None, Some(clip_report(set, self.source.files()))),
         };
         ModelReport {
             name: self.name.clone(),
@@ -244,8 +268,23 @@ impl ModelEntry {
             latent_channels,
             ratio,
             unet,
+            clip,
             registered_by: None,
         }
+    }
+}
+
+fn clip_report(set: &TextEncoders, files: &[Arc<ModelFile>]) -> ClipReport {
+    let encoder = |facts: &ClipFacts| EncoderReport {
+        kind: facts.kind,
+        width: facts.width,
+        layers: facts.trained_layers(),
+        tokens: facts.tokens,
+        projection: facts.projection,
+    };
+    ClipReport {
+        files: files.iter().map(|file| file.path().to_string_lossy().into_owned()).collect(),
+        encoders: set.encoders().iter().map(encoder).collect(),
     }
 }
 
@@ -276,8 +315,23 @@ pub(super) struct Registry {
     known: Mutex<Known>,
 }
 
-/// Models by the service and the name they were asked for by.
-type Known = HashMap<(Service, String), Arc<ModelEntry>>;
+/// Models by what they were asked for by.
+type Known = HashMap<Asked, Arc<ModelEntry>>;
+
+/// What a model is asked for by.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct Asked {
+    service: Service,
+    name: String,
+    /// Further files of the same set; the names are in order.
+    beside: Vec<String>,
+}
+
+impl Asked {
+    fn names(&self) -> impl Iterator<Item = &str> {
+        [&self.name].into_iter().chain(&self.beside).map(String::as_str)
+    }
+}
 
 impl Registry {
     pub(super) fn new(
@@ -338,35 +392,67 @@ impl Registry {
     /// # Errors
     /// [`ModelError`]: not found, not a model, not one with a part for this service.
     pub(super) fn resolve(&self, service: Service, name: &str) -> Result<Arc<ModelEntry>, ModelError> {
-        self.placement(service)?;
-        let known = self.known.lock().get(&(service, name.to_owned())).cloned();
+        self.find(Asked { service, name: name.to_owned(), beside: Vec::new() })
+    }
+
+    /// The text encoders in the files of these names or paths as one set, in whatever order they are named.
+    ///
+    /// # Errors
+    /// As [`Registry::resolve`]; [`ModelError::Unsupported`] for encoders that do not go together.
+    pub(super) fn resolve_set(&self, names: &[String]) -> Result<Arc<ModelEntry>, ModelError> {
+        if names.len() > MAX_ENCODER_FILES {
+            let what = format!("text encoding with {} files", names.len());
+            return Err(ModelError::Unsupported { path: PathBuf::new(), what });
+        }
+        let mut names = names.to_vec();
+        names.sort();
+        names.dedup();
+        let mut names = names.into_iter();
+        // None at all is a name that nothing has.
+        let name = names.next().unwrap_or_default();
+        self.find(Asked { service: Service::Clip, name, beside: names.collect() })
+    }
+
+    fn find(&self, asked: Asked) -> Result<Arc<ModelEntry>, ModelError> {
+        self.placement(asked.service)?;
+        let known = self.known.lock().get(&asked).cloned();
         if let Some(entry) = known {
             // A loaded one looks at its file itself, in each call.
             if entry.is_loaded() || !entry.source.is_outdated() || !self.give_up(&entry) {
                 return Ok(entry);
             }
         }
-        let builtin = HandOff::facts(name).filter(|_| self.bench_models && service == Service::Vae);
+        let builtin = HandOff::facts(&asked.name).filter(|_| self.bench_models && asked.service == Service::Vae);
         if let Some(facts) = builtin {
-            return Ok(self.add(name, Source::HandOff, Facts::Vae(facts)));
+            return Ok(self.add(asked, Source::HandOff, Facts::Vae(facts)));
         }
-        let paths = self.models.all(name);
-        // A file goes before a set of its name, which could not be published while the file was there.
-        if let Some(set) = self.published(&paths, name) {
-            let facts = self.facts(service, &*set.open()?)?;
-            return Ok(self.add(name, Source::Published(set), facts));
-        }
-        let mut refused = None;
-        for path in paths {
-            let file = ModelFile::open(&path)?;
-            match self.facts(service, &file) {
-                Ok(facts) => return Ok(self.add(name, Source::File(Arc::new(file)), facts)),
-                // Folders by kind may each have a file of this name, with a part of their kind in it.
-                Err(error @ ModelError::MissingPart { .. }) => _ = refused.get_or_insert(error),
-                Err(error) => return Err(error),
+        if let ([], name) = (asked.beside.as_slice(), asked.name.as_str()) {
+            let paths = self.models.all(name);
+            // A file goes before a set of its name, which could not be published while the file was there.
+            if let Some(set) = self.published(&paths, name) {
+                let facts = self.recognise(asked.service, &[set.open()?])?;
+                return Ok(self.add(asked, Source::Published(set), facts));
             }
+            let mut refused = None;
+            for path in paths {
+                let files = vec![Arc::new(ModelFile::open(&path)?)];
+                match self.recognise(asked.service, &files) {
+                    Ok(facts) => return Ok(self.add(asked, Source::Files(files), facts)),
+                    // Folders by kind may each have a file of this name, with a part of their kind in it.
+                    Err(error @ ModelError::MissingPart { .. }) => _ = refused.get_or_insert(error),
+                    Err(error) => return Err(error),
+                }
+            }
+            return Err(refused.unwrap_or_else(|| self.models.not_found(name)));
         }
-        Err(refused.unwrap_or_else(|| self.models.not_found(name)))
+        let mut paths = asked.names().map(|name| self.locate(name)).collect::<Result<Vec<_>, _>>()?;
+        paths.sort();
+        // Two names of one file.
+        paths.dedup();
+        let files = paths.iter().map(|path| Ok(Arc::new(ModelFile::open(path)?)));
+        let files = files.collect::<Result<Vec<_>, ModelError>>()?;
+        let facts = self.recognise(asked.service, &files)?;
+        Ok(self.add(asked, Source::Files(files), facts))
     }
 
     /// The set published under a name that no file has.
@@ -375,21 +461,23 @@ impl Registry {
         if is_file { None } else { self.weights.published_model(name) }
     }
 
-    /// What is known of the part of a file that a service runs.
+    /// What a service finds in files; text encoders alone may be in several.
     ///
     /// # Errors
     /// [`ModelError`]: no such part, or none that can be run.
-    fn facts(&self, service: Service, file: &ModelFile) -> Result<Facts, ModelError> {
+    fn recognise(&self, service: Service, files: &[Arc<ModelFile>]) -> Result<Facts, ModelError> {
+        let first = files.first().ok_or_else(|| self.models.not_found(""))?;
         let placement = self.placement(service)?;
-        match service {
-            Service::Vae => Ok(Facts::Vae(placement.facts(vae_facts(file)?))),
+        Ok(match service {
+            Service::Vae => Facts::Vae(placement.facts(vae_facts(first)?)),
             Service::Unet => {
-                let facts = unet_facts(file)?;
+                let facts = unet_facts(first)?;
                 let precision = placement.unet_precision(&facts);
                 let sizes = UnetSizes { weight_bytes: facts.weight_bytes(precision), precision };
-                Ok(Facts::Unet(facts, sizes))
+                Facts::Unet(facts, sizes)
             }
-        }
+            Service::Clip => Facts::Clip(text_encoders(&files.iter().map(AsRef::as_ref).collect::<Vec<_>>())?),
+        })
     }
 
     /// Every part of the file of that name or path that a service runs.
@@ -413,16 +501,39 @@ impl Registry {
         }
     }
 
-    /// Remembers a model under `name`. Two names of one file are one model, and so are two requests at once.
-    fn add(&self, name: &str, source: Source, facts: Facts) -> Arc<ModelEntry> {
-        let key = (facts.service(), name.to_owned());
+    /// As [`Registry::parts`], with the sets that the file is a part of.
+    ///
+    /// # Errors
+    /// As [`Registry::parts`], where it is not a part of any set either.
+    pub(super) fn holding(&self, name: &str) -> Result<Vec<Arc<ModelEntry>>, ModelError> {
+        let path = self.locate(name).ok();
+        let holds = |asked: &Asked, entry: &ModelEntry| {
+            let mut files = entry.source.files().iter();
+            asked.names().any(|one| one == name) || files.any(|file| Some(file.path()) == path.as_deref())
+        };
+        let known = self.known.lock();
+        let in_sets = known.iter().filter(|(asked, entry)| entry.source.files().len() > 1 && holds(asked, entry));
+        let mut sets: Vec<_> = in_sets.map(|(_, entry)| Arc::clone(entry)).collect();
+        drop(known);
+        sets.sort_by_key(|entry| entry.id);
+        sets.dedup_by_key(|entry| entry.id);
+        match self.parts(name) {
+            Ok(parts) => Ok(parts.into_iter().chain(sets).collect()),
+            Err(_) if !sets.is_empty() => Ok(sets),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Remembers a model by what it was asked for by. Two names of one file are one model, and so are two requests at
+    /// once.
+    fn add(&self, key: Asked, source: Source, facts: Facts) -> Arc<ModelEntry> {
         let mut known = self.known.lock();
         if known.len() >= MAX_NAMES {
             purge(&mut known);
         }
         // Known by another name, and replaced since.
         known.retain(|_, entry| entry.is_loaded() || !entry.source.is_same(&source) || !entry.source.is_outdated());
-        let is_same = |entry: &&Arc<ModelEntry>| entry.facts.service() == key.0 && entry.source.is_same(&source);
+        let is_same = |entry: &&Arc<ModelEntry>| entry.facts.service() == key.service && entry.source.is_same(&source);
         if let Some(entry) = known.values().find(is_same).cloned() {
             if known.len() < MAX_NAMES {
                 known.insert(key, Arc::clone(&entry));
@@ -432,11 +543,11 @@ impl Registry {
         let id = ModelId(self.next.fetch_add(1, Ordering::Relaxed));
         let device = match source {
             Source::HandOff => CPU.to_owned(),
-            Source::File(_) | Source::Published(_) => self.device(key.0).unwrap_or(CPU).to_owned(),
+            Source::Files(_) | Source::Published(_) => self.device(key.service).unwrap_or(CPU).to_owned(),
         };
         let entry = ModelEntry {
             id,
-            name: source.shown(name),
+            name: source.shown(&key.name),
             source,
             facts,
             device,
@@ -446,7 +557,7 @@ impl Registry {
         };
         tracing::info!(
             model = entry.name,
-            service = key.0.name(),
+            service = key.service.name(),
             family = entry.facts.family(),
             bytes = entry.facts.weight_bytes(),
             "model recognised"

@@ -155,14 +155,11 @@ impl Responder {
         self.link.machine.lock().answered(self.request);
         let (id, times) = (self.request, self.times);
         let memories = self.link.open.get().map(|open| &open.memories);
-        let lease = match &outcome {
-            Outcome::Tensor { descriptor, .. } | Outcome::Allocated { descriptor } => Some(descriptor.lease),
-            _ => None,
-        };
         self.link.outbox.post(payload, |attachments| {
-            let offer = memories.zip(lease).and_then(|(memories, lease)| memories.announce(lease, attachments));
+            let mut announce = |lease| memories.and_then(|memories| memories.announce(lease, attachments));
+            let arenas = outcome.leased().filter_map(|descriptor| announce(descriptor.lease)).collect();
             attachments.append(&mut handles);
-            ServerMessage::Reply(Reply { id, times, arenas: offer.into_iter().collect(), outcome })
+            ServerMessage::Reply(Reply { id, times, arenas, outcome })
         });
     }
 }

@@ -8,9 +8,10 @@ use parking_lot::Mutex;
 use super::adapters::Adapters;
 use super::clock::Clock;
 use super::gpu::BrokerGpu;
-use super::jobs::{UnetExecutor, VaeExecutor};
+use super::jobs::{ClipExecutor, UnetExecutor, VaeExecutor};
 use super::loader::{Loader, Placements};
 use super::permits::Permits;
+use super::prompts::Prompts;
 use super::registry::Registry;
 use super::session::Session;
 use super::state::{Sessions, State};
@@ -97,6 +98,7 @@ fn make_state(config: BrokerConfig, address: String) -> Result<State> {
     let queue = gpu.as_ref().map(BrokerGpu::queue).transpose()?;
     // Each lane's libtorch is a stream of its own: a loader opens it on the lane's thread.
     let unet_loader = Loader::new(&config, placements.of(Service::Unet).cloned(), Arc::clone(&loading), None);
+    let clip_loader = Loader::new(&config, placements.of(Service::Clip).cloned(), Arc::clone(&loading), None);
     let loader = Loader::new(&config, placements.of(Service::Vae).cloned(), Arc::clone(&loading), queue);
     let lane_registry = Arc::clone(&registry);
     let queue = Queue::new(Policy::Fifo, config.lane_capacity).patience(config.input_patience);
@@ -107,7 +109,16 @@ fn make_state(config: BrokerConfig, address: String) -> Result<State> {
     let queue = Queue::new(Policy::FairBySession, config.lane_capacity).patience(config.input_patience);
     let unet_lane = Lane::spawn("luna-unet", queue, move || UnetExecutor::new(unet_loader, lane_registry, max_batch))
         .map_err(no_thread)?;
-    registry.residents().wake_by(vec![Box::new(vae_lane.waker()), Box::new(unet_lane.waker())]);
+    let lane_registry = Arc::clone(&registry);
+    let queue = Queue::new(Policy::Fifo, config.lane_capacity);
+    let clip_lane =
+        Lane::spawn("luna-clip", queue, move || ClipExecutor::new(clip_loader, lane_registry)).map_err(no_thread)?;
+    registry.residents().wake_by(vec![
+        Box::new(vae_lane.waker()),
+        Box::new(unet_lane.waker()),
+        Box::new(clip_lane.waker()),
+    ]);
+    let prompts = Prompts::new(config.embedding_folders.clone());
     let adapters = Adapters::start(config.adapter_bytes).map_err(no_thread)?;
     Ok(State {
         config,
@@ -117,6 +128,8 @@ fn make_state(config: BrokerConfig, address: String) -> Result<State> {
         registry,
         vae_lane,
         unet_lane,
+        clip_lane,
+        prompts,
         permits: Arc::new(Permits::default()),
         weights,
         adapters,
@@ -213,6 +226,14 @@ impl Broker {
         Ok(self.state.registry.resolve(service, model)?.report())
     }
 
+    /// Recognises the text encoders in files, by name or path, as one set, without loading it.
+    ///
+    /// # Errors
+    /// As [`Broker::describe`].
+    pub fn describe_encoders(&self, models: &[String]) -> Result<ModelReport> {
+        Ok(self.state.registry.resolve_set(models)?.report())
+    }
+
     /// Bytes of weights of the model being loaded that are in place.
     #[must_use]
     pub fn loading_bytes(&self) -> u64 {
@@ -245,6 +266,7 @@ impl Broker {
         self.state.adapters.shut_down();
         self.state.vae_lane.shut_down();
         self.state.unet_lane.shut_down();
+        self.state.clip_lane.shut_down();
         let deadline = Instant::now() + FAREWELL;
         for link in &sessions {
             link.outbox.flush(deadline);

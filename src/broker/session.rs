@@ -21,6 +21,7 @@ use crate::service::Service;
 use crate::tensor::{DType, Dims, TensorMeta};
 use crate::transport::{Abilities, Connection, FrameReader};
 
+mod clip;
 mod models;
 mod opening;
 mod unet;
@@ -104,6 +105,7 @@ impl Session {
                 Action::Cancel(id) => {
                     self.state.vae_lane.cancel(self.link.id(), id);
                     self.state.unet_lane.cancel(self.link.id(), id);
+                    self.state.clip_lane.cancel(self.link.id(), id);
                     self.state.weights.cancel(self.link.id(), id);
                     self.state.adapters.cancel(self.link.id(), id);
                     // It may be granted in this moment.
@@ -173,6 +175,7 @@ impl Session {
         state.vae_lane.end_session(link.id());
         state.unet_lane.end_session(link.id());
         state.adapters.end_session(link.id());
+        state.clip_lane.end_session(link.id());
         state.weights.end_session(link.id());
         if let Some(open) = link.open.get() {
             open.runs.end();
@@ -229,6 +232,8 @@ impl Session {
             Operation::Unet(request) => self.unet(responder, deadline, *request)?,
             Operation::OpenRun(request) => self.open_run(responder, *request),
             Operation::Prefetch { service, model, adapters } => self.prefetch(responder, service, &model, adapters),
+            Operation::Clip(request) => self.clip(responder, deadline, *request)?,
+            Operation::Encoders { models, task } => self.encoders(responder, deadline, &models, task),
             Operation::Describe { service, model } => {
                 let described = self.state.registry.resolve(service, &model);
                 let described = described.inspect(|model| model.usage().note_user(self.link.id()));

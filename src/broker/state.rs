@@ -7,8 +7,9 @@ use parking_lot::{Condvar, Mutex};
 use super::adapters::Adapters;
 use super::clock::Clock;
 use super::gpu::BrokerGpu;
-use super::jobs::{UnetWork, VaeWork};
+use super::jobs::{ClipWork, UnetWork, VaeWork};
 use super::permits::Permits;
+use super::prompts::Prompts;
 use super::registry::Registry;
 use super::responder::SessionLink;
 use super::weights::Weights;
@@ -27,6 +28,8 @@ pub(super) struct State {
     pub(super) registry: Arc<Registry>,
     pub(super) vae_lane: Lane<VaeWork>,
     pub(super) unet_lane: Lane<UnetWork>,
+    pub(super) clip_lane: Lane<ClipWork>,
+    pub(super) prompts: Prompts,
     pub(super) permits: Arc<Permits>,
     pub(super) weights: Arc<Weights>,
     pub(super) adapters: Adapters,

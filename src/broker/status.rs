@@ -53,6 +53,7 @@ impl State {
         let lanes = [
             (Service::Vae, self.vae_lane.counts(), self.permits.holder()),
             (Service::Unet, self.unet_lane.counts(), None),
+            (Service::Clip, self.clip_lane.counts(), None),
         ];
         lanes.into_iter().filter_map(report).collect()
     }

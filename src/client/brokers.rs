@@ -1,3 +1,4 @@
+use super::clip::Clip;
 use super::connect::{Client, address_from_environment};
 use super::unet::Unet;
 use super::vae::Vae;
@@ -182,6 +183,14 @@ impl Brokers {
     /// As [`Client::unet`] and [`Brokers::of`].
     pub fn unet(&self, model: &str) -> Result<Unet> {
         self.of(Service::Unet)?.unet(model)
+    }
+
+    /// As [`Client::clip`], of the broker that runs text encoders.
+    ///
+    /// # Errors
+    /// As [`Client::clip`] and [`Brokers::of`].
+    pub fn clip(&self, models: &[impl AsRef<str>]) -> Result<Clip> {
+        self.of(Service::Clip)?.clip(models)
     }
 
     /// The models of all brokers.

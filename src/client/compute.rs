@@ -10,19 +10,22 @@ use super::link::Link;
 use super::memory::Home;
 use super::open_gpu::LinkGpu;
 use super::router::Answer;
-use super::tensor::{Storage, Tensor};
+use super::tensor::{PooledBytes, Storage, Tensor};
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::GpuUuid;
-use crate::protocol::{Operation, Outcome, SlotPlace, TensorSource, Times};
-use crate::service::How;
+use crate::protocol::{EncodedPrompt, Operation, Outcome, SlotPlace, TensorSource, Times};
+use crate::service::{How, IgnoredEmbedding};
 
 /// Where a call's tensors are, in the order in which they were given. Most calls have one.
 pub(super) type Sources = SmallVec<[TensorSource; 1]>;
 
 /// What a call gave.
 pub(super) struct Computed {
+    /// The result, or the first of two.
     pub(super) tensor: Tensor,
+    pub(super) second: Option<Tensor>,
     pub(super) how: How,
+    pub(super) ignored: Vec<IgnoredEmbedding>,
     pub(super) times: Times,
     pub(super) copied_in_bytes: u64,
     pub(super) copied_out_bytes: u64,
@@ -49,6 +52,7 @@ pub(super) fn compute(
 }
 
 /// What a call came to on the rungs of the moment.
+#[expect(clippy::large_enum_variant, reason = "moved once or twice; a box would be an allocation per call")]
 enum Called {
     Done(Computed),
     /// GPU memory that worked before no longer opens, and why.
@@ -98,35 +102,109 @@ fn attempt(
     // The broker read the input before it answered, or behind the mark of the result; a request that was given up
     // may still be reading it.
     if let Ok(answer) = &answer {
-        let result_mark = match &answer.reply.outcome {
-            Outcome::Tensor { descriptor, .. } => descriptor.sequence,
-            _ => 0,
-        };
+        let result_mark = answer.reply.outcome.leased().map(|descriptor| descriptor.sequence).max().unwrap_or(0);
         all.into_iter().for_each(|staged| reuse(link, staged, result_gpu.as_ref(), result_mark));
     }
     let Answer { reply, payload, .. } = answer?;
-    let (tensor, how, copied_out_bytes) = match (reply.outcome, payload) {
-        (Outcome::Tensor { descriptor, how }, _) => {
-            let lease = match (link.memory.take_up(&descriptor, link.session.epoch, home), &result_gpu) {
-                (Err(error), Some(gpu)) if !link.memory.is_open(&descriptor, gpu.gpu) => {
-                    return Ok(Called::WornOut(Arc::clone(gpu), error));
-                }
-                (lease, _) => lease?,
-            };
-            let (storage, copied) = match unshared {
-                Some(gpu) => (Storage::Staged(lease, gpu), descriptor.meta.span_bytes()? as u64),
-                None => (Storage::Leased(lease), 0),
-            };
-            (Tensor::new(descriptor.meta, storage), how, copied)
-        }
-        (Outcome::InlineTensor { meta, how }, Some(bytes)) => {
-            meta.validate()?;
-            meta.check_fits(bytes.bytes.len())?;
-            (Tensor::new(meta, Storage::Received(bytes)), how, meta.size_bytes()? as u64)
-        }
-        _ => return Err(unexpected_outcome()),
+    let Results { first, second, how, ignored } = Results::of(reply.outcome)?;
+    let mut taking =
+        Taking { link, home, shared: result_gpu.as_ref(), unshared: unshared.as_ref(), payload, copied_bytes: 0 };
+    // Of two results behind the frame the second lies behind the first.
+    let offset = first.meta().size_bytes()?;
+    let second = match second.map(|source| taking.take(&source, offset)).transpose()? {
+        Some(Taken::WornOut(gpu, why)) => return Ok(Called::WornOut(gpu, why)),
+        Some(Taken::Tensor(tensor)) => Some(tensor),
+        None => None,
     };
-    Ok(Called::Done(Computed { tensor, how, times: reply.times, copied_in_bytes, copied_out_bytes }))
+    let tensor = match taking.take(&first, 0)? {
+        Taken::WornOut(gpu, why) => return Ok(Called::WornOut(gpu, why)),
+        Taken::Tensor(tensor) => tensor,
+    };
+    let copied_out_bytes = taking.copied_bytes;
+    Ok(Called::Done(Computed { tensor, second, how, ignored, times: reply.times, copied_in_bytes, copied_out_bytes }))
+}
+
+/// What an answer says of results.
+struct Results {
+    first: TensorSource,
+    second: Option<TensorSource>,
+    how: How,
+    ignored: Vec<IgnoredEmbedding>,
+}
+
+impl Results {
+    fn of(outcome: Outcome) -> Result<Self> {
+        let one = |first, how| Self { first, second: None, how, ignored: Vec::new() };
+        Ok(match outcome {
+            Outcome::Tensor { descriptor, how } => one(TensorSource::Leased(descriptor), how),
+            Outcome::InlineTensor { meta, how } => one(TensorSource::Inline(meta), how),
+            Outcome::Encoded(encoded) => {
+                let EncodedPrompt { cond, pooled, ignored } = *encoded;
+                Self { first: cond, second: Some(pooled), how: How::Plain, ignored }
+            }
+            _ => return Err(unexpected_outcome()),
+        })
+    }
+}
+
+/// Takes results up, the one at the start of the payload last.
+struct Taking<'a> {
+    link: &'a Link,
+    home: Home<'a>,
+    shared: Option<&'a Arc<LinkGpu>>,
+    /// The GPU that results in host memory are on their way to.
+    unshared: Option<&'a Arc<LinkGpu>>,
+    payload: Option<PooledBytes>,
+    copied_bytes: u64,
+}
+
+enum Taken {
+    Tensor(Tensor),
+    /// As [`Called::WornOut`].
+    WornOut(Arc<LinkGpu>, Error),
+}
+
+impl Taking<'_> {
+    /// The result at `source`; `offset` is where it starts in what came behind the frame, if it did.
+    fn take(&mut self, source: &TensorSource, offset: usize) -> Result<Taken> {
+        let memory = &self.link.memory;
+        match source {
+            TensorSource::Leased(descriptor) => {
+                let lease = match (memory.take_up(descriptor, self.link.session.epoch, self.home), self.shared) {
+                    (Err(error), Some(gpu)) if !memory.is_open(descriptor, gpu.gpu) => {
+                        return Ok(Taken::WornOut(Arc::clone(gpu), error));
+                    }
+                    (lease, _) => lease?,
+                };
+                let storage = match self.unshared {
+                    Some(gpu) => {
+                        self.copied_bytes += descriptor.meta.span_bytes()? as u64;
+                        Storage::Staged(lease, Arc::clone(gpu))
+                    }
+                    None => Storage::Leased(lease),
+                };
+                Ok(Taken::Tensor(Tensor::new(descriptor.meta, storage)))
+            }
+            TensorSource::Inline(meta) => {
+                meta.validate()?;
+                let length = meta.size_bytes()?;
+                let bytes = match offset {
+                    0 => self.payload.take().ok_or_else(unexpected_outcome)?,
+                    _ => {
+                        let all = self.payload.as_ref().map(PooledBytes::received).unwrap_or_default();
+                        let own = all.get(offset..).and_then(|rest| rest.get(..length));
+                        let own = own.ok_or_else(unexpected_outcome)?;
+                        let mut bytes = memory.pool.take(length);
+                        bytes.bytes.get_mut(..length).unwrap_or_default().copy_from_slice(own);
+                        bytes
+                    }
+                };
+                meta.check_fits(bytes.received().len())?;
+                self.copied_bytes += length as u64;
+                Ok(Taken::Tensor(Tensor::new(*meta, Storage::Received(bytes))))
+            }
+        }
+    }
 }
 
 /// Bytes that go behind the frame: the inputs' own where it is one, else one after the other.

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 
 use super::brokers::Addresses;
+use super::clip::Clip;
 use super::gpu;
 use super::input::{allocate, unexpected_outcome};
 use super::link::Link;
@@ -20,7 +21,7 @@ use crate::device::StreamRef;
 use crate::error::{Error, ErrorKind, Result, Retry};
 use crate::id::GpuUuid;
 use crate::protocol::{
-    DeviceRung, Force, ModelReport, Operation, Outcome, RegisteredModel, Rung, Status, VerifyReport,
+    DeviceRung, EncodersTask, Force, ModelReport, Operation, Outcome, RegisteredModel, Rung, Status, VerifyReport,
 };
 use crate::service::Service;
 use crate::tensor::TensorMeta;
@@ -251,6 +252,32 @@ impl Client {
         let name = resolve_locally(model);
         let info = self.describe(Service::Unet, &name)?;
         Ok(Unet::new(self.clone(), name, info))
+    }
+
+    /// The text encoders in the files of these names or paths, as one set: a checkpoint, or separate files in any order.
+    /// Looks at the files; weights are loaded with the first call.
+    ///
+    /// # Errors
+    /// As [`Client::vae`].
+    pub fn clip(&self, models: &[impl AsRef<str>]) -> Result<Clip> {
+        let names: Vec<String> = models.iter().map(|model| resolve_locally(model.as_ref())).collect();
+        let operation = Operation::Encoders { models: names.clone(), task: EncodersTask::Describe };
+        match self.ask(operation, &self.default_options())? {
+            Outcome::Model(info) => Ok(Clip::new(self.clone(), names, info)),
+            _ => Err(unexpected_outcome()),
+        }
+    }
+
+    /// Loads text encoders now instead of with their first call; waits as `options` say.
+    ///
+    /// # Errors
+    /// As [`Client::load`].
+    pub fn load_clip(&self, models: &[impl AsRef<str>], options: &CallOptions<'_>) -> Result<Vec<ModelReport>> {
+        let models = models.iter().map(|model| resolve_locally(model.as_ref())).collect();
+        match self.ask(Operation::Encoders { models, task: EncodersTask::Load }, options)? {
+            Outcome::Models(infos) => Ok(infos),
+            _ => Err(unexpected_outcome()),
+        }
     }
 
     fn describe(&self, service: Service, model: &str) -> Result<ModelReport> {

@@ -1,6 +1,7 @@
 //! The calling side: typed calls, imported memory, leases, reconnection.
 
 mod brokers;
+mod clip;
 mod compute;
 mod connect;
 #[cfg(all(feature = "cuda", unix))]
@@ -24,6 +25,7 @@ mod vae;
 mod weights;
 
 pub use brokers::{Addresses, Brokers};
+pub use clip::{Clip, ClipOutput};
 pub use connect::{
     CallOptions, Client, ResultPlace, Unshared, address_from_environment, gpu_named, synchronize_default_stream,
 };

@@ -139,7 +139,7 @@ pub(super) fn step(
         };
         compute(link, &inputs, &operation, options)
     })?;
-    let Computed { tensor, how, times, copied_in_bytes, copied_out_bytes } = computed;
+    let Computed { tensor, how, times, copied_in_bytes, copied_out_bytes, .. } = computed;
     let How::Step(step) = how else { return Err(unexpected_outcome()) };
     Ok(UnetOutput { tensor, step: *step, times, copied_in_bytes, copied_out_bytes })
 }

@@ -93,7 +93,7 @@ impl Vae {
             Ok(Operation::Vae(VaeRequest { model: self.model.clone(), call, input, result }))
         };
         let computed = self.client.with_link(|link| compute(link, &[input], &operation, options))?;
-        let Computed { tensor, how, times, copied_in_bytes, copied_out_bytes } = computed;
+        let Computed { tensor, how, times, copied_in_bytes, copied_out_bytes, .. } = computed;
         let How::Vae(mode) = how else { return Err(unexpected_outcome()) };
         Ok(VaeOutput { tensor, mode, times, copied_in_bytes, copied_out_bytes })
     }

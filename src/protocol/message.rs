@@ -5,6 +5,7 @@ use crate::id::{ArenaId, AttachmentId, DraftId, Epoch, GpuUuid, LeaseRef, Permit
 use crate::service::{AdapterStack, AdapterTaken, How, RunSettings, Rung, Service, StepInput, VaeCall};
 use crate::tensor::{DType, Dims, TensorMeta};
 
+use super::clip::{ClipRequest, EncodedPrompt, EncodersTask};
 use super::negotiate::{Accepted, DeviceRung, Hello, NONCE_BYTES, ProbeAnswer, RungFailure, Welcome};
 use super::report::{ModelReport, Status};
 use super::weights::{AttachRequest, AttachedWeights, DraftOffer, PublishRequest, VerifyReport};
@@ -129,6 +130,15 @@ pub enum Operation {
         model: String,
         /// The adapters.
         adapters: AdapterStack,
+    },
+    /// A prompt for text encoders.
+    Clip(Box<ClipRequest>),
+    /// A set of text encoders, which may be in several files.
+    Encoders {
+        /// Names or paths of the files, in any order.
+        models: Vec<String>,
+        /// What is done to it.
+        task: EncodersTask,
     },
     /// What a model is; loads nothing.
     Describe {
@@ -275,7 +285,7 @@ pub enum SlotPlace {
     Staging(GpuTarget),
 }
 
-/// Where a request's tensor is.
+/// Where a tensor is.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum TensorSource {
     /// In a slot that the session holds.
@@ -291,6 +301,15 @@ impl TensorSource {
         match self {
             Self::Leased(descriptor) => descriptor.meta,
             Self::Inline(meta) => *meta,
+        }
+    }
+
+    /// Where it is, if it lies in a slot.
+    #[must_use]
+    pub fn leased(&self) -> Option<&Descriptor> {
+        match self {
+            Self::Leased(descriptor) => Some(descriptor),
+            Self::Inline(_) => None,
         }
     }
 }
@@ -537,6 +556,8 @@ pub enum Outcome {
     },
     /// Adapters are put together: what the model took up of each.
     Adapters(Vec<AdapterTaken>),
+    /// An encoded prompt, in slots now leased to the session or in the bytes behind this frame.
+    Encoded(Box<EncodedPrompt>),
     /// The next step towards a GPU's rung.
     Gpu(Box<GpuAnswer>),
     /// Weights, now attached. Their table is in the bytes behind this frame.
@@ -565,6 +586,18 @@ pub enum Outcome {
     Status(Box<Status>),
     /// Counts and sizes, in the text format of OpenMetrics.
     Metrics(String),
+}
+
+impl Outcome {
+    /// The tensors that lie in slots which the answer leases to the session.
+    pub fn leased(&self) -> impl Iterator<Item = &Descriptor> {
+        let (one, other) = match self {
+            Self::Tensor { descriptor, .. } | Self::Allocated { descriptor } => (Some(descriptor), None),
+            Self::Encoded(encoded) => (encoded.cond.leased(), encoded.pooled.leased()),
+            _ => (None, None),
+        };
+        one.into_iter().chain(other)
+    }
 }
 
 impl Descriptor {

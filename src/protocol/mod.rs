@@ -4,6 +4,7 @@
 //! the transport's; here bytes become types ([`codec`]) and types are checked against the order in which they may
 //! come ([`SessionMachine`]).
 
+mod clip;
 pub mod codec;
 mod ladder;
 mod message;
@@ -13,6 +14,7 @@ mod session;
 mod weights;
 
 pub use crate::service::Rung;
+pub use clip::{ClipReport, ClipRequest, EncodedPrompt, EncoderReport, EncodersTask, MAX_ENCODER_FILES};
 pub use codec::CodecError;
 pub use ladder::{GpuNonces, GpuSituation, gpu_reason, judge_gpu};
 pub use message::{

@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::clip::ClipReport;
 use super::negotiate::DeviceRung;
 use crate::id::{ContentDigest, RunId, SessionId, WeightSetId};
 use crate::service::{AdapterMode, AdapterUse, BlockCache, RunReport, Service};
@@ -75,7 +76,7 @@ pub struct SessionReport {
 pub struct ModelReport {
     /// Name to use in requests.
     pub name: String,
-    /// File it comes from; empty for a built-in model.
+    /// File it comes from, the first of several; empty for a built-in model.
     pub path: String,
     /// Service that runs it.
     pub service: Service,
@@ -93,9 +94,9 @@ pub struct ModelReport {
     /// Seconds since the last request for it ended; absent while one waits for it or runs on it.
     #[serde(default)]
     pub idle_s: Option<f64>,
-    /// Channels of the latent.
+    /// Channels of the latent; 0 for a model that has nothing to do with latents.
     pub latent_channels: u64,
-    /// Pixels per latent element in each direction; 0 for a model that has to do with latents alone.
+    /// Pixels per latent element in each direction; 0 for a model that has nothing to do with pixels.
     pub ratio: u64,
     /// What else there is to know of a UNet.
     #[serde(default)]
@@ -103,6 +104,9 @@ pub struct ModelReport {
     /// The session that has loaded it itself and only told of it; absent for what the broker can run.
     #[serde(default)]
     pub registered_by: Option<SessionId>,
+    /// What else there is to know of text encoders.
+    #[serde(default)]
+    pub clip: Option<ClipReport>,
 }
 
 /// What a UNet takes, and what its output means.
@@ -171,6 +175,8 @@ pub struct StackReport {
     pub adapters: Vec<AdapterUse>,
     /// How they are applied.
     pub mode: AdapterMode,
+    /// Whether it became private copies of weights because it is asked for often.
+    pub merged: bool,
     /// Bytes of what was put together.
     pub bytes: u64,
     /// Requests and runs that use it now.

@@ -3,9 +3,11 @@
     python tests/golden/make_clip.py FOLDER
 
 needs torch, transformers, diffusers and safetensors. `MODEL.VARIANT.safetensors` holds weights, `MODEL.io.safetensors`
-what goes in and what must come out. The vocabulary is small: its last token ends a prompt, the one before starts one.
+what goes in and what must come out. The vocabulary is small, but for `words`: its last token ends a prompt, the one
+before starts one.
 """
 
+import json
 import math
 import sys
 from pathlib import Path
@@ -18,6 +20,8 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 VOCABULARY, LENGTH = 600, 77
 START, END = VOCABULARY - 2, VOCABULARY - 1
+# Of those who take words.
+FULL_VOCABULARY = 49408
 
 
 def redraw(model: nn.Module, seed: int) -> nn.Module:
@@ -38,9 +42,11 @@ def redraw(model: nn.Module, seed: int) -> nn.Module:
     return model.half().float().eval()
 
 
-def encoder(seed: int, width: int, layers: int, ff: int, act: str, projection: int) -> CLIPTextModelWithProjection:
+def encoder(
+    seed: int, width: int, layers: int, ff: int, act: str, projection: int, vocabulary: int = VOCABULARY
+) -> CLIPTextModelWithProjection:
     config = CLIPTextConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         hidden_size=width,
         intermediate_size=ff,
         num_hidden_layers=layers,
@@ -48,9 +54,9 @@ def encoder(seed: int, width: int, layers: int, ff: int, act: str, projection: i
         max_position_embeddings=LENGTH,
         hidden_act=act,
         projection_dim=projection,
-        bos_token_id=START,
-        eos_token_id=END,
-        pad_token_id=END,
+        bos_token_id=vocabulary - 2,
+        eos_token_id=vocabulary - 1,
+        pad_token_id=vocabulary - 1,
     )
     return redraw(CLIPTextModelWithProjection(config), seed)
 
@@ -116,6 +122,13 @@ def prompt(seed: int, end: int, pad: int) -> torch.Tensor:
 class Reference:
     def __init__(self, model: CLIPTextModelWithProjection, pad: int, usual: int, normalised: bool):
         self.model, self.pad, self.usual, self.normalised = model, pad, usual, normalised
+        self.vocabulary = model.config.vocab_size
+
+    def chunk(self, words: list[int]) -> torch.Tensor:
+        """A prompt of these tokens."""
+        ids = torch.full((LENGTH,), self.pad)
+        ids[: len(words) + 2] = torch.tensor([self.vocabulary - 2, *words, self.vocabulary - 1])
+        return ids
 
     def states(self, ids: torch.Tensor):
         return self.model(input_ids=ids, output_hidden_states=True)
@@ -136,14 +149,14 @@ class Reference:
         return torch.cat(list(self.hidden(ids, from_end)))[None]
 
     def weighted(self, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        empty = prompt(0, 1, self.pad)
+        empty = self.chunk([])
         *chunks, nothing = self.hidden(torch.cat([ids, empty[None]]))
         pairs = zip(chunks, weights, strict=True)
         return torch.cat([(chunk - nothing) * weight[:, None] + nothing for chunk, weight in pairs])[None]
 
     def pooled(self, ids: torch.Tensor) -> torch.Tensor:
         last = self.states(ids[:1]).last_hidden_state
-        end = (ids[0] == END).nonzero()[0, 0]
+        end = (ids[0] == self.vocabulary - 1).nonzero()[0, 0]
         return last[:, end]
 
     def projected(self, ids: torch.Tensor) -> torch.Tensor:
@@ -156,7 +169,7 @@ def with_rows(reference: Reference, ids: torch.Tensor, places: list[int], rows: 
     before = table.weight.data
     table.weight.data = torch.cat([before, rows])
     ids = ids.clone()
-    ids[0, places] = torch.arange(len(rows)) + VOCABULARY
+    ids[0, places] = torch.arange(len(rows)) + reference.vocabulary
     cond = reference.cond(ids)
     table.weight.data = before
     return cond
@@ -272,6 +285,52 @@ def write_all(writer: Writer) -> None:
     )
 
 
+def write_words(writer: Writer) -> None:
+    """CLIP-L and CLIP-G with all words, in a file each, and an embedding for both."""
+    small = encoder(5, 64, 2, 64, "quick_gelu", 64, FULL_VOCABULARY)
+    large = encoder(6, 64, 2, 64, "gelu", 64, FULL_VOCABULARY)
+    writer.weights("words.l", without_projection(transformers_names(small)))
+    writer.weights("words.g", under("conditioner.embedders.1.model.", open_clip_names(transformers_names(large))))
+    first, second = Reference(small, FULL_VOCABULARY - 1, 2, False), Reference(large, 0, 2, False)
+    both = (first, second)
+    tokens = dict(json.loads(Path(__file__).with_name("clip_tokens.json").read_text()))
+    cat, many = tokens["a photo of a cat"], tokens["word " * 120]
+    generator = torch.Generator().manual_seed(504)
+    rows = [torch.randn(2, 64, generator=generator).half().float() for _ in both]
+
+    def joined(chunks: list[list[list[int]]], from_end: int | None = None) -> torch.Tensor:
+        parts = zip(both, chunks, strict=True)
+        return torch.cat([one.cond(torch.stack([one.chunk(c) for c in own]), from_end) for one, own in parts], dim=2)
+
+    def weighted(reference: Reference) -> torch.Tensor:
+        weights = torch.ones(1, LENGTH)
+        weights[0, len(cat)] = 1.3
+        return reference.weighted(reference.chunk(cat)[None], weights)
+
+    long = [many[:75], many[75:]]
+    named = [*cat[:3], 0, 0]
+    places = [4, 5]
+    writer.write(
+        "words.io",
+        {
+            "cat.cond": joined([[cat], [cat]]),
+            "cat.pooled": second.projected(second.chunk(cat)[None]),
+            "cat.plain": second.pooled(second.chunk(cat)[None]),
+            "last.cond": joined([[cat], [cat]], 1),
+            "long.cond": joined([long, long]),
+            "long.pooled": second.projected(second.chunk(long[0])[None]),
+            "weighted.cond": torch.cat([weighted(one) for one in both], dim=2),
+            "split.cond": joined([long, [cat, []]]),
+            "embedding.cond": torch.cat(
+                [with_rows(one, one.chunk(named)[None], places, own) for one, own in zip(both, rows, strict=True)],
+                dim=2,
+            ),
+        },
+    )
+    (writer.folder / "embeddings").mkdir(exist_ok=True)
+    writer.write("embeddings/style", {"clip_l": rows[0], "clip_g": rows[1]})
+
+
 def main() -> None:
     if len(sys.argv) != 2:
         sys.exit(__doc__)
@@ -281,6 +340,7 @@ def main() -> None:
     # The models are so small that a second thread costs more than it does.
     torch.set_num_threads(1)
     write_all(Writer(folder))
+    write_words(Writer(folder))
 
 
 if __name__ == "__main__":

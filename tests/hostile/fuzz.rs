@@ -1,12 +1,16 @@
 //! Random messages after a valid negotiation. `LUNA_BROKER_FUZZ_CASES` says how many of each kind.
 
+use std::num::NonZeroU32;
+
 use luna_broker::id::{ArenaId, Epoch, Generation, GpuUuid, LeaseRef, RequestId, SlotId};
 use luna_broker::protocol::{
-    ClientMessage, Descriptor, FailureCode, GpuFindings, GpuProbeOutcome, GpuProbed, GpuTarget, MarkedFindings,
-    NONCE_BYTES, OpenGpu, Operation, Release, Request, Rung, RungFailure, ServerMessage, SlotPlace, TensorSource,
-    VaeRequest,
+    ClientMessage, ClipRequest, Descriptor, EncodersTask, FailureCode, GpuFindings, GpuProbeOutcome, GpuProbed,
+    GpuTarget, MarkedFindings, NONCE_BYTES, OpenGpu, Operation, Release, Request, Rung, RungFailure, ServerMessage,
+    SlotPlace, TensorSource, VaeRequest,
 };
-use luna_broker::service::{Service, TileShape, Tiling, VaeCall, VaeOperation};
+use luna_broker::service::{
+    ClipInput, ClipKind, ClipOptions, ClipText, ClipTokens, Service, TileShape, Tiling, VaeCall, VaeOperation,
+};
 use luna_broker::tensor::{DType, Dims, TensorMeta};
 use luna_broker::transport::{HEADER_BYTES, TransportError};
 use proptest::prelude::*;
@@ -107,6 +111,12 @@ fn place() -> impl Strategy<Value = SlotPlace> {
     ]
 }
 
+fn tokens() -> impl Strategy<Value = ClipTokens<TensorSource>> {
+    let kind = prop::sample::select(ClipKind::ALL.to_vec());
+    (kind, source(), prop::option::of(source()), prop::option::of(source()))
+        .prop_map(|(kind, ids, weights, rows)| ClipTokens { kind, ids, weights, rows })
+}
+
 fn operation() -> impl Strategy<Value = Operation> {
     let tiles = (number(), number(), number()).prop_map(|(width, height, overlap)| {
         Tiling::Tiles(TileShape { width: width as u32, height: height as u32, overlap: overlap as u32 })
@@ -116,7 +126,19 @@ fn operation() -> impl Strategy<Value = Operation> {
         tiling,
     });
     let model = prop_oneof![4 => Just(HAND_OFF.to_owned()), 1 => ".{0,40}"];
+    let prompt = prop_oneof![
+        (".{0,80}", prop::option::of(".{0,20}")).prop_map(|(text, text_g)| ClipInput::Text(ClipText { text, text_g })),
+        prop::collection::vec(tokens(), 0..3).prop_map(ClipInput::Tokens),
+    ];
+    let models = prop::collection::vec(model.clone(), 0..6);
+    let how = (any::<u32>(), any::<bool>())
+        .prop_map(|(from_end, project)| ClipOptions { from_end: NonZeroU32::new(from_end), project });
+    let task = prop::sample::select(vec![EncodersTask::Describe, EncodersTask::Load]);
     prop_oneof![
+        2 => (models.clone(), prompt, how, place()).prop_map(|(models, input, options, result)| {
+            Operation::Clip(Box::new(ClipRequest { models, input, options, result }))
+        }),
+        1 => (models, task).prop_map(|(models, task)| Operation::Encoders { models, task }),
         6 => (model.clone(), call, source(), place())
             .prop_map(|(model, call, input, result)| Operation::Vae(VaeRequest { model, call, input, result })),
         1 => gpu_search(),

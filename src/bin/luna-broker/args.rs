@@ -162,6 +162,11 @@ pub(crate) struct ServeArgs {
     #[arg(long, value_name = "FILE")]
     pub(crate) unet: Vec<PathBuf>,
 
+    /// Text encoders to load at once: a checkpoint that holds them, or their separate files with commas between them. May be
+    /// given several times.
+    #[arg(long, value_name = "FILE[,FILE]", value_parser = files)]
+    pub(crate) clip: Vec<Files>,
+
     /// A folder of models that clients may name without a path. May be given several times.
     #[arg(long, value_name = "DIR")]
     pub(crate) models: Vec<PathBuf>,
@@ -170,7 +175,7 @@ pub(crate) struct ServeArgs {
     #[arg(long, value_name = "DIR")]
     pub(crate) loras: Vec<PathBuf>,
 
-    /// A folder of embeddings that prompts may name. May be given several times.
+    /// A folder of embeddings that prompts name by `embedding:name`. May be given several times.
     #[arg(long, value_name = "DIR")]
     pub(crate) embeddings: Vec<PathBuf>,
 
@@ -195,6 +200,10 @@ pub(crate) struct ServeArgs {
     /// Where UNets run instead, as --vae-device.
     #[arg(long, value_name = "DEVICE")]
     unet_device: Option<String>,
+
+    /// Where text encoders run instead, as --vae-device.
+    #[arg(long, value_name = "DEVICE")]
+    clip_device: Option<String>,
 
     /// Element type that VAEs compute in on a GPU. f16 makes some pictures of full VAEs black.
     #[arg(long, value_enum, default_value_t = VaePrecision::Auto)]
@@ -321,7 +330,8 @@ impl TryFrom<&ServeArgs> for BrokerConfig {
         let Folders { models, adapters, embeddings } = Folders::of(args)?;
         let services = if args.services.is_empty() { Service::ALL.to_vec() } else { args.services.clone() };
         check_served(&services, [(Service::Vae, &args.vae), (Service::Unet, &args.unet)])?;
-        let devices = [(Service::Vae, &args.vae_device), (Service::Unet, &args.unet_device)];
+        let devices =
+            [(Service::Vae, &args.vae_device), (Service::Unet, &args.unet_device), (Service::Clip, &args.clip_device)];
         let devices = devices.into_iter().filter_map(|(service, device)| Some((service, device.clone()?)));
         let config = Self {
             model_folders: models,
@@ -397,6 +407,22 @@ pub(crate) struct BenchArgs {
     pub(crate) core: Option<usize>,
 }
 
+/// Files that are used together.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Files(pub(crate) Vec<PathBuf>);
+
+fn files(text: &str) -> Result<Files, String> {
+    // A comma may be part of a file's name.
+    if std::path::Path::new(text).is_file() {
+        return Ok(Files(vec![text.into()]));
+    }
+    let files: Vec<PathBuf> = text.split(',').map(PathBuf::from).collect();
+    if files.iter().any(|file| file.as_os_str().is_empty()) {
+        return Err(format!("{text:?} names a file without a name"));
+    }
+    Ok(Files(files))
+}
+
 fn bytes(text: &str) -> Result<u64, String> {
     let (number, unit) = match text.trim().to_ascii_uppercase() {
         text if text.ends_with('K') => (text.trim_end_matches('K').to_owned(), 1u64 << 10),
@@ -422,6 +448,13 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Args::command().debug_assert();
+    }
+
+    #[test]
+    fn files_that_are_used_together_are_told_apart_by_commas() {
+        assert_eq!(files("a.safetensors"), Ok(Files(vec!["a.safetensors".into()])));
+        assert_eq!(files("a,b c"), Ok(Files(vec!["a".into(), "b c".into()])));
+        assert!(files("a,").is_err() && files("").is_err());
     }
 
     #[test]

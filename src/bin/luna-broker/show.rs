@@ -1,6 +1,8 @@
 use std::fmt::Write;
 
-use luna_broker::protocol::{DeviceRung, ModelReport, RunStatus, StackReport, Status, VerifyReport, WeightReport};
+use luna_broker::protocol::{
+    DeviceRung, EncoderReport, ModelReport, RunStatus, StackReport, Status, VerifyReport, WeightReport,
+};
 use luna_broker::service::RunReport;
 
 /// A number of bytes as people read it.
@@ -120,7 +122,8 @@ fn stacks(stacks: &[StackReport]) -> String {
         let adapters: Vec<String> =
             stack.adapters.iter().map(|used| format!("{} at {}", used.name, used.strength)).collect();
         let users = stack.users.to_string();
-        [adapters.join(", "), stack.model.clone(), stack.mode.name().to_owned(), bytes(stack.bytes), users]
+        let mode = if stack.merged { "auto, merged" } else { stack.mode.name() };
+        [adapters.join(", "), stack.model.clone(), mode.to_owned(), bytes(stack.bytes), users]
     };
     let rows: Vec<_> = stacks.iter().map(row).collect();
     table(["stack", "model", "mode", "bytes", "users"], &rows)
@@ -170,10 +173,14 @@ pub(crate) fn models(models: &[ModelReport]) -> String {
     let rows: Vec<_> = models
         .iter()
         .map(|model| {
-            let latent = match &model.unet {
-                None if model.registered_by.is_some() => String::new(),
-                None => format!("{} channels, 1:{}", model.latent_channels, model.ratio),
-                Some(unet) => format!("{} channels in, {}, {}", unet.in_channels, unet.variant, unet.prediction),
+            let takes = match (&model.unet, &model.clip) {
+                (Some(unet), _) => format!("{} channels in, {}, {}", unet.in_channels, unet.variant, unet.prediction),
+                (None, Some(clip)) => {
+                    let encoder = |one: &EncoderReport| format!("{} {} wide", one.kind, one.width);
+                    clip.encoders.iter().map(encoder).collect::<Vec<_>>().join(", ")
+                }
+                (None, None) if model.registered_by.is_some() => String::new(),
+                (None, None) => format!("{} channels, 1:{}", model.latent_channels, model.ratio),
             };
             let loaded = match model.registered_by {
                 Some(session) => format!("by session {session}"),
@@ -186,10 +193,10 @@ pub(crate) fn models(models: &[ModelReport]) -> String {
                 Some(_) => String::new(),
             };
             let users = model.users.to_string();
-            [name, service, family, latent, loaded, bytes(model.bytes), model.device.clone(), users, used]
+            [name, service, family, takes, loaded, bytes(model.bytes), model.device.clone(), users, used]
         })
         .collect();
-    table(["name", "service", "family", "latent", "loaded", "weights", "device", "users", "used"], &rows)
+    table(["name", "service", "family", "takes", "loaded", "weights", "device", "users", "used"], &rows)
 }
 
 /// A model that was loaded.

@@ -136,6 +136,10 @@ fn run(
         if let (Some((run, _)), Some(memory)) = (&job.run, memory) {
             *run.report.lock() = memory.report();
         }
+        let of_run = job.run.as_ref().and_then(|(run, _)| run.stacked.as_ref());
+        if let Some(stacked) = job.stacked.as_ref().or(of_run) {
+            stacked.note_step();
+        }
     }
     Ok(done)
 }

@@ -1,7 +1,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::super::jobs::{ModelJob, ModelTask, Shared, UnetWork, VaeWork};
+use super::super::jobs::{ClipWork, ModelJob, ModelTask, Shared, UnetWork, VaeWork};
 use super::super::registry::ModelEntry;
 use super::super::responder::Responder;
 use super::super::usage::InUse;
@@ -29,7 +29,7 @@ impl Session {
 
     /// Unloads weights and the models of that name.
     pub(super) fn unload(&self, responder: Responder, deadline: Option<Instant>, name: &str, force: Force) {
-        let parts = self.state.registry.parts(name);
+        let parts = self.state.registry.holding(name);
         // Before anything is unloaded.
         if parts.as_ref().is_ok_and(|parts| self.would_wait_for_itself(&responder, parts)) {
             return responder.fail(waits_for_itself());
@@ -52,7 +52,7 @@ impl Session {
         runs_vae && self.state.permits.is_held_by(asker.session())
     }
 
-    fn submit_each(
+    pub(super) fn submit_each(
         &self,
         responder: Responder,
         deadline: Option<Instant>,
@@ -71,6 +71,9 @@ impl Session {
                 Service::Vae => self.submit(session, request, deadline, VaeWork::Model(job)),
                 Service::Unet => {
                     self.state.unet_lane.submit(Entry { session, request, deadline, job: UnetWork::Model(job) });
+                }
+                Service::Clip => {
+                    self.state.clip_lane.submit(Entry { session, request, deadline, job: ClipWork::Model(job) });
                 }
             }
         }

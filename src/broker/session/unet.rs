@@ -153,7 +153,7 @@ impl Session {
                 .resolve(service, model)
                 .map_err(Error::from)
                 .and_then(|model| self.wish(&model, adapters)),
-            Service::Vae => {
+            Service::Vae | Service::Clip => {
                 let message = format!("a {} takes no adapters", service.name());
                 Err(Error::new(ErrorKind::Unsupported, message, "name a UNet"))
             }

@@ -7,7 +7,7 @@ use crate::protocol::{ClientMessage, Outcome};
 impl Link {
     /// Gives back what came with an answer that nobody waits for.
     pub(super) fn dispose(&self, answer: &Answer) {
-        if let Outcome::Tensor { descriptor, .. } | Outcome::Allocated { descriptor } = &answer.reply.outcome {
+        for descriptor in answer.reply.outcome.leased() {
             self.memory.leases.give_back(descriptor.lease);
         }
         match answer.reply.outcome {

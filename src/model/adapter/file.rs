@@ -6,7 +6,7 @@ use super::super::header::quote;
 use super::super::{FileState, LayerId, ModelError, ModelFile, StoredTensor};
 use super::build::Builder;
 use super::change::{Change, Part};
-use super::names::LayerNames;
+use super::names::{LayerNames, Subject};
 use super::number;
 use super::piece::{Piece, is_of_text_encoder, split};
 use super::report::{AdapterReport, UnknownKeys};
@@ -17,8 +17,7 @@ pub struct AdapterFile {
     file: Arc<ModelFile>,
     /// In the order of their keys.
     groups: Vec<Group>,
-    unknown: Vec<String>,
-    text_encoder_keys: usize,
+    unknown: Vec<(Subject, String)>,
 }
 
 /// All that a file has for one layer.
@@ -28,6 +27,7 @@ struct Group {
     name: String,
     pieces: BTreeMap<Piece, Part>,
     alpha: Option<f64>,
+    subject: Subject,
 }
 
 /// What an adapter changes in one model.
@@ -47,17 +47,14 @@ impl AdapterFile {
     /// [`ModelError::Changed`], [`ModelError::Unreadable`].
     pub fn read(file: Arc<ModelFile>) -> Result<Self, ModelError> {
         let mut groups: BTreeMap<&str, Group> = BTreeMap::new();
-        let (mut unknown, mut text_encoder_keys) = (Vec::new(), 0);
+        let mut unknown = Vec::new();
         for (key, stored) in file.tensors() {
-            if is_of_text_encoder(key) {
-                text_encoder_keys += 1;
-                continue;
-            }
+            let subject = if is_of_text_encoder(key) { Subject::TextEncoders } else { Subject::Unet };
             let Some((name, piece)) = split(key) else {
-                unknown.push(key.to_owned());
+                unknown.push((subject, key.to_owned()));
                 continue;
             };
-            let group = groups.entry(name).or_insert_with(|| Group::named(name));
+            let group = groups.entry(name).or_insert_with(|| Group::named(name, subject));
             if piece == Piece::Alpha {
                 group.alpha = Some(alpha(&file, key, stored)?);
             }
@@ -67,7 +64,7 @@ impl AdapterFile {
             }
         }
         let groups = groups.into_values().collect();
-        Ok(Self { file, groups, unknown, text_encoder_keys })
+        Ok(Self { file, groups, unknown })
     }
 
     /// The path the file was opened by.
@@ -92,11 +89,17 @@ impl AdapterFile {
     }
 
     pub(in crate::model) fn fit(&self, names: &LayerNames) -> Result<Fitted, ModelError> {
-        let mut report = AdapterReport { text_encoder_keys: self.text_encoder_keys, ..AdapterReport::default() };
-        self.unknown.iter().for_each(|key| report.unknown.add(key));
+        let mut report = AdapterReport::default();
+        let other_keys = self.keys_of_others(names.subject);
+        match names.subject {
+            Subject::Unet => report.text_encoder_keys = other_keys,
+            Subject::TextEncoders => report.unet_keys = other_keys,
+        }
+        let unknown = self.unknown.iter().filter(|(subject, _)| *subject == names.subject);
+        unknown.for_each(|(_, key)| report.unknown.add(key));
         let mut changes = BTreeMap::new();
         let mut called: BTreeMap<LayerId, &str> = BTreeMap::new();
-        for group in &self.groups {
+        for group in self.groups.iter().filter(|group| group.subject == names.subject) {
             let found = names.find(&group.name).and_then(|id| Some((id, names.layer(id)?)));
             let Some((id, layer)) = found else {
                 group.pieces.values().for_each(|part| report.unknown.add(&part.key));
@@ -110,7 +113,7 @@ impl AdapterFile {
             report.count(change.kind());
             changes.insert(id, change);
         }
-        if changes.is_empty() && (report.unknown.count > 0 || report.text_encoder_keys == 0) {
+        if changes.is_empty() && (report.unknown.count > 0 || other_keys == 0) {
             let keys = match report.unknown.first.first() {
                 Some(first) => {
                     format!("none of its {} keys names a layer of the model, as {first}", report.unknown.count)
@@ -120,6 +123,13 @@ impl AdapterFile {
             return Err(refused(&self.file, keys));
         }
         Ok(Fitted { changes, report })
+    }
+
+    /// Keys that are not about layers of this part.
+    fn keys_of_others(&self, subject: Subject) -> usize {
+        let groups = self.groups.iter().filter(|group| group.subject != subject);
+        let unknown = self.unknown.iter().filter(|(other, _)| *other != subject);
+        groups.map(|group| group.pieces.len()).sum::<usize>() + unknown.count()
     }
 
     /// What the group changes in its layer: `None` where it changes nothing.
@@ -151,8 +161,8 @@ impl AdapterFile {
 }
 
 impl Group {
-    fn named(name: &str) -> Self {
-        Self { name: name.to_owned(), pieces: BTreeMap::new(), alpha: None }
+    fn named(name: &str, subject: Subject) -> Self {
+        Self { name: name.to_owned(), pieces: BTreeMap::new(), alpha: None, subject }
     }
 }
 

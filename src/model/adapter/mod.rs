@@ -12,6 +12,7 @@ mod number;
 mod piece;
 mod report;
 mod stack;
+mod text_names;
 
 #[cfg(feature = "torch")]
 pub(super) use change::{Change, Delta, Factor, Part};

@@ -7,8 +7,16 @@ use super::super::{LayerId, ModelError, ModelFile, StoredTensor};
 /// A model's layers, and everything that adapters call them.
 #[derive(Debug)]
 pub struct LayerNames {
-    layers: Vec<LayerFacts>,
-    by_name: HashMap<String, LayerId>,
+    pub(super) layers: Vec<LayerFacts>,
+    pub(super) by_name: HashMap<String, LayerId>,
+    pub(super) subject: Subject,
+}
+
+/// Which of a diffusion model's parts a key or a layer is of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Subject {
+    Unet,
+    TextEncoders,
 }
 
 /// A layer as adapters are checked against it.
@@ -43,7 +51,8 @@ impl LayerNames {
             }
         }
         let facts = |((_, weight, biased), stem): (_, &String)| LayerFacts { stem: stem.clone(), weight, biased };
-        Self { layers: layers.into_iter().zip(&unet.stems).map(facts).collect(), by_name }
+        let layers = layers.into_iter().zip(&unet.stems).map(facts).collect();
+        Self { layers, by_name, subject: Subject::Unet }
     }
 
     /// The layer that an adapter calls `name`, which is a key without its suffix.
@@ -52,7 +61,7 @@ impl LayerNames {
         self.by_name.get(name).copied()
     }
 
-    /// What single-file checkpoints call a layer, without prefix.
+    /// What single-file checkpoints call a layer, without prefix; of text encoders, what transformers does.
     #[must_use]
     pub fn stem(&self, id: LayerId) -> Option<&str> {
         self.layer(id).map(|layer| layer.stem.as_str())

@@ -115,7 +115,8 @@ const SUFFIXES: [(&str, Piece); 41] = [
 ];
 
 /// What keys of text encoders start with, whichever trainer wrote them.
-const TEXT_ENCODERS: [&str; 4] = ["lora_te", "text_encoder", "lycoris_te", "base_model.model.text_model."];
+const TEXT_ENCODERS: [&str; 5] =
+    ["lora_te", "text_encoder", "lycoris_te", "base_model.model.text_model.", "base_model.model.text_projection."];
 
 /// The layer a key is about, as the file calls it, and what the tensor is to it; `None` for a suffix that is not known.
 pub(super) fn split(key: &str) -> Option<(&str, Piece)> {

@@ -56,6 +56,8 @@ pub struct AdapterReport {
     pub unknown: UnknownKeys,
     /// Keys about text encoders, which a UNet has no use for.
     pub text_encoder_keys: usize,
+    /// Keys that are not about text encoders, where those are what is changed.
+    pub unet_keys: usize,
 }
 
 impl AdapterReport {

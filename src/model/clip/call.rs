@@ -1,12 +1,12 @@
 use std::num::NonZeroU32;
 
 use super::super::ModelError;
-use super::super::text::{Chunk, Token};
-use super::{ClipFacts, ClipKind, TextEncoders};
+use super::{ClipFacts, TextEncoders};
+use crate::service::{Chunk, ClipPrompt, Token};
 use crate::tensor::{DType, Dims, TensorMeta};
 
 /// Most chunks of a prompt: they run as one batch, whose activations this bounds.
-const MAX_CHUNKS: usize = 128;
+pub(super) const MAX_CHUNKS: usize = 128;
 
 /// One call to a set of text encoders.
 #[derive(Debug, Clone, PartialEq)]
@@ -18,15 +18,6 @@ pub struct ClipCall {
     pub from_end: Option<NonZeroU32>,
     /// Whether the pooled row is projected where the file has a projection.
     pub project: bool,
-}
-
-/// A prompt for one encoder.
-#[derive(Debug, Clone, PartialEq)]
-pub struct ClipPrompt {
-    /// The encoder.
-    pub kind: ClipKind,
-    /// At least one, all of one length.
-    pub chunks: Vec<Chunk>,
 }
 
 /// What comes out of a valid call.
@@ -111,6 +102,6 @@ impl ClipFacts {
     }
 }
 
-fn refused(reason: impl Into<String>) -> ModelError {
+pub(super) fn refused(reason: impl Into<String>) -> ModelError {
     ModelError::Prompt { reason: reason.into() }
 }

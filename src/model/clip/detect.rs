@@ -19,7 +19,6 @@ const PLACES_OF_G: [&str; 3] = ["conditioner.embedders.1.", "clip_g", "text_enco
 #[derive(Debug)]
 pub(in crate::model) struct FoundClip {
     pub(in crate::model) facts: ClipFacts,
-    #[cfg_attr(not(feature = "torch"), expect(dead_code, reason = "only running needs it"))]
     pub(in crate::model) layout: Clip<StoredTensor>,
     /// Which of the files it is in.
     #[cfg_attr(not(feature = "torch"), expect(dead_code, reason = "only running needs it"))]

@@ -1,35 +1,14 @@
-use std::fmt;
 use std::path::PathBuf;
 
 use super::super::text::{ChunkRules, END};
+use crate::service::ClipKind;
 
 /// Numbers per attention head, the same in every CLIP.
 const HEAD_WIDTH: u64 = 64;
 /// Blocks of CLIP-H as it was trained.
 const FULL_H: u64 = 24;
 
-/// A family of text encoders: how it computes and which of its results a diffusion model takes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum ClipKind {
-    /// CLIP-L of SD1 and, beside G, of SDXL.
-    L,
-    /// CLIP-H of SD2.
-    H,
-    /// CLIP-G of SDXL and its refiner.
-    G,
-}
-
 impl ClipKind {
-    /// The name used in prompts, messages and files of embeddings.
-    #[must_use]
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::L => "clip_l",
-            Self::H => "clip_h",
-            Self::G => "clip_g",
-        }
-    }
-
     /// What fills a prompt behind its end.
     #[must_use]
     pub const fn pad(self) -> u32 {
@@ -37,12 +16,6 @@ impl ClipKind {
             Self::L => END,
             Self::H | Self::G => 0,
         }
-    }
-}
-
-impl fmt::Display for ClipKind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
     }
 }
 
@@ -134,6 +107,19 @@ impl TextEncoders {
     #[must_use]
     pub fn get(&self, kind: ClipKind) -> Option<&ClipFacts> {
         self.encoders.iter().find(|facts| facts.kind == kind)
+    }
+
+    /// Architecture as shown to users.
+    #[must_use]
+    pub fn family(&self) -> &'static str {
+        match self.encoders.as_slice() {
+            [one] => match one.kind {
+                ClipKind::L => "clip-l",
+                ClipKind::H => "clip-h",
+                ClipKind::G => "clip-g",
+            },
+            _ => "clip-l+g",
+        }
     }
 
     /// Bytes of all weights as they are stored.

@@ -8,14 +8,14 @@ mod reader;
 mod tiny;
 pub(super) mod unet;
 
-pub(super) use clip::{Clip, Naming, Projection, Root, roots};
+pub(super) use clip::{Clip, Linear, Naming, Projection, Root, roots};
 pub(super) use kl::{Kl, KlDecoder, KlEncoder};
 pub(super) use reader::{Conv, Norm, Reader};
 pub(super) use tiny::Tiny;
 pub use unet::{LayerId, Skip};
 
 #[cfg(feature = "torch")]
-pub(super) use clip::{Block, Linear, Qkv};
+pub(super) use clip::{Block, Qkv};
 #[cfg(feature = "torch")]
 pub(super) use kl::{Attention, Level, Middle, ResBlock};
 #[cfg(feature = "torch")]

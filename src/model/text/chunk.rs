@@ -1,8 +1,7 @@
-use std::sync::Arc;
-
 use super::super::ModelError;
 use super::{END, Embeddings, START, Tokenizer, segments};
 use crate::error::Error;
+use crate::service::{Chunk, IgnoredEmbedding, Token, WeightedToken};
 
 /// Longest prompt. Every prompt that people write is far shorter; it bounds what the tokenizer is given.
 const MAX_PROMPT_BYTES: usize = 64 << 10;
@@ -10,27 +9,6 @@ const MAX_PROMPT_BYTES: usize = 64 << 10;
 const CUT_FROM: usize = 8;
 /// What starts the name of an embedding.
 const EMBEDDING: &str = "embedding:";
-
-/// One position of a prompt.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Token {
-    /// A row of the encoder's own table.
-    Id(u32),
-    /// A row from elsewhere, as wide as the encoder.
-    Vector(Arc<[f32]>),
-}
-
-/// A position with how strongly it counts.
-#[derive(Debug, Clone, PartialEq)]
-pub struct WeightedToken {
-    /// What is there.
-    pub token: Token,
-    /// 1 changes nothing.
-    pub weight: f32,
-}
-
-/// As many positions as an encoder takes at once, marks and padding included.
-pub type Chunk = Vec<WeightedToken>;
 
 /// What one text encoder wants of a prompt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,15 +30,6 @@ pub struct PromptTokens {
     pub chunks: Vec<Chunk>,
     /// Embeddings that the prompt names and that are left out of it.
     pub ignored: Vec<IgnoredEmbedding>,
-}
-
-/// An embedding that a prompt names in vain.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct IgnoredEmbedding {
-    /// The name in the prompt.
-    pub name: String,
-    /// Why it is left out.
-    pub reason: String,
 }
 
 impl Tokenizer {

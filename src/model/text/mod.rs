@@ -5,7 +5,8 @@ mod embedding;
 mod prompt;
 mod tokenizer;
 
-pub use chunk::{Chunk, ChunkRules, IgnoredEmbedding, PromptTokens, Token, WeightedToken};
+pub use crate::service::{Chunk, IgnoredEmbedding, Token, WeightedToken};
+pub use chunk::{ChunkRules, PromptTokens};
 pub use embedding::Embeddings;
 pub use prompt::{Segment, segments};
 pub use tokenizer::{END, START, Tokenizer};

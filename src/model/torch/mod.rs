@@ -18,7 +18,7 @@ mod weights;
 
 use tch::{Kind, TchError};
 
-pub use clip::{SdxlSizes, load_clip, sdxl_vector};
+pub use clip::{ClipBase, ClipStack, TorchClip, load_clip};
 pub use cuda::{CudaSwitches, GpuFacts, TorchCuda, TorchMemory, shim_version};
 pub use target::Target;
 pub use unet::{Adapted, LayerPatch, LowRank, Patches, Replaced, Stack, Started, TorchUnet, load_unet};

@@ -51,6 +51,18 @@ pub(crate) struct Projection<T> {
 }
 
 impl<T> Clip<T> {
+    /// Every linear layer, in the order in which they run.
+    pub(crate) fn each_linear<'a>(&'a self, f: &mut impl FnMut(&'a Linear<T>)) {
+        for Block { qkv, out, fc1, fc2, .. } in &self.blocks {
+            match qkv {
+                Qkv::Split(layers) => layers.iter().for_each(&mut *f),
+                Qkv::Fused(layer) => f(layer),
+            }
+            [out, fc1, fc2].into_iter().for_each(&mut *f);
+        }
+        self.projection.iter().for_each(|projection| f(&projection.layer));
+    }
+
     pub(crate) fn try_map<U, E, F: FnMut(&T) -> Result<U, E>>(&self, f: &mut F) -> Result<Clip<U>, E> {
         Ok(Clip {
             tokens: f(&self.tokens)?,

@@ -5,6 +5,7 @@ use super::super::super::clip::{ClipCall, ClipFacts, ClipKind};
 use super::super::super::layout::Clip;
 use super::super::super::text::{Chunk, Token};
 use super::super::failed;
+use super::super::frozen::Frozen;
 use super::super::weights::Backing;
 use super::WHAT;
 use super::linear::{Adapters, float, linear, norm};
@@ -14,7 +15,7 @@ use super::net::{Pass, Style};
 #[derive(Debug)]
 pub(super) struct Encoder {
     // Declared before `backing`, so that it is dropped before the memory that its tensors point into.
-    pub(super) net: Clip<Tensor>,
+    pub(super) net: Frozen<Clip<Tensor>>,
     pub(super) facts: ClipFacts,
     pub(super) backing: Backing,
 }

@@ -3,16 +3,15 @@ use std::fmt;
 use tch::{Kind, TchError, Tensor};
 
 use super::super::super::layout::{Linear, Norm};
+use super::super::unet::{LayerPatch, LowRank, Replaced};
 
 /// What keeps a normalisation of constant values finite.
 const EPS: f64 = 1e-5;
 
-/// What a request adds to the results of linear layers without touching their weights.
+/// What a request changes in linear layers without touching their weights.
 pub(super) trait Adapters: fmt::Debug {
-    /// Adds to `y`, the rows that `stem` names of a layer's result, what the adapters make of the layer's input `x`.
-    /// Both are `[…, in]` and `[…, out]` in float32; `y` may be a view and is written in place. Called for every layer
-    /// of every forward, with one stem after the other.
-    fn add(&self, stem: &str, x: &Tensor, y: &mut Tensor) -> Result<(), TchError>;
+    /// What changes in the rows that `stem` names; asked for every layer of every forward.
+    fn patch(&self, stem: &str) -> Option<&LayerPatch>;
 }
 
 /// The weights as they are.
@@ -20,21 +19,36 @@ pub(super) trait Adapters: fmt::Debug {
 pub(super) struct NoAdapters;
 
 impl Adapters for NoAdapters {
-    fn add(&self, _stem: &str, _x: &Tensor, _y: &mut Tensor) -> Result<(), TchError> {
-        Ok(())
+    fn patch(&self, _stem: &str) -> Option<&LayerPatch> {
+        None
     }
 }
 
-/// A linear layer with whatever adapters add to it. Every linear layer goes through here.
+/// A linear layer with whatever adapters change in it. Every linear layer goes through here.
 pub(super) fn linear(layer: &Linear<Tensor>, x: &Tensor, adapters: &dyn Adapters) -> Result<Tensor, TchError> {
-    let bias = layer.bias.as_ref().map(float).transpose()?;
-    let y = x.f_linear(&float(&layer.weight)?, bias.as_ref())?;
+    let y = match layer.stems.as_slice() {
+        [stem] if let Some(Replaced { weight, bias }) = replaced(adapters, stem) => {
+            x.f_linear(weight, bias.as_ref())?
+        }
+        _ => x.f_linear(&float(&layer.weight)?, layer.bias.as_ref().map(float).transpose()?.as_ref())?,
+    };
     let out = y.size().last().copied().unwrap_or(0);
     let share = out / i64::try_from(layer.stems.len().max(1)).unwrap_or(1);
     for (stem, start) in layer.stems.iter().zip((0..).step_by(usize::try_from(share.max(1)).unwrap_or(1))) {
-        adapters.add(stem, x, &mut y.f_narrow(-1, start, share)?)?;
+        let Some(patch) = adapters.patch(stem) else { continue };
+        let mut rows = y.f_narrow(-1, start, share)?;
+        if let (Some(Replaced { weight, bias }), true) = (&patch.replaced, layer.stems.len() > 1) {
+            rows.f_copy_(&x.f_linear(weight, bias.as_ref())?)?;
+        }
+        for LowRank { down, up } in &patch.low_rank {
+            let _ = rows.f_add_(&x.f_linear(down, None::<&Tensor>)?.f_linear(up, None::<&Tensor>)?)?;
+        }
     }
     Ok(y)
+}
+
+fn replaced<'a>(adapters: &'a dyn Adapters, stem: &str) -> Option<&'a Replaced> {
+    adapters.patch(stem)?.replaced.as_ref()
 }
 
 /// A normalisation over the last dimension.

@@ -3,15 +3,17 @@ use std::sync::Arc;
 
 use tch::{TchError, Tensor};
 
-use super::super::super::clip::{Clip, ClipCall, ClipPlan, FoundClip, TextEncoders, find_set, text_encoders};
-use super::super::super::{ModelError, ModelFile};
+use super::super::super::clip::{Clip, ClipCall, ClipPlan, FoundClip, find_set, text_encoders};
+use super::super::super::{LayerNames, ModelError, ModelFile};
 use super::super::failed;
+use super::super::frozen::Frozen;
 use super::super::spans::view;
-use super::super::target::Target;
-use super::super::weights::{Backing, LoadOptions, Weights};
+use super::super::weights::{LoadOptions, Weights};
 use super::WHAT;
+use super::adapt::ClipStack;
+use super::base::ClipBase;
 use super::encode::{Encoded, Encoder};
-use super::linear::NoAdapters;
+use super::linear::{Adapters, NoAdapters};
 use crate::device::{Span, StreamRef};
 
 /// Loads the text encoders in `files` as one set, to be run by the calling thread. Weights are kept as they are stored,
@@ -20,11 +22,11 @@ use crate::device::{Span, StreamRef};
 /// # Errors
 /// As [`text_encoders`]; [`ModelError::OutOfMemory`] where the weights do not fit, [`ModelError::Changed`] where a file
 /// is no longer the one that was opened.
-pub fn load_clip(files: &[Arc<ModelFile>], options: LoadOptions<'_>) -> Result<Box<dyn Clip>, ModelError> {
+pub fn load_clip(files: &[Arc<ModelFile>], options: LoadOptions<'_>) -> Result<TorchClip, ModelError> {
     let loaded = load(files, options);
     // What a failed attempt had loaded, and what a successful one needed on its way.
     options.target.reclaim();
-    Ok(Box::new(loaded?))
+    loaded
 }
 
 fn load(files: &[Arc<ModelFile>], options: LoadOptions<'_>) -> Result<TorchClip, ModelError> {
@@ -37,14 +39,17 @@ fn load(files: &[Arc<ModelFile>], options: LoadOptions<'_>) -> Result<TorchClip,
     let set = text_encoders(&headers)?;
     let done_before = Cell::new(0);
     let mut encoders = Vec::new();
-    for found in find_set(&headers)? {
+    let all = find_set(&headers)?;
+    let names = LayerNames::of_clips(&all);
+    for found in all {
         let progress = |done: u64, _| (options.progress)(done_before.get() + done, set.weight_bytes());
         // `find_set` numbers the files it was given.
         let Some(file) = files.get(found.file) else { continue };
         encoders.push(load_one(file, &found, LoadOptions { progress: &progress, ..options })?);
         done_before.set(done_before.get() + found.facts.weight_bytes);
     }
-    Ok(TorchClip { encoders, set, target: options.target.clone() })
+    let base = ClipBase { encoders, set, names, target: options.target.clone(), identity: Arc::new(()) };
+    Ok(TorchClip { base: Arc::new(base) })
 }
 
 fn load_one(file: &Arc<ModelFile>, found: &FoundClip, options: LoadOptions<'_>) -> Result<Encoder, ModelError> {
@@ -60,16 +65,13 @@ fn load_one(file: &Arc<ModelFile>, found: &FoundClip, options: LoadOptions<'_>) 
         projection.layer.weight = projection.layer.weight.f_transpose(0, 1).map_err(failed(WHAT))?;
         projection.transposed = false;
     }
-    Ok(Encoder { net, facts: found.facts.clone(), backing: weights.into_backing(file) })
+    Ok(Encoder { net: Frozen::new(net), facts: found.facts.clone(), backing: weights.into_backing(file) })
 }
 
-/// A loaded set.
+/// A loaded set of text encoders. It belongs to its lane's thread and is never modified by a call.
 #[derive(Debug)]
-struct TorchClip {
-    /// In the order of the set.
-    encoders: Vec<Encoder>,
-    set: TextEncoders,
-    target: Target,
+pub struct TorchClip {
+    base: Arc<ClipBase>,
 }
 
 impl Clip for TorchClip {
@@ -80,44 +82,69 @@ impl Clip for TorchClip {
         pooled: &Span,
         stop: &dyn Fn() -> bool,
     ) -> Result<(), ModelError> {
-        for encoder in &self.encoders {
-            if let Backing::File(file) = &encoder.backing {
-                file.check_unchanged()?;
-            }
-        }
-        let plan = self.set.plan(call)?;
-        let _no_grad = tch::no_grad_guard();
-        let _current = self.target.make_current()?;
-        let result = self.run(call, &plan, cond, pooled, stop);
-        if let Err(ModelError::OutOfMemory { .. }) = &result {
-            self.target.reclaim();
-        }
-        result
+        self.encode_with(call, None, cond, pooled, stop)
     }
 
     fn stream(&self) -> Option<StreamRef> {
-        self.target.stream()
+        self.base.target.stream()
     }
 }
 
 impl TorchClip {
-    /// Every tensor made here is gone on return.
-    fn run(
+    /// What puts stacks of adapters together for this set, on any thread. It keeps the weights.
+    #[must_use]
+    pub fn base(&self) -> Arc<ClipBase> {
+        Arc::clone(&self.base)
+    }
+
+    /// As [`Clip::encode`], with what adapters change.
+    ///
+    /// # Errors
+    /// As there; [`ModelError::Executor`] for a stack that was put together for another set.
+    pub fn encode_with(
         &self,
         call: &ClipCall,
-        plan: &ClipPlan,
+        stack: Option<&ClipStack>,
         cond: &Span,
         pooled: &Span,
         stop: &dyn Fn() -> bool,
     ) -> Result<(), ModelError> {
+        let ClipBase { set, target, .. } = &*self.base;
+        self.base.check_unchanged()?;
+        if stack.is_some_and(|stack| !stack.is_for(&self.base)) {
+            let cause = "adapters that were put together for other text encoders".to_owned();
+            return Err(ModelError::Executor { what: WHAT, cause });
+        }
+        let plan = set.plan(call)?;
+        let _no_grad = tch::no_grad_guard();
+        let _current = target.make_current()?;
+        let result = self.run(call, stack, &plan, [cond, pooled], stop);
+        if let Err(ModelError::OutOfMemory { .. }) = &result {
+            target.reclaim();
+        }
+        result
+    }
+
+    /// Every tensor made here is gone on return.
+    fn run(
+        &self,
+        call: &ClipCall,
+        stack: Option<&ClipStack>,
+        plan: &ClipPlan,
+        [cond, pooled]: [&Span; 2],
+        stop: &dyn Fn() -> bool,
+    ) -> Result<(), ModelError> {
+        let ClipBase { encoders, target, .. } = &*self.base;
         // Views on the caller's memory. They stay inside this call.
-        let cond = view(WHAT, &plan.cond, cond, &self.target)?;
-        let pooled = view(WHAT, &plan.pooled, pooled, &self.target)?;
+        let cond = view(WHAT, &plan.cond, cond, target)?;
+        let pooled = view(WHAT, &plan.pooled, pooled, target)?;
         let mut results = Vec::new();
-        for encoder in &self.encoders {
+        for (at, encoder) in encoders.iter().enumerate() {
             let prompt = call.prompts.iter().find(|prompt| prompt.kind == encoder.facts.kind);
             let chunks = prompt.map_or(&[][..], |prompt| &prompt.chunks);
-            results.push(encoder.run(chunks, call, self.encoders.len() == 1, &NoAdapters, stop)?);
+            let patches = stack.and_then(|stack| stack.encoder(at));
+            let adapters: &dyn Adapters = patches.map_or(&NoAdapters, |patches| patches);
+            results.push(encoder.run(chunks, call, encoders.len() == 1, adapters, stop)?);
         }
         write(&results, cond, pooled).map_err(failed(WHAT))
     }

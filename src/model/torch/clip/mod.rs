@@ -1,13 +1,15 @@
 //! Text encoders with libtorch. Weights stay as they are stored; activations are float32.
 
+mod adapt;
+mod base;
 mod encode;
 mod linear;
 mod load;
 mod net;
-mod vector;
 
-pub use load::load_clip;
-pub use vector::{SdxlSizes, sdxl_vector};
+pub use adapt::ClipStack;
+pub use base::ClipBase;
+pub use load::{TorchClip, load_clip};
 
 /// The call named in errors.
 const WHAT: &str = "text encoding";

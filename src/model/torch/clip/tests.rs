@@ -1,6 +1,7 @@
-use tch::{Device, Kind, TchError, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::super::super::layout::Linear;
+use super::super::unet::{LayerPatch, LowRank, Replaced};
 use super::linear::{Adapters, NoAdapters, linear};
 
 const WIDTH: i64 = 64;
@@ -14,19 +15,16 @@ fn layer(rows: i64, stems: &[&str]) -> Linear<Tensor> {
     Linear { weight, bias, stems: stems.iter().map(|stem| (*stem).to_owned()).collect() }
 }
 
-/// Adds x · delta to one stem's rows.
+/// Changes one stem's rows.
 #[derive(Debug)]
 struct One {
     stem: &'static str,
-    delta: Tensor,
+    patch: LayerPatch,
 }
 
 impl Adapters for One {
-    fn add(&self, stem: &str, x: &Tensor, y: &mut Tensor) -> Result<(), TchError> {
-        if stem == self.stem {
-            let _ = y.f_add_(&x.f_linear(&self.delta, None::<&Tensor>)?)?;
-        }
-        Ok(())
+    fn patch(&self, stem: &str) -> Option<&LayerPatch> {
+        (stem == self.stem).then_some(&self.patch)
     }
 }
 
@@ -49,9 +47,16 @@ fn an_adapter_of_one_name_changes_its_share_of_the_rows_as_a_merged_weight_would
         let merged =
             Linear { weight, bias: fused.bias.as_ref().map(Tensor::shallow_clone), stems: fused.stems.clone() };
         let expected = linear(&merged, &x, &NoAdapters).expect("a result");
-        let got = linear(&fused, &x, &One { stem, delta }).expect("a result");
-        assert!(largest_difference(&got, &expected) < 1e-4, "{stem}");
-        assert!(largest_difference(&got, &plain) > 1.0, "{stem} does something");
+        let thirds = |tensor: &Tensor| tensor.f_narrow(0, third as i64 * WIDTH, WIDTH).expect("a third");
+        let whole = Replaced { weight: thirds(&merged.weight), bias: merged.bias.as_ref().map(thirds) };
+        let one = Tensor::f_eye(WIDTH, (Kind::Float, Device::Cpu)).expect("a matrix");
+        let beside = LayerPatch { low_rank: vec![LowRank { down: delta, up: one }], replaced: None };
+        let instead = LayerPatch { low_rank: Vec::new(), replaced: Some(whole) };
+        for patch in [beside, instead] {
+            let got = linear(&fused, &x, &One { stem, patch }).expect("a result");
+            assert!(largest_difference(&got, &expected) < 1e-4, "{stem}");
+            assert!(largest_difference(&got, &plain) > 1.0, "{stem} does something");
+        }
     }
     let after = linear(&fused, &x, &NoAdapters).expect("a result");
     assert!(largest_difference(&after, &plain) == 0.0, "the weights are shared and stay as they are");

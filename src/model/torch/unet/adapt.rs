@@ -24,9 +24,9 @@ pub struct Adapted {
 }
 
 /// What one adapter changes in a layer.
-struct Step<T> {
-    change: Change<T>,
-    strength: f64,
+pub(in crate::model::torch) struct Step<T> {
+    pub(in crate::model::torch) change: Change<T>,
+    pub(in crate::model::torch) strength: f64,
 }
 
 impl TorchUnet {
@@ -95,7 +95,12 @@ impl Base {
 }
 
 /// What the steps, in their order, make of a layer that computes in `kind`.
-fn patch(layer: &Layer<Tensor>, steps: &[Step<Tensor>], mode: AdapterMode, kind: Kind) -> Result<LayerPatch, TchError> {
+pub(in crate::model::torch) fn patch(
+    layer: &Layer<Tensor>,
+    steps: &[Step<Tensor>],
+    mode: AdapterMode,
+    kind: Kind,
+) -> Result<LayerPatch, TchError> {
     // Differences commute with each other. What comes before a step that depends on the weight is merged with it.
     let free_from = steps.iter().rposition(|step| step.change.depends_on_order()).map_or(0, |last| last + 1);
     let apart = mode == AdapterMode::Side || (mode == AdapterMode::Auto && is_cheaper_apart(layer, steps));

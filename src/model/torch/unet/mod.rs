@@ -12,6 +12,7 @@ mod stack;
 mod step;
 
 pub use adapt::Adapted;
+pub(super) use adapt::{Step, patch};
 pub use load::{TorchUnet, load_unet};
 pub use patches::Patches;
 pub use run::Started;

@@ -1,13 +1,10 @@
-use tch::{Kind, TchError, Tensor};
-
-use super::super::super::ModelError;
-use super::super::failed;
-use super::WHAT;
-
 /// Numbers that one size becomes.
-const SIZE_WIDTH: i64 = 256;
+const SIZE_WIDTH: u16 = 256;
 /// Longest period of the waves that a size becomes.
-const LONGEST: f64 = 10_000.0;
+const LONGEST: f32 = 10_000.0;
+
+/// Speeds for which torch's exponential, with which models are run, does not give the nearest number.
+const ROUNDED_UP: [u16; 2] = [12, 106];
 
 /// Sizes that SDXL is conditioned on, in pixels.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -43,27 +40,22 @@ impl SdxlSizes {
 }
 
 /// The vector that SDXL takes beside the prompt: the pooled row of CLIP-G, then each size as waves. 2816 numbers for
-/// the base model, 2560 for the refiner, both with 1280 pooled ones. Computed in float32 on the CPU.
-///
-/// # Errors
-/// [`ModelError::OutOfMemory`], [`ModelError::Executor`].
-pub fn sdxl_vector(pooled: &[f32], sizes: SdxlSizes) -> Result<Vec<f32>, ModelError> {
-    let _no_grad = tch::no_grad_guard();
-    let waves = waves(&sizes.values()).map_err(failed(WHAT))?;
-    let mut vector = vec![0f32; pooled.len() + waves.numel()];
-    let (first, rest) = vector.split_at_mut(pooled.len());
-    first.copy_from_slice(pooled);
-    waves.f_copy_data(rest, waves.numel()).map_err(failed(WHAT))?;
-    Ok(vector)
+/// the base model, 2560 for the refiner, both with 1280 pooled ones. Computed in float32.
+#[must_use]
+pub fn sdxl_vector(pooled: &[f32], sizes: SdxlSizes) -> Vec<f32> {
+    pooled.iter().copied().chain(sizes.values().into_iter().flat_map(waves)).collect()
 }
 
-/// Cosines, then sines, of each value at 128 speeds.
-fn waves(values: &[f32]) -> Result<Tensor, TchError> {
+/// Cosines, then sines, of a value at 128 speeds.
+fn waves(value: f32) -> impl Iterator<Item = f32> {
     let half = SIZE_WIDTH / 2;
-    let speeds = Tensor::f_arange(half, (Kind::Float, tch::Device::Cpu))?
-        .f_mul_scalar_(-LONGEST.ln())?
-        .f_div_scalar_(half as f64)?
-        .f_exp_()?;
-    let angles = Tensor::f_from_slice(values)?.f_unsqueeze(1)?.f_mul(&speeds)?;
-    Tensor::f_cat(&[angles.f_cos()?, angles.f_sin()?], 1)?.f_flatten(0, 1)
+    let angles = move || (0..half).map(move |at| value * speed(at, half));
+    angles().map(f32::cos).chain(angles().map(f32::sin))
+}
+
+/// Rounded at each step as the reference does: the smallest difference in a speed is a large one in the angle of a size.
+fn speed(at: u16, half: u16) -> f32 {
+    let exponent = f32::from(at) * -LONGEST.ln() / f32::from(half);
+    let nearest = f64::from(exponent).exp() as f32;
+    if ROUNDED_UP.contains(&at) { nearest.next_up() } else { nearest }
 }

@@ -1,0 +1,203 @@
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::super::loader::Loader;
+use super::super::memory::Held;
+use super::super::outbox::Payload;
+use super::super::registry::Registry;
+use super::super::responder::Responder;
+use super::super::usage::InUse;
+use super::models::{LoadedModels, ModelJob};
+use super::refusal::{late, refuse};
+use crate::device::{DeviceError, Span, StreamRef};
+use crate::error::Error;
+use crate::lane::{Job, Refusal, StopSignal};
+use crate::model::ModelError;
+use crate::model::clip::{Clip, ClipCall, ClipPlan};
+use crate::protocol::{EncodedPrompt, Outcome, TensorSource};
+use crate::service::{IgnoredEmbedding, Service};
+
+/// Where the results of a prompt go.
+#[derive(Debug)]
+pub(in crate::broker) enum ClipOutput {
+    /// To the client's memory, each to a slot of its own.
+    Leased { cond: Held, pooled: Held },
+    /// Behind the reply, one after the other.
+    Inline(Held),
+}
+
+/// A prompt with the memory for its results, ready to run.
+#[derive(Debug)]
+pub(in crate::broker) struct ClipCallJob {
+    pub(in crate::broker) responder: Responder,
+    pub(in crate::broker) model: InUse,
+    pub(in crate::broker) call: ClipCall,
+    pub(in crate::broker) plan: ClipPlan,
+    pub(in crate::broker) output: ClipOutput,
+    pub(in crate::broker) ignored: Vec<IgnoredEmbedding>,
+}
+
+impl ClipCallJob {
+    /// Runs the call on `clip` and answers it; a failure comes back with the duty to answer.
+    fn run_on(mut self, clip: &mut dyn Clip, stop: &dyn Fn() -> bool) -> Option<(Responder, ModelError)> {
+        self.responder.started();
+        let stream = clip.stream();
+        let ran = self.run(clip, stop);
+        self.responder.finished();
+        match ran {
+            Ok(()) => {
+                self.answer(stream);
+                None
+            }
+            Err(error) => {
+                self.output.give_up(stream);
+                Some((self.responder, error))
+            }
+        }
+    }
+
+    fn run(&self, clip: &mut dyn Clip, stop: &dyn Fn() -> bool) -> Result<(), ModelError> {
+        let (cond, pooled) = self.output.spans(&self.plan)?;
+        clip.encode(&self.call, &cond, &pooled, stop)
+    }
+
+    /// Answers without having run.
+    fn fail(self, error: ModelError) {
+        let Self { responder, model, .. } = self;
+        drop(model);
+        responder.fail(error);
+    }
+
+    fn answer(self, stream: Option<StreamRef>) {
+        let Self { responder, model, plan, output, ignored, .. } = self;
+        // Before the client can know: its next request may need the room.
+        drop(model);
+        match output {
+            ClipOutput::Leased { cond, pooled } => {
+                let handed_over = cond.hand_over(plan.cond, stream).and_then(|cond| {
+                    let pooled = pooled.hand_over(plan.pooled, stream)?;
+                    Ok((TensorSource::Leased(cond), TensorSource::Leased(pooled)))
+                });
+                match handed_over {
+                    Ok((cond, pooled)) => {
+                        responder.answer(Outcome::Encoded(Box::new(EncodedPrompt { cond, pooled, ignored })));
+                    }
+                    Err(error) => responder.fail(error),
+                }
+            }
+            ClipOutput::Inline(held) => match length(&plan) {
+                Ok(length) => {
+                    let (cond, pooled) = (TensorSource::Inline(plan.cond), TensorSource::Inline(plan.pooled));
+                    let encoded = Outcome::Encoded(Box::new(EncodedPrompt { cond, pooled, ignored }));
+                    responder.answer_with_payload(encoded, Payload::Slot { held, length });
+                }
+                Err(error) => responder.fail(error),
+            },
+        }
+    }
+}
+
+impl ClipOutput {
+    fn spans(&self, plan: &ClipPlan) -> Result<(Span, Span), ModelError> {
+        match self {
+            Self::Leased { cond, pooled } => Ok((cond.span().clone(), pooled.span().clone())),
+            Self::Inline(held) => {
+                let (first, second) = (plan.cond.size_bytes()?, plan.pooled.size_bytes()?);
+                let part = |offset, length| held.span().part(offset, length).map_err(outside);
+                Ok((part(0, first)?, part(first, second)?))
+            }
+        }
+    }
+
+    /// A failed call leaves GPU work enqueued: no slot is reused before that is done.
+    fn give_up(self, stream: Option<StreamRef>) {
+        match self {
+            Self::Leased { cond, pooled } => [cond, pooled].into_iter().for_each(|held| held.give_up(stream)),
+            Self::Inline(held) => held.give_up(stream),
+        }
+    }
+}
+
+/// Bytes of both results.
+pub(in crate::broker) fn length(plan: &ClipPlan) -> Result<usize, ModelError> {
+    Ok(plan.cond.size_bytes()?.saturating_add(plan.pooled.size_bytes()?))
+}
+
+fn outside(error: DeviceError) -> ModelError {
+    ModelError::Executor { what: "placing the results", cause: error.to_string() }
+}
+
+/// What the text encoders' lane is given.
+#[expect(clippy::large_enum_variant, reason = "moved a few times; a box would be an allocation per call")]
+#[derive(Debug)]
+pub(in crate::broker) enum ClipWork {
+    Call(ClipCallJob),
+    Model(ModelJob),
+}
+
+/// What the text encoders' lane's thread owns.
+pub(in crate::broker) struct ClipExecutor {
+    loader: Loader,
+    models: LoadedModels<dyn Clip>,
+}
+
+impl ClipExecutor {
+    pub(in crate::broker) fn new(loader: Loader, registry: Arc<Registry>) -> Self {
+        loader.prepare_thread();
+        Self { loader, models: LoadedModels::new(registry) }
+    }
+
+    fn call(&mut self, job: ClipCallJob, stop: &StopSignal<'_>) {
+        let model = Arc::clone(&*job.model);
+        let clip = match self.models.obtain(&model, |model| self.loader.load_clip(model)) {
+            Ok(clip) => clip,
+            Err(error) => return job.fail(error),
+        };
+        let Some((responder, error)) = job.run_on(&mut **clip, &|| stop.is_set()) else { return };
+        match error {
+            ModelError::Changed { .. } => {
+                self.models.drop_weights(&model);
+                responder.fail(Error::from(error));
+            }
+            ModelError::Cancelled if stop.is_late() => responder.fail(late("while it ran")),
+            error => responder.fail(error),
+        }
+    }
+}
+
+impl ClipWork {
+    /// It will not run: what is left is the duty to answer, unless somebody has done that already.
+    pub(in crate::broker) fn give_up(self) -> Option<Responder> {
+        match self {
+            Self::Call(job) => Some(job.responder),
+            Self::Model(job) => job.give_up(),
+        }
+    }
+}
+
+impl Job for ClipWork {
+    type Executor = ClipExecutor;
+
+    /// A prompt was read before it came here.
+    fn is_ready(&self) -> bool {
+        true
+    }
+
+    fn run(self, executor: &mut ClipExecutor, stop: &StopSignal<'_>) {
+        match self {
+            Self::Call(job) => executor.call(job, stop),
+            Self::Model(job) => {
+                let ClipExecutor { loader, models } = executor;
+                job.run(models, |model| loader.load_clip(model));
+            }
+        }
+    }
+
+    fn tidy(executor: &mut ClipExecutor) -> Option<Instant> {
+        executor.models.tidy()
+    }
+
+    fn refuse(self, why: Refusal) {
+        refuse(Service::Clip, self.give_up(), why);
+    }
+}
