@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use crossbeam_channel::Receiver;
 
-use super::super::jobs::{PrepareJob, UnetWork};
+use super::super::jobs::{ClipWork, PrepareJob, UnetWork};
 use super::super::registry::AdapterPlace;
 use super::super::state::State;
 use super::files::ReadAdapter;
@@ -13,7 +13,7 @@ use crate::error::{Error, ErrorKind, Fault, Result};
 use crate::id::{RequestId, SessionId};
 use crate::lane::Entry;
 use crate::model::{Adapter, AdapterReport, StackMaker};
-use crate::service::{AdapterMode, AdapterTaken, AdapterUse};
+use crate::service::{AdapterMode, AdapterTaken, AdapterUse, Service};
 
 /// The session of what the broker asks of its own lanes; clients' begin at 1.
 const BROKER: SessionId = SessionId(0);
@@ -128,8 +128,18 @@ impl Work {
             Ok(()) => Arc::clone(&self.state).adapters.queue(self),
             Err(error) => self.fail(error.into_fault()),
         };
-        let job = UnetWork::Prepare(PrepareJob { model, done: Box::new(done) });
-        state.unet_lane.submit(Entry { session: BROKER, request: RequestId(0), deadline: None, job });
+        let (session, request, deadline) = (BROKER, RequestId(0), None);
+        let service = model.service();
+        let job = PrepareJob { model, done: Box::new(done) };
+        match service {
+            Service::Clip => {
+                state.clip_lane.submit(Entry { session, request, deadline, job: ClipWork::Prepare(job) });
+            }
+            // Nobody asks for adapters of a VAE.
+            Service::Unet | Service::Vae => {
+                state.unet_lane.submit(Entry { session, request, deadline, job: UnetWork::Prepare(job) });
+            }
+        }
     }
 }
 
