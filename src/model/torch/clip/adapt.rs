@@ -6,7 +6,7 @@ use tch::{Kind, TchError, Tensor};
 use super::super::super::adapter::Part;
 use super::super::super::layout::Linear;
 use super::super::super::layout::unet::Layer;
-use super::super::super::{Adapter, AdapterFile, AdapterReport, LayerId, ModelError};
+use super::super::super::{Adapter, AdapterFile, AdapterReport, LayerId, ModelError, ReadyStack, StackMaker};
 use super::super::adapter::tensors;
 use super::super::failed;
 use super::super::frozen::Frozen;
@@ -54,13 +54,23 @@ impl ClipStack {
     }
 }
 
+impl StackMaker for ClipBase {
+    fn make(
+        &self,
+        adapters: &[Adapter<'_>],
+        mode: AdapterMode,
+    ) -> Result<(ReadyStack, Vec<AdapterReport>), ModelError> {
+        let (stack, reports) = self.adapt(adapters, mode)?;
+        let size_bytes = stack.size_bytes();
+        Ok((ReadyStack::new(Arc::new(stack), size_bytes), reports))
+    }
+}
+
 impl ClipBase {
-    /// Puts adapters together for these text encoders, which are applied in this order; also on another thread than the one
-    /// that runs them. The encoders are not modified. Answers the stack and, by adapter, what was taken up of it.
+    /// As [`StackMaker::make`], for [`super::TorchClip::encode_with`].
     ///
     /// # Errors
-    /// As [`AdapterFile::report`]; [`ModelError::AdapterStrength`], [`ModelError::Changed`] where a file is no longer the
-    /// one that was opened, [`ModelError::OutOfMemory`].
+    /// As there.
     pub fn adapt(
         &self,
         adapters: &[Adapter<'_>],
