@@ -9,7 +9,7 @@ use luna_broker::device::{Device, InProcessDevice, Span};
 use luna_broker::model::clip::{ClipCall, ClipKind, ClipPrompt, text_encoders};
 use luna_broker::model::text::{Chunk, Token, WeightedToken};
 use luna_broker::model::torch::{ClipBase, ClipStack, LoadOptions, Target, TorchClip, load_clip, set_threads};
-use luna_broker::model::{Adapter, AdapterFile, LayerNames, ModelError, ModelFile, WeightStorage};
+use luna_broker::model::{Adapter, AdapterFile, LayerNames, ModelError, ModelFile, StackMaker, WeightStorage};
 use luna_broker::service::AdapterMode;
 use safetensors::tensor::{Dtype, TensorView};
 use tch::Tensor;
@@ -243,10 +243,15 @@ fn stacks_are_made_on_other_threads_while_the_encoders_run() {
     for (stack, label) in &made {
         check(label, &scene.run(Some(stack)), &scene.expected(label));
     }
+    let file = read(&folder_of("sdxl.lora"));
+    let maker: Arc<dyn StackMaker> = scene.clip.base();
+    let (ready, _) = maker.make(&[Adapter { file: &file, strength: 1.0 }], AdapterMode::Side).unwrap();
+    let stack = ready.tensors::<ClipStack>().expect("of this kind");
+    assert_eq!(ready.size_bytes(), stack.size_bytes());
+    check("made ready", &scene.run(Some(&stack)), &scene.expected("lora@1"));
     // The weights live as long as whoever makes stacks of them.
     let Scene { clip, .. } = scene;
     drop(clip);
-    let file = read(&folder_of("sdxl.lora"));
     assert!(base.adapt(&[Adapter { file: &file, strength: 1.0 }], AdapterMode::Merged).is_ok());
 }
 

@@ -2,14 +2,15 @@
 
 use std::num::NonZeroU32;
 
-use luna_broker::id::{ArenaId, Epoch, Generation, GpuUuid, LeaseRef, RequestId, SlotId};
+use luna_broker::id::{ArenaId, Epoch, Generation, GpuUuid, LeaseRef, RequestId, RunId, SlotId};
 use luna_broker::protocol::{
     ClientMessage, ClipRequest, Descriptor, EncodersTask, FailureCode, GpuFindings, GpuProbeOutcome, GpuProbed,
-    GpuTarget, MarkedFindings, NONCE_BYTES, OpenGpu, Operation, Release, Request, Rung, RungFailure, ServerMessage,
-    SlotPlace, TensorSource, VaeRequest,
+    GpuTarget, MarkedFindings, NONCE_BYTES, OpenGpu, OpenRun, Operation, Release, Request, Rung, RungFailure,
+    ServerMessage, SlotPlace, StepSubject, TensorSource, UnetRequest, VaeRequest,
 };
 use luna_broker::service::{
-    ClipInput, ClipKind, ClipOptions, ClipText, ClipTokens, Service, TileShape, Tiling, VaeCall, VaeOperation,
+    AdapterMode, AdapterStack, AdapterUse, BlockCache, ClipInput, ClipKind, ClipOptions, ClipText, ClipTokens, Control,
+    RunSettings, Service, StepInput, TileShape, Tiling, VaeCall, VaeOperation,
 };
 use luna_broker::tensor::{DType, Dims, TensorMeta};
 use luna_broker::transport::{HEADER_BYTES, TransportError};
@@ -117,6 +118,45 @@ fn tokens() -> impl Strategy<Value = ClipTokens<TensorSource>> {
         .prop_map(|(kind, ids, weights, rows)| ClipTokens { kind, ids, weights, rows })
 }
 
+fn adapters() -> impl Strategy<Value = AdapterStack> {
+    let uses = (".{0,40}", any::<f64>()).prop_map(|(name, strength)| AdapterUse { name, strength });
+    let mode = prop::sample::select(AdapterMode::ALL.to_vec());
+    (prop::collection::vec(uses, 0..4), mode).prop_map(|(adapters, mode)| AdapterStack { adapters, mode })
+}
+
+fn control() -> impl Strategy<Value = Control<TensorSource>> {
+    let list = || prop::collection::vec(prop::option::of(source()), 0..3);
+    (list(), list(), list()).prop_map(|(input, middle, output)| Control { input, middle, output })
+}
+
+/// Steps of models that are not there and of runs that are not open, runs, and adapters.
+fn sampling() -> impl Strategy<Value = Operation> {
+    let optional = || prop::option::of(source());
+    let input = (source(), source(), optional(), optional(), prop::option::of(control()))
+        .prop_map(|(x, timesteps, context, y, control)| StepInput { x, timesteps, context, y, control });
+    let subject = prop_oneof![
+        (".{0,40}", adapters()).prop_map(|(name, adapters)| StepSubject::Model { name, adapters }),
+        (number(), prop::collection::vec(any::<u32>(), 0..5))
+            .prop_map(|(run, conds)| StepSubject::Run { run: RunId(run), conds }),
+    ];
+    let cache = (any::<f64>(), any::<f64>(), any::<f64>(), prop::option::of(any::<u32>()))
+        .prop_map(|(threshold, start, end, max_hits)| BlockCache { threshold, start, end, max_hits });
+    let settings = (adapters(), prop::option::of(cache), prop::collection::vec(any::<f64>(), 0..4))
+        .prop_map(|(adapters, cache, sigmas)| RunSettings { adapters, cache, sigmas });
+    let models = prop::collection::vec(".{0,20}", 0..4);
+    let service = prop::sample::select(Service::ALL.to_vec());
+    prop_oneof![
+        (subject, input, place())
+            .prop_map(|(subject, input, result)| { Operation::Unet(Box::new(UnetRequest { subject, input, result })) }),
+        (".{0,40}", settings).prop_map(|(model, settings)| Operation::OpenRun(Box::new(OpenRun { model, settings }))),
+        (service, models, adapters()).prop_map(|(service, models, adapters)| Operation::Prefetch {
+            service,
+            models,
+            adapters
+        }),
+    ]
+}
+
 fn operation() -> impl Strategy<Value = Operation> {
     let tiles = (number(), number(), number()).prop_map(|(width, height, overlap)| {
         Tiling::Tiles(TileShape { width: width as u32, height: height as u32, overlap: overlap as u32 })
@@ -135,9 +175,10 @@ fn operation() -> impl Strategy<Value = Operation> {
         .prop_map(|(from_end, project)| ClipOptions { from_end: NonZeroU32::new(from_end), project });
     let task = prop::sample::select(vec![EncodersTask::Describe, EncodersTask::Load]);
     prop_oneof![
-        2 => (models.clone(), prompt, how, place()).prop_map(|(models, input, options, result)| {
-            Operation::Clip(Box::new(ClipRequest { models, input, options, result }))
+        2 => (models.clone(), prompt, how, adapters(), place()).prop_map(|(models, input, options, adapters, result)| {
+            Operation::Clip(Box::new(ClipRequest { models, input, options, adapters, result }))
         }),
+        3 => sampling(),
         1 => (models, task).prop_map(|(models, task)| Operation::Encoders { models, task }),
         6 => (model.clone(), call, source(), place())
             .prop_map(|(model, call, input, result)| Operation::Vae(VaeRequest { model, call, input, result })),
@@ -160,6 +201,7 @@ fn message() -> impl Strategy<Value = ClientMessage> {
         1 => number().prop_map(|id| ClientMessage::Cancel { id: RequestId(id) }),
         1 => releases().prop_map(ClientMessage::Release),
         1 => (0u32..8).prop_map(|arena| ClientMessage::Opened { arena: ArenaId(arena) }),
+        1 => number().prop_map(|run| ClientMessage::CloseRun { run: RunId(run) }),
     ]
 }
 

@@ -4,7 +4,7 @@ use luna_broker::client::CallOptions;
 use luna_broker::config::BrokerConfig;
 use luna_broker::id::RequestId;
 use luna_broker::protocol::{ClientMessage, ClipRequest, LaneReport, Operation, Outcome, SlotPlace};
-use luna_broker::service::{ClipInput, ClipKind, ClipOptions, ClipText, Service};
+use luna_broker::service::{AdapterStack, ClipInput, ClipKind, ClipOptions, ClipText, Service};
 use std::time::Duration;
 
 use crate::config;
@@ -19,6 +19,7 @@ fn heavy(folder: &std::path::Path) -> Operation {
         models: vec![path(folder, "words.l"), path(folder, "words.g")],
         input: ClipInput::Text(text),
         options: ClipOptions::default(),
+        adapters: AdapterStack::default(),
         result: SlotPlace::Host,
     }))
 }

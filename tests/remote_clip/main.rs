@@ -11,6 +11,7 @@ mod support;
 
 use luna_broker::config::BrokerConfig;
 
+mod adapters;
 mod lane;
 mod models;
 mod refusals;

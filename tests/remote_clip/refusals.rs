@@ -3,7 +3,7 @@ use std::sync::Arc;
 use luna_broker::ErrorKind;
 use luna_broker::client::CallOptions;
 use luna_broker::protocol::{ClipRequest, Operation, Outcome, SlotPlace, TensorSource};
-use luna_broker::service::{ClipInput, ClipKind, ClipOptions, ClipPrompt, ClipText, ClipTokens, Token};
+use luna_broker::service::{AdapterStack, ClipInput, ClipKind, ClipOptions, ClipPrompt, ClipText, ClipTokens, Token};
 use luna_broker::tensor::{DType, Dims, TensorMeta};
 
 use crate::config;
@@ -92,6 +92,7 @@ fn request(folder: &std::path::Path, tokens: Tokens) -> Operation {
         models: vec![path(folder, "clip_l.transformers")],
         input: ClipInput::Tokens(tokens),
         options: ClipOptions::default(),
+        adapters: AdapterStack::default(),
         result: SlotPlace::Host,
     }))
 }
