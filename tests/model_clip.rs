@@ -110,7 +110,7 @@ struct Encoded {
 fn try_encode(loaded: &mut Loaded, call: &ClipCall, stop: &dyn Fn() -> bool) -> Result<Encoded, ModelError> {
     let plan = loaded.set.plan(call)?;
     let [cond, pooled] = [plan.cond, plan.pooled].map(|meta| span(meta.size_bytes().expect("a size")));
-    loaded.clip.encode(call, &cond, &pooled, stop)?;
+    loaded.clip.encode(call, None, &cond, &pooled, stop)?;
     assert!(loaded.clip.stream().is_none());
     Ok(Encoded { cond: numbers(&cond), pooled: numbers(&pooled) })
 }
@@ -312,11 +312,11 @@ fn calls_that_do_not_fit_are_refused_before_anything_runs() {
     for (call, reason) in refusals {
         let planned = loaded.set.plan(&call).expect_err(reason).to_string();
         assert!(planned.contains(reason), "{reason}: {planned}");
-        let ran = loaded.clip.encode(&call, &span(64), &span(64), &|| panic!("it ran")).expect_err(reason);
+        let ran = loaded.clip.encode(&call, None, &span(64), &span(64), &|| panic!("it ran")).expect_err(reason);
         assert!(matches!(ran, ModelError::Prompt { .. }), "{reason}: {ran}");
     }
     let fine = call(&[(ClipKind::L, good)]);
-    let refused = loaded.clip.encode(&fine, &span(64), &span(4096), &|| false);
+    let refused = loaded.clip.encode(&fine, None, &span(64), &span(4096), &|| false);
     assert!(matches!(refused, Err(ModelError::Tensor(_))), "the slot is too small");
     assert!(try_encode(&mut loaded, &fine, &|| false).is_ok(), "the model is as before");
 }
