@@ -8,7 +8,7 @@ use luna_broker::config::BrokerConfig;
 use luna_broker::service::{AdapterMode, AdapterStack, BlockCache, RunSettings, Service, StepInput};
 
 use crate::config;
-use crate::support::{Place, broker_at, client_at};
+use crate::support::{Place, broker_at, client_at, eventually};
 use crate::{Scene, TOLERANCE, difference, given, made, values};
 
 /// Each client's adapters; the first has none.
@@ -126,4 +126,71 @@ fn runs_with_block_caches_run_together_and_decide_apart() {
         }
     }
     assert!(together.into_inner() > 1, "some ran together");
+}
+
+/// Names the socket to a test that was started again to be killed.
+const VICTIM: &str = "LUNA_BROKER_TEST_VICTIM";
+
+/// A client that steps until it is killed; nothing where nobody started it for that.
+#[test]
+fn a_client_to_be_killed_steps_until_it_is() {
+    let Ok(socket) = std::env::var(VICTIM) else { return };
+    let scene = Scene::of("sd15").unwrap();
+    let client = Client::connect(Some(&socket)).unwrap();
+    let unet = scene.unet(&client);
+    let settings = RunSettings {
+        adapters: scene.stack("lora@1+loha@0.5", AdapterMode::Auto),
+        cache: Some(BlockCache::new(0.1)),
+        ..RunSettings::default()
+    };
+    let run = unet.run(settings).unwrap();
+    for round in 0.. {
+        let x = latent(30, round);
+        run.step(&step(&scene, given(&x)), &[0, 1]).unwrap();
+    }
+}
+
+#[test]
+fn clients_killed_in_the_middle_of_a_step_leave_nothing_and_change_nobodys_result() {
+    let Some(scene) = Scene::of("sd15") else { return };
+    let place = Place::new();
+    let _broker = broker_at(&place, BrokerConfig { max_batch: Some(8), ..config() });
+    let first = client_at(&place);
+    let rounds = 40;
+    let expected: Vec<_> = (0..3).map(|who| alone(&scene, &first, who, rounds)).collect();
+    let plain = values(&scene.unet(&first).step(&scene.input()).unwrap());
+    let victim = || {
+        let mut command = std::process::Command::new(std::env::current_exe().unwrap());
+        command.args(["--exact", "crew::a_client_to_be_killed_steps_until_it_is", "--nocapture"]);
+        command.env(VICTIM, place.socket()).stdout(std::process::Stdio::null()).spawn().unwrap()
+    };
+    let of_victims = || first.status().unwrap().runs.into_iter().filter(|run| run.adapters == 2).collect::<Vec<_>>();
+    std::thread::scope(|scope| {
+        for (who, expected) in expected.iter().enumerate() {
+            let (place, scene) = (&place, &scene);
+            scope.spawn(move || {
+                let client = client_at(place);
+                let settings = RunSettings { adapters: stack(scene, who), ..RunSettings::default() };
+                let run = scene.unet(&client).run(settings).unwrap();
+                for (round, expected) in expected.iter().enumerate() {
+                    let x = latent(who, round);
+                    let got = values(&run.step(&step(scene, given(&x)), &[0, 1]).unwrap());
+                    assert!(difference(&got, expected) <= TOLERANCE, "client {who} in round {round}");
+                }
+            });
+        }
+        for _ in 0..3 {
+            let mut victim = victim();
+            // It has stepped a few times, and steps again at once.
+            eventually("steps of the one to be killed", || of_victims().iter().any(|run| run.report.steps > 3));
+            victim.kill().unwrap();
+            victim.wait().unwrap();
+            eventually("the end of its run", || of_victims().is_empty());
+        }
+    });
+    assert_eq!(values(&scene.unet(&first).step(&scene.input()).unwrap()), plain, "the model is as it was");
+    eventually("the end of all use of its adapters", || {
+        first.status().unwrap().stacks.iter().all(|stack| stack.users == 0)
+    });
+    assert_eq!(first.status().unwrap().sessions_lost, 3);
 }
