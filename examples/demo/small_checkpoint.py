@@ -1,8 +1,8 @@
 """A checkpoint of Stable Diffusion's layout that paints on two cores within seconds, and adapters for it.
 
 Nothing in it was trained, so what it paints means nothing. Its UNet takes fine grain for noise and what is smooth for
-the picture, which it bends by features with random weights: they see the latent, the prompt and the adapters. Its VAE is
-the constructed one, with soft edges in place of hard ones.
+the picture, which it bends by features with random weights: they see the latent, the prompt and the adapters. Its VAE
+is the constructed one, with soft edges in place of hard ones.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CARRIED = 2 * LATENT_CHANNELS
 # What share of the latent is taken for noise: more of the fine grain than of what is smooth.
 GRAIN_GAIN, SMOOTH_GAIN = 1.4, 0.85
 # How much features bend the picture, and how large its latent comes out.
-BEND, SIZE = 0.2, 5.0
+BEND, SIZE = 0.4, 5.0
 
 VOCABULARY, TOKENS = 49408, 77
 TEXT_BLOCKS = 2
@@ -119,13 +119,15 @@ def _unet(seed: int) -> State:
         into[2 * channel, channel, 1, 1], into[2 * channel + 1, channel, 1, 1] = 1.0, -1.0
     for index in (1, 3):
         _residual(weights, f"input_blocks.{index}.0", WIDTH)
-        _attention(weights, f"input_blocks.{index}.1")
+    _attention(weights, "input_blocks.3.1")
     weights.smooth("input_blocks.2.0.op", WIDTH, WIDTH)
     _residual(weights, "middle_block.0", WIDTH)
     _attention(weights, "middle_block.1")
     _residual(weights, "middle_block.2", WIDTH)
     for index in range(4):
         _residual(weights, f"output_blocks.{index}.0", 2 * WIDTH)
+    # Where the latent is whole, attention would take more time than all the rest.
+    for index in (0, 1):
         _attention(weights, f"output_blocks.{index}.1")
     weights.smooth("output_blocks.1.2.conv", WIDTH, WIDTH)
     _carry(weights)
@@ -134,10 +136,10 @@ def _unet(seed: int) -> State:
 
 def _carry(weights: _Weights) -> None:
     """Brings the latent from the first convolution to the last, which takes its fine grain for the noise."""
-    last = "output_blocks.3"
-    for layer in (f"{last}.0.out_layers.3", f"{last}.0.skip_connection", f"{last}.1.proj_out"):
+    last = "output_blocks.3.0"
+    for layer in (f"{last}.out_layers.3", f"{last}.skip_connection"):
         weights.silence(layer)
-    skip = weights.state[f"{last}.0.skip_connection.weight"]
+    skip = weights.state[f"{last}.skip_connection.weight"]
     for channel in range(CARRIED):
         # Behind the features comes what the first convolution left.
         skip[channel, WIDTH + channel] = 1.0
