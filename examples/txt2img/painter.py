@@ -43,8 +43,8 @@ class Order:
 class Picture:
     # float32 [height, width, 3] in 0…1
     pixels: torch.Tensor
-    # What the broker says about the run.
-    report: Any
+    # Steps of which the broker left out most.
+    hits: int
     # Seconds that sampling took, without text encoders and VAE.
     sampling_s: float
 
@@ -69,9 +69,9 @@ class Painter:
         noise = torch.randn((1, int(self._vae.info["latent_channels"]), height, width), generator=generator)
         prompts = [self.encode(text, width * ratio, height * ratio) for text in (order.negative, order.prompt)]
         started = time.perf_counter()
-        latent, report = self.sample(order, noise, prompts, watch)
+        latent, hits = self.sample(order, noise, prompts, watch)
         sampling_s = time.perf_counter() - started
-        return Picture(self.decode(latent), report, sampling_s)
+        return Picture(self.decode(latent), hits, sampling_s)
 
     def encode(self, text: str, width: int, height: int) -> Prompt:
         """What the UNet takes of a text, for a picture of that size."""
@@ -82,15 +82,15 @@ class Painter:
 
     def sample(
         self, order: Order, noise: torch.Tensor, prompts: list[Prompt], watch: Watch = lambda done, total: None
-    ) -> tuple[torch.Tensor, Any]:
-        """The latent for the UNet that comes of `noise`, and what the broker says about the run."""
+    ) -> tuple[torch.Tensor, int]:
+        """The latent for the UNet that comes of `noise`, and of how many steps most was left out."""
         steps = sampler.schedule(order.steps, self._facts["zero_terminal_snr"])
         cache = None if order.fb_cache is None else {"threshold": order.fb_cache}
         sigmas = [*(step.sigma for step in steps), 0.0]
         with self._unet.run(loras=list(order.loras), fb_cache=cache, sigmas=sigmas) as run:
             denoise = Guided(run, self._facts["prediction"], prompts, order.guidance)
             latent = sampler.SAMPLERS[order.sampler](denoise, sampler.noisy(noise, steps), _watched(steps, watch))
-            return latent, run.report
+            return latent, int(run.report["hits"])
 
     def decode(self, latent: torch.Tensor) -> torch.Tensor:
         """The picture of a latent for the UNet, as pixels [height, width, 3]."""

@@ -3,6 +3,8 @@
 //! Nothing here knows of a broker: a model is a closure. Samplers work on latents to which noise of the size sigma was
 //! added; a UNet gets them scaled to the variance that it was trained on.
 
+use std::str::FromStr;
+
 use luna_broker::protocol::UnetReport;
 
 const TRAINED_STEPS: u32 = 1000;
@@ -120,6 +122,18 @@ pub(crate) enum Sampler {
     Euler,
     /// DPM-Solver++ of second order, which takes the trend since the step before into account.
     Dpmpp2m,
+}
+
+impl FromStr for Sampler {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        match name {
+            "euler" => Ok(Self::Euler),
+            "dpmpp_2m" => Ok(Self::Dpmpp2m),
+            other => Err(format!("no sampler is called {other:?}, but euler and dpmpp_2m")),
+        }
+    }
 }
 
 impl Sampler {

@@ -5,18 +5,24 @@ from __future__ import annotations
 import json
 import math
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY / "examples" / "txt2img"))
 
+import arguments  # noqa: E402
 import sampler  # noqa: E402
+from painter import Order, Painter  # noqa: E402
+from tune import table, tune  # noqa: E402
 
 GOLDEN = Path(os.environ.get("LUNA_BROKER_GOLDEN", "")) / "pipeline"
 # Of the largest number in a latent, after all steps. Steps in another order of sums, and noise levels in float64 where
@@ -85,6 +91,82 @@ def test_samplers_give_what_diffusers_gives(client: Any, name: str) -> None:
     denoise = sampler.Guided(model, golden.facts["prediction"], golden.prompts, SETTINGS["guidance"])
     latent = sampler.SAMPLERS[golden.facts["sampler"]](denoise, sampler.noisy(golden.noise, steps), steps)
     assert golden.off(latent) <= TOLERANCE
+
+
+def order(golden: Golden, **more: Any) -> Order:
+    height, width = (side * 8 for side in golden.noise.shape[2:])
+    loras = tuple(
+        (str(GOLDEN / f"{golden.facts['model']}.{name}.safetensors"), strength)
+        for name, strength in golden.facts["loras"]
+    )
+    return Order(
+        prompt=SETTINGS["positive"],
+        negative=SETTINGS["negative"],
+        width=width,
+        height=height,
+        steps=SETTINGS["steps"],
+        guidance=SETTINGS["guidance"],
+        sampler=golden.facts["sampler"],
+        loras=loras,
+        **more,
+    )
+
+
+@needs_golden
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case["prediction"] == "eps"])
+def test_a_run_from_text_to_picture_is_the_pipelines(client: Any, name: str) -> None:
+    golden = Golden(CASES[name])
+    wanted = order(golden)
+    painter = Painter(client, golden.checkpoint)
+    prompts = [painter.encode(text, wanted.width, wanted.height) for text in (wanted.negative, wanted.prompt)]
+    for found, expected in zip(prompts, golden.prompts, strict=True):
+        assert torch.allclose(found.context, expected.context, rtol=0, atol=1e-5)
+        if expected.vector is not None:
+            assert torch.allclose(found.vector, expected.vector, rtol=0, atol=1e-4)
+    latent, hits = painter.sample(wanted, golden.noise, prompts)
+    assert golden.off(latent) <= TOLERANCE
+    assert hits == 0
+    if golden.image is not None:
+        assert (painter.decode(latent) - golden.image[0]).abs().max() <= 1e-4
+
+
+@needs_golden
+def test_a_cache_is_tuned_from_nothing_to_everything(client: Any) -> None:
+    golden = Golden(CASES["sd15-dpmpp_2m"])
+    rows = tune(Painter(client, golden.checkpoint), order(golden), [0.0, 0.1, 1e9])
+    exact, none, _, all_but_one = rows
+    assert (exact.hit_rate, none.hit_rate, none.largest_difference) == (0, 0, 0)
+    assert all_but_one.hit_rate == 1 - 1 / SETTINGS["steps"]
+    assert all_but_one.psnr_db < 40
+    assert len(table(rows).splitlines()) == 5
+
+
+@needs_golden
+def test_the_program_writes_a_picture_or_says_why_not(broker: Any, tmp_path: Path) -> None:
+    def run(*more: str) -> subprocess.CompletedProcess[str]:
+        program = [sys.executable, str(REPOSITORY / "examples" / "txt2img" / "main.py"), "--socket", broker.address]
+        told = ["--prompt", "a photo of a cat", "--size", "64x48", "--steps", "2", "--out", str(out)]
+        return subprocess.run([*program, *told, *more], capture_output=True, text=True, timeout=100)
+
+    out = tmp_path / "cat.png"
+    adapter = f"{GOLDEN / 'sd15.attention.safetensors'}:0.5"
+    done = run("--checkpoint", str(GOLDEN / "sd15.safetensors"), "--lora", adapter, "--fb-cache", "0.1")
+    assert done.returncode == 0, done.stderr
+    with Image.open(out) as image:
+        assert image.size == (64, 48)
+        assert np.asarray(image).std() > 1
+    failed = run("--checkpoint", str(tmp_path / "nothing.safetensors"))
+    assert failed.returncode == 1
+    assert failed.stderr.startswith("ModelNotFound: ")
+
+
+def test_adapters_are_named_with_or_without_strength() -> None:
+    assert arguments.lora("ink.safetensors:0.8") == ("ink.safetensors", 0.8)
+    assert arguments.lora("ink.safetensors:-1") == ("ink.safetensors", -1.0)
+    assert arguments.lora("ink.safetensors") == ("ink.safetensors", 1.0)
+    assert arguments.lora("C:\\ink.safetensors") == ("C:\\ink.safetensors", 1.0)
+    assert arguments.size("512") == (512, 512)
+    assert arguments.size("640x384") == (640, 384)
 
 
 def test_steps_go_evenly_from_noise_to_nothing() -> None:
