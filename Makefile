@@ -39,6 +39,7 @@ bench: build extension $(VENV)/.test
 	$(BIN)/python benches/attach.py --broker $(BROKER)
 	$(CARGO) bench --quiet --features $(FEATURES) --bench remote_call
 	$(CARGO) bench --quiet --features $(FEATURES) --bench weights_load
+	$(CARGO) bench --quiet --features $(FEATURES) --bench unet_steps
 
 build: $(VENV)/.run
 	$(CARGO) build --release --features $(FEATURES)

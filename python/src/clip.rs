@@ -1,9 +1,12 @@
 use std::num::NonZeroU32;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use luna_broker::client::{self, CallOptions, ClipOutput};
 use luna_broker::model::clip::SdxlSizes;
-use luna_broker::service::{Chunk, ClipKind, ClipOptions, ClipPrompt, ClipText, Token, WeightedToken};
+use luna_broker::service::{
+    AdapterStack, AdapterTaken, Chunk, ClipKind, ClipOptions, ClipPrompt, ClipText, Token, WeightedToken,
+};
 use luna_broker::tensor::{DType, Dims};
 use luna_broker::{Error, ErrorKind};
 use parking_lot::Mutex;
@@ -15,6 +18,7 @@ use pyo3::types::{PyByteArray, PyDict};
 use crate::call::released;
 use crate::client::to_python;
 use crate::errors::raise;
+use crate::run::stack;
 use crate::tensor::{Library, borrow, borrow_on_host, hand_out, loaded_library};
 use crate::vae::{result_place, unshared};
 
@@ -27,14 +31,29 @@ pub(crate) struct Clip {
 }
 
 /// How one prompt was encoded.
-#[pyclass(frozen, get_all, module = "luna_broker")]
+#[pyclass(frozen, module = "luna_broker")]
 #[derive(Clone)]
 pub(crate) struct TextCall {
+    #[pyo3(get)]
     queued_s: f64,
+    #[pyo3(get)]
     run_s: f64,
+    #[pyo3(get)]
     bytes_copied_in: u64,
+    #[pyo3(get)]
     bytes_copied_out: u64,
+    #[pyo3(get)]
     ignored: Vec<(String, String)>,
+    adapters: Vec<AdapterTaken>,
+}
+
+#[pymethods]
+impl TextCall {
+    /// What the text encoders took up of each adapter.
+    #[getter]
+    fn adapters<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        to_python(py, &self.adapters)
+    }
 }
 
 impl From<&ClipOutput> for TextCall {
@@ -46,6 +65,7 @@ impl From<&ClipOutput> for TextCall {
             bytes_copied_in: output.copied_in_bytes,
             bytes_copied_out: output.copied_out_bytes,
             ignored: output.ignored.iter().map(|one| (one.name.clone(), one.reason.clone())).collect(),
+            adapters: output.adapters.clone(),
         }
     }
 }
@@ -60,13 +80,14 @@ impl Clip {
         &self,
         py: Python<'py>,
         device: Option<&Bound<'py, PyAny>>,
+        adapters: &AdapterStack,
         call: impl Send + FnOnce(&client::Clip, &CallOptions<'_>) -> Result<ClipOutput, Error>,
     ) -> PyResult<(Bound<'py, PyAny>, Bound<'py, PyAny>)> {
         let library = loaded_library(py);
         let (wanted, result) = result_place(py, device, None)?;
         let unshared = unshared(library);
-        let output =
-            released(py, self.timeout, |options| call(&self.clip, &CallOptions { result, unshared, ..*options }))?;
+        let clip = self.clip.with_adapters(adapters);
+        let output = released(py, self.timeout, |options| call(&clip, &CallOptions { result, unshared, ..*options }))?;
         *self.last.lock() = Some(TextCall::from(&output));
         Ok((hand_out(py, output.cond, library, wanted)?, hand_out(py, output.pooled, library, wanted)?))
     }
@@ -88,7 +109,8 @@ impl Clip {
     }
 
     /// Conditioning and pooled row of a prompt in words.
-    #[pyo3(signature = (text, text_g=None, skip=None, project=true, device=None))]
+    #[pyo3(signature = (text, text_g=None, skip=None, project=true, loras=None, lora_mode="auto", device=None))]
+    #[expect(clippy::too_many_arguments, reason = "they are the call's own")]
     fn encode<'py>(
         &self,
         py: Python<'py>,
@@ -96,25 +118,32 @@ impl Clip {
         text_g: Option<String>,
         skip: Option<i64>,
         project: bool,
+        loras: Option<Vec<(PathBuf, f64)>>,
+        lora_mode: &str,
         device: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<(Bound<'py, PyAny>, Bound<'py, PyAny>)> {
         let (text, how) = (ClipText { text, text_g }, options(py, skip, project)?);
-        self.run(py, device, |clip, options| clip.encode_with(&text, how, options))
+        let adapters = stack(py, loras, lora_mode)?;
+        self.run(py, device, &adapters, |clip, options| clip.encode_with(&text, how, options))
     }
 
     /// Conditioning and pooled row of tokens.
-    #[pyo3(signature = (tokens, skip=None, project=true, device=None))]
+    #[pyo3(signature = (tokens, skip=None, project=true, loras=None, lora_mode="auto", device=None))]
+    #[expect(clippy::too_many_arguments, reason = "they are the call's own")]
     fn encode_tokens<'py>(
         &self,
         py: Python<'py>,
         tokens: &Bound<'py, PyDict>,
         skip: Option<i64>,
         project: bool,
+        loras: Option<Vec<(PathBuf, f64)>>,
+        lora_mode: &str,
         device: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<(Bound<'py, PyAny>, Bound<'py, PyAny>)> {
         let prompts = tokens.iter().map(|(name, chunks)| prompt(&name, &chunks)).collect::<PyResult<Vec<_>>>()?;
         let how = options(py, skip, project)?;
-        self.run(py, device, |clip, options| clip.encode_tokens_with(&prompts, how, options))
+        let adapters = stack(py, loras, lora_mode)?;
+        self.run(py, device, &adapters, |clip, options| clip.encode_tokens_with(&prompts, how, options))
     }
 
     fn __repr__(&self) -> String {

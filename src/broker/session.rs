@@ -231,7 +231,7 @@ impl Session {
             }
             Operation::Unet(request) => self.unet(responder, deadline, *request)?,
             Operation::OpenRun(request) => self.open_run(responder, *request),
-            Operation::Prefetch { service, model, adapters } => self.prefetch(responder, service, &model, adapters),
+            Operation::Prefetch { service, models, adapters } => self.prefetch(responder, service, &models, adapters),
             Operation::Clip(request) => self.clip(responder, deadline, *request)?,
             Operation::Encoders { models, task } => self.encoders(responder, deadline, &models, task),
             Operation::Describe { service, model } => {

@@ -2,10 +2,12 @@ use super::compute::{Computed, Sources, compute};
 use super::connect::{CallOptions, Client};
 use super::input::{Input, unexpected_outcome};
 use super::tensor::Tensor;
+use super::unet::located;
 use crate::error::{Error, ErrorKind, Result};
-use crate::protocol::{ClipRequest, ModelReport, Operation, TensorSource, Times};
+use crate::protocol::{ClipRequest, ModelReport, Operation, Outcome, TensorSource, Times};
 use crate::service::{
-    ClipInput, ClipKind, ClipOptions, ClipPrompt, ClipText, ClipTokens, IgnoredEmbedding, Token, WeightedToken,
+    AdapterStack, AdapterTaken, ClipInput, ClipKind, ClipOptions, ClipPrompt, ClipText, ClipTokens, IgnoredEmbedding,
+    Service, Token, WeightedToken,
 };
 use crate::tensor::{DType, Dims, TensorMeta};
 
@@ -14,6 +16,7 @@ use crate::tensor::{DType, Dims, TensorMeta};
 pub struct Clip {
     client: Client,
     models: Vec<String>,
+    adapters: AdapterStack,
     info: ModelReport,
 }
 
@@ -26,6 +29,8 @@ pub struct ClipOutput {
     pub pooled: Tensor,
     /// Embeddings that the prompt names in vain; it was encoded without them.
     pub ignored: Vec<IgnoredEmbedding>,
+    /// What the encoders took up of each adapter.
+    pub adapters: Vec<AdapterTaken>,
     /// When it ran, by the broker's clock.
     pub times: Times,
     /// Bytes the client copied to hand tokens over.
@@ -37,7 +42,27 @@ pub struct ClipOutput {
 
 impl Clip {
     pub(super) fn new(client: Client, models: Vec<String>, info: ModelReport) -> Self {
-        Self { client, models, info }
+        Self { client, models, adapters: AdapterStack::default(), info }
+    }
+
+    /// The same text encoders with these adapters in every prompt. The first prompt waits until they have been read and put
+    /// together, and delays nobody else by that; the encoders are not modified.
+    #[must_use]
+    pub fn with_adapters(&self, adapters: &AdapterStack) -> Self {
+        Self { adapters: located(adapters), ..self.clone() }
+    }
+
+    /// Has the broker read adapters and put them together now, instead of with the first prompt that asks for them; what
+    /// the encoders take up of each.
+    ///
+    /// # Errors
+    /// [`ErrorKind::ModelNotFound`] for an adapter that is not there, [`ErrorKind::InvalidModel`] for one that does not fit.
+    pub fn prefetch(&self, adapters: &AdapterStack, options: &CallOptions<'_>) -> Result<Vec<AdapterTaken>> {
+        let (models, adapters) = (self.models.clone(), located(adapters));
+        match self.client.ask(Operation::Prefetch { service: Service::Clip, models, adapters }, options)? {
+            Outcome::Adapters(taken) => Ok(taken),
+            _ => Err(unexpected_outcome()),
+        }
     }
 
     /// What the text encoders are.
@@ -103,13 +128,15 @@ impl Clip {
             // In the order in which they were given.
             let mut next = |_: &Input<'_>| -> Result<TensorSource> { sources.next().ok_or_else(unexpected_outcome) };
             let input = input.try_map(&mut next)?;
-            let request = ClipRequest { models: self.models.clone(), input, options: how, result };
+            let (models, adapters) = (self.models.clone(), self.adapters.clone());
+            let request = ClipRequest { models, input, options: how, adapters, result };
             Ok(Operation::Clip(Box::new(request)))
         };
         let computed = self.client.with_link(|link| compute(link, &inputs, &operation, options))?;
-        let Computed { tensor: cond, second, ignored, times, copied_in_bytes, copied_out_bytes, .. } = computed;
+        let Computed { tensor: cond, second, ignored, adapters, times, copied_in_bytes, copied_out_bytes, .. } =
+            computed;
         let pooled = second.ok_or_else(unexpected_outcome)?;
-        Ok(ClipOutput { cond, pooled, ignored, times, copied_in_bytes, copied_out_bytes })
+        Ok(ClipOutput { cond, pooled, ignored, adapters, times, copied_in_bytes, copied_out_bytes })
     }
 }
 

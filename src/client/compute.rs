@@ -14,7 +14,7 @@ use super::tensor::{PooledBytes, Storage, Tensor};
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::GpuUuid;
 use crate::protocol::{EncodedPrompt, Operation, Outcome, SlotPlace, TensorSource, Times};
-use crate::service::{How, IgnoredEmbedding};
+use crate::service::{AdapterTaken, How, IgnoredEmbedding};
 
 /// Where a call's tensors are, in the order in which they were given. Most calls have one.
 pub(super) type Sources = SmallVec<[TensorSource; 1]>;
@@ -26,6 +26,7 @@ pub(super) struct Computed {
     pub(super) second: Option<Tensor>,
     pub(super) how: How,
     pub(super) ignored: Vec<IgnoredEmbedding>,
+    pub(super) adapters: Vec<AdapterTaken>,
     pub(super) times: Times,
     pub(super) copied_in_bytes: u64,
     pub(super) copied_out_bytes: u64,
@@ -106,7 +107,7 @@ fn attempt(
         all.into_iter().for_each(|staged| reuse(link, staged, result_gpu.as_ref(), result_mark));
     }
     let Answer { reply, payload, .. } = answer?;
-    let Results { first, second, how, ignored } = Results::of(reply.outcome)?;
+    let Results { first, second, how, ignored, adapters } = Results::of(reply.outcome)?;
     let mut taking =
         Taking { link, home, shared: result_gpu.as_ref(), unshared: unshared.as_ref(), payload, copied_bytes: 0 };
     // Of two results behind the frame the second lies behind the first.
@@ -121,7 +122,16 @@ fn attempt(
         Taken::Tensor(tensor) => tensor,
     };
     let copied_out_bytes = taking.copied_bytes;
-    Ok(Called::Done(Computed { tensor, second, how, ignored, times: reply.times, copied_in_bytes, copied_out_bytes }))
+    Ok(Called::Done(Computed {
+        tensor,
+        second,
+        how,
+        ignored,
+        adapters,
+        times: reply.times,
+        copied_in_bytes,
+        copied_out_bytes,
+    }))
 }
 
 /// What an answer says of results.
@@ -130,17 +140,18 @@ struct Results {
     second: Option<TensorSource>,
     how: How,
     ignored: Vec<IgnoredEmbedding>,
+    adapters: Vec<AdapterTaken>,
 }
 
 impl Results {
     fn of(outcome: Outcome) -> Result<Self> {
-        let one = |first, how| Self { first, second: None, how, ignored: Vec::new() };
+        let one = |first, how| Self { first, second: None, how, ignored: Vec::new(), adapters: Vec::new() };
         Ok(match outcome {
             Outcome::Tensor { descriptor, how } => one(TensorSource::Leased(descriptor), how),
             Outcome::InlineTensor { meta, how } => one(TensorSource::Inline(meta), how),
             Outcome::Encoded(encoded) => {
-                let EncodedPrompt { cond, pooled, ignored } = *encoded;
-                Self { first: cond, second: Some(pooled), how: How::Plain, ignored }
+                let EncodedPrompt { cond, pooled, ignored, adapters } = *encoded;
+                Self { first: cond, second: Some(pooled), how: How::Plain, ignored, adapters }
             }
             _ => return Err(unexpected_outcome()),
         })

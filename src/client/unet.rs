@@ -104,7 +104,7 @@ impl Unet {
     /// As [`Unet::run`].
     pub fn prefetch(&self, adapters: &AdapterStack, options: &CallOptions<'_>) -> Result<Vec<AdapterTaken>> {
         let adapters = located(adapters);
-        let operation = Operation::Prefetch { service: Service::Unet, model: self.model.clone(), adapters };
+        let operation = Operation::Prefetch { service: Service::Unet, models: vec![self.model.clone()], adapters };
         match self.client.ask(operation, options)? {
             Outcome::Adapters(taken) => Ok(taken),
             _ => Err(unexpected_outcome()),
@@ -113,7 +113,7 @@ impl Unet {
 }
 
 /// Adapters by paths that mean the same to the broker.
-fn located(stack: &AdapterStack) -> AdapterStack {
+pub(super) fn located(stack: &AdapterStack) -> AdapterStack {
     let mut stack = stack.clone();
     for adapter in &mut stack.adapters {
         adapter.name = super::connect::resolve_locally(&adapter.name);

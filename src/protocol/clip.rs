@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::message::{SlotPlace, TensorSource};
-use crate::service::{ClipInput, ClipKind, ClipOptions, IgnoredEmbedding};
+use crate::service::{AdapterStack, AdapterTaken, ClipInput, ClipKind, ClipOptions, IgnoredEmbedding};
 
 /// More files than any set of text encoders has.
 pub const MAX_ENCODER_FILES: usize = 4;
@@ -17,6 +17,8 @@ pub struct ClipRequest {
     pub input: ClipInput<TensorSource>,
     /// What is made of it.
     pub options: ClipOptions,
+    /// Adapters of the encoders for this prompt.
+    pub adapters: AdapterStack,
     /// The memory that both results go to.
     pub result: SlotPlace,
 }
@@ -30,6 +32,8 @@ pub struct EncodedPrompt {
     pub pooled: TensorSource,
     /// Embeddings that the prompt names in vain.
     pub ignored: Vec<IgnoredEmbedding>,
+    /// What the encoders took up of each adapter.
+    pub adapters: Vec<AdapterTaken>,
 }
 
 /// What is done to a set of text encoders apart from running it.

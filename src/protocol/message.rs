@@ -126,8 +126,8 @@ pub enum Operation {
     Prefetch {
         /// Who runs the model.
         service: Service,
-        /// Name or path of the model.
-        model: String,
+        /// Names or paths of the files that hold the model; text encoders may be in several.
+        models: Vec<String>,
         /// The adapters.
         adapters: AdapterStack,
     },

@@ -175,6 +175,8 @@ pub struct StackReport {
     pub adapters: Vec<AdapterUse>,
     /// How they are applied.
     pub mode: AdapterMode,
+    /// Whether it became private copies of weights because it is asked for often.
+    pub merged: bool,
     /// Bytes of what was put together.
     pub bytes: u64,
     /// Requests and runs that use it now.

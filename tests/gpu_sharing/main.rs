@@ -10,8 +10,13 @@ mod raw;
 mod roles;
 #[path = "../support/mod.rs"]
 mod support;
+#[cfg(feature = "torch")]
+#[path = "../support/tiny.rs"]
+mod tiny;
 
 mod deaths;
+#[cfg(feature = "torch")]
+mod elsewhere;
 mod faults;
 mod generations;
 mod ladder;

@@ -182,3 +182,67 @@ fn what_is_prefetched_is_there_for_the_first_step() {
     assert_eq!(client.status().unwrap().stacks.len(), 1);
     assert!(unet.prefetch(&AdapterStack::default(), &CallOptions::default()).unwrap().is_empty());
 }
+
+#[test]
+fn a_stack_that_is_asked_for_often_becomes_private_copies_and_one_with_a_mode_does_not() {
+    let Some(scene) = Scene::of("sd15") else { return };
+    let place = Place::new();
+    let _broker = broker_at(&place, config());
+    let client = client_at(&place);
+    let first = with(&scene, &client, &scene.stack("lora@1", AdapterMode::Auto)).unwrap().0;
+    let run = scene
+        .unet(&client)
+        .run(luna_broker::service::RunSettings {
+            adapters: scene.stack("lora@1", AdapterMode::Auto),
+            ..Default::default()
+        })
+        .unwrap();
+    let mut rounds = 0;
+    while !client.status().unwrap().stacks.iter().any(|stack| stack.merged) {
+        rounds += 1;
+        assert!(rounds < 2000, "it was asked for {rounds} times");
+        let now = with(&scene, &client, &scene.stack("lora@1", AdapterMode::Auto)).unwrap().0;
+        assert!(difference(&now, &first) <= MERGED);
+        with(&scene, &client, &scene.stack("lora@1", AdapterMode::Side)).unwrap();
+    }
+    assert_eq!(values(&run.step(&scene.step(), &[0, 1]).unwrap()), first, "a run stays with what it was opened with");
+    let merged = with(&scene, &client, &scene.stack("lora@1", AdapterMode::Merged)).unwrap().0;
+    assert_eq!(with(&scene, &client, &scene.stack("lora@1", AdapterMode::Auto)).unwrap().0, merged);
+    let stacks = client.status().unwrap().stacks;
+    let of = |mode| stacks.iter().find(|stack| stack.mode == mode).unwrap();
+    assert!(!of(AdapterMode::Side).merged && of(AdapterMode::Auto).bytes > of(AdapterMode::Side).bytes);
+}
+
+#[test]
+fn what_a_client_published_is_an_adapter_for_all() {
+    let Some(scene) = Scene::of("sd15") else { return };
+    let place = Place::new();
+    let _broker = broker_at(&place, config());
+    let (one, other) = (client_at(&place), client_at(&place));
+    let bytes = std::fs::read(scene.file("lora")).unwrap();
+    let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let all = tensors.tensors();
+    let inputs = all.iter().map(|(name, view)| {
+        let shape: Vec<u64> = view.shape().iter().map(|&extent| extent as u64).collect();
+        let dtype = match view.dtype() {
+            safetensors::Dtype::F32 => luna_broker::tensor::DType::F32,
+            safetensors::Dtype::F16 => luna_broker::tensor::DType::F16,
+            other => panic!("{other:?}"),
+        };
+        let meta = luna_broker::tensor::TensorMeta::contiguous(dtype, luna_broker::tensor::Dims::new(&shape).unwrap());
+        luna_broker::client::Published { key: name, meta, bytes: view.data() }
+    });
+    let inputs: Vec<_> = inputs.collect();
+    one.publish("a style", &inputs, &CallOptions::default()).unwrap();
+    let stack = AdapterStack {
+        adapters: vec![AdapterUse { name: "a style".to_owned(), strength: 1.0 }],
+        mode: AdapterMode::Auto,
+    };
+    let expected = with(&scene, &one, &scene.stack("lora@1", AdapterMode::Auto)).unwrap().0;
+    for client in [&one, &other] {
+        assert_eq!(with(&scene, client, &stack).unwrap().0, expected);
+    }
+    one.unload("a style").unwrap();
+    let error = with(&scene, &other, &stack).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::ModelNotFound, "{error}");
+}

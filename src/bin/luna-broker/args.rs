@@ -184,7 +184,7 @@ pub(crate) struct ServeArgs {
     #[arg(long, value_name = "FILE")]
     pub(crate) comfyui_paths: Vec<PathBuf>,
 
-    /// What is served, separated by commas: vae, unet. Default: everything.
+    /// What is served, separated by commas: vae, unet, clip. Default: everything.
     #[arg(long, value_delimiter = ',', value_parser = service, value_name = "SERVICES")]
     services: Vec<Service>,
 

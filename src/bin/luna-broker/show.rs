@@ -122,7 +122,8 @@ fn stacks(stacks: &[StackReport]) -> String {
         let adapters: Vec<String> =
             stack.adapters.iter().map(|used| format!("{} at {}", used.name, used.strength)).collect();
         let users = stack.users.to_string();
-        [adapters.join(", "), stack.model.clone(), stack.mode.name().to_owned(), bytes(stack.bytes), users]
+        let mode = if stack.merged { "auto, merged" } else { stack.mode.name() };
+        [adapters.join(", "), stack.model.clone(), mode.to_owned(), bytes(stack.bytes), users]
     };
     let rows: Vec<_> = stacks.iter().map(row).collect();
     table(["stack", "model", "mode", "bytes", "users"], &rows)

@@ -2,6 +2,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crossbeam_channel::{Sender, unbounded};
 use parking_lot::Mutex;
@@ -21,6 +22,8 @@ use crate::service::{AdapterMode, AdapterStack, AdapterTaken, AdapterUse};
 const THREADS: usize = 2;
 /// Adapters of one request.
 const MAX_ADAPTERS: usize = 64;
+/// Steps after which a stack whose mode is left open is asked for often enough for private copies of weights: a few pictures.
+const HOT_STEPS: u64 = 64;
 /// Different stacks that are waited for at a time.
 const MAX_WISHES: usize = 256;
 
@@ -33,6 +36,33 @@ pub(in crate::broker) struct Stacked {
     /// As they were first asked for.
     pub(super) adapters: Vec<AdapterUse>,
     pub(in crate::broker) taken: Vec<AdapterTaken>,
+    pub(super) heat: Heat,
+}
+
+/// How often a stack was run with, and what came of that.
+#[derive(Debug, Default)]
+pub(in crate::broker) struct Heat {
+    steps: AtomicU64,
+    /// Private copies of weights are being made for it, or were.
+    is_merging: AtomicBool,
+    /// It is what was made then.
+    pub(super) is_merged: bool,
+}
+
+impl Stacked {
+    /// A step ran with it.
+    pub(in crate::broker) fn note_step(&self) {
+        self.heat.steps.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Whether it is to be merged from now on: asked once for each.
+    fn turns_hot(&self, mode: AdapterMode) -> bool {
+        let Heat { steps, is_merging, is_merged } = &self.heat;
+        mode == AdapterMode::Auto
+            && !is_merged
+            && steps.load(Ordering::Relaxed) >= HOT_STEPS
+            && !is_merging.swap(true, Ordering::Relaxed)
+    }
 }
 
 /// A stack that is asked for.
@@ -157,7 +187,12 @@ impl Adapters {
     /// Goes on with the stack, now where it is there, else when it has been put together. Looks at the adapters' files.
     pub(in crate::broker) fn obtain(&self, state: &Arc<State>, wish: Wish, waiting: Waiting) {
         if let Some(stacked) = self.find(&wish) {
-            return (waiting.go_on)(Ok(stacked));
+            let turns_hot = stacked.turns_hot(wish.mode);
+            (waiting.go_on)(Ok(stacked));
+            if turns_hot {
+                self.queue(Work::merge(state, wish));
+            }
+            return;
         }
         let key = wish.key();
         let mut inner = self.inner.lock();
@@ -211,6 +246,12 @@ impl Adapters {
         let kept = self.inner.lock().stacks.keep(key, Arc::new(stacked), self.budget);
         // What gave way is dropped here, without the lock.
         kept.map(|(stacked, _given_way)| stacked)
+    }
+
+    /// From now on a stack that turned hot is the merged one, where there is room for that.
+    pub(super) fn heat(&self, key: &StackKey, merged: Stacked) {
+        let replaced = self.inner.lock().stacks.replace(key, Arc::new(merged), self.budget);
+        drop(replaced);
     }
 
     /// Whether anybody still waits for it.
@@ -282,6 +323,7 @@ impl Adapters {
             model: stacked.model.clone(),
             adapters: stacked.adapters.clone(),
             mode: key.mode,
+            merged: stacked.heat.is_merged,
             bytes: stacked.stack.size_bytes(),
             users: users as u64,
         };

@@ -80,6 +80,19 @@ impl Stacks {
         Ok((stacked, given_way))
     }
 
+    /// Puts another stack in the place of one, where it and those in use take no more than `budget`. Answers what is not kept.
+    pub(super) fn replace(&mut self, key: &StackKey, stacked: Arc<Stacked>, budget: u64) -> Vec<Arc<Stacked>> {
+        let Some(before) = self.remove(key) else { return vec![stacked] };
+        match self.keep(key.clone(), stacked, budget) {
+            Ok((_, mut given_way)) => {
+                given_way.push(before);
+                given_way
+            }
+            // It was kept before, so there is room for it.
+            Err(_) => self.keep(key.clone(), before, u64::MAX).map_or_else(|_| Vec::new(), |(_, given_way)| given_way),
+        }
+    }
+
     /// Takes out what was made for a model.
     pub(super) fn forget(&mut self, model: ModelId) -> Vec<Arc<Stacked>> {
         let keys: Vec<_> = self.kept.keys().filter(|key| key.model == model).cloned().collect();
@@ -106,6 +119,7 @@ impl Stacks {
 
 #[cfg(test)]
 mod tests {
+    use super::super::service::Heat;
     use super::*;
     use crate::model::ReadyStack;
 
@@ -120,6 +134,7 @@ mod tests {
             model: String::new(),
             adapters: Vec::new(),
             taken: Vec::new(),
+            heat: Heat::default(),
         })
     }
 
@@ -161,6 +176,19 @@ mod tests {
         let (second, dropped) = stacks.keep(key(1), stacked(40), 100).unwrap();
         assert!(Arc::ptr_eq(&first, &second) && dropped.len() == 1);
         assert_eq!(stacks.bytes(), 40);
+    }
+
+    #[test]
+    fn a_larger_stack_takes_the_place_of_one_only_where_there_is_room() {
+        let mut stacks = Stacks::default();
+        keep(&mut stacks, 1);
+        let (used, _) = stacks.keep(key(2), stacked(40), 100).unwrap();
+        assert_eq!(stacks.replace(&key(1), stacked(70), 100).len(), 0);
+        assert_eq!((stacks.get(&key(1)).unwrap().stack.size_bytes(), stacks.bytes()), (40, 80));
+        assert_eq!(stacks.replace(&key(1), stacked(60), 100).len(), 1);
+        assert_eq!((stacks.get(&key(1)).unwrap().stack.size_bytes(), stacks.bytes()), (60, 100));
+        drop(used);
+        assert_eq!(stacks.replace(&key(3), stacked(10), 100).len(), 1, "of what is gone nothing is kept");
     }
 
     #[test]

@@ -4,16 +4,16 @@ use std::time::Instant;
 
 use crossbeam_channel::Receiver;
 
-use super::super::jobs::{PrepareJob, UnetWork};
+use super::super::jobs::{ClipWork, PrepareJob, UnetWork};
 use super::super::registry::AdapterPlace;
 use super::super::state::State;
 use super::files::ReadAdapter;
-use super::service::{Stacked, Wish, WishedAdapter};
+use super::service::{Heat, Stacked, Wish, WishedAdapter};
 use crate::error::{Error, ErrorKind, Fault, Result};
 use crate::id::{RequestId, SessionId};
 use crate::lane::Entry;
 use crate::model::{Adapter, AdapterReport, StackMaker};
-use crate::service::{AdapterTaken, AdapterUse};
+use crate::service::{AdapterMode, AdapterTaken, AdapterUse, Service};
 
 /// The session of what the broker asks of its own lanes; clients' begin at 1.
 const BROKER: SessionId = SessionId(0);
@@ -23,6 +23,16 @@ const BROKER: SessionId = SessionId(0);
 pub(super) struct Work {
     state: Arc<State>,
     wish: Wish,
+    aim: Aim,
+}
+
+/// What it is put together for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Aim {
+    /// Requests wait for it.
+    Requests,
+    /// It is there, and asked for so often that private copies of weights pay.
+    Merging,
 }
 
 /// What came of trying.
@@ -34,10 +44,22 @@ enum Tried {
 
 impl Work {
     pub(super) fn new(state: &Arc<State>, wish: Wish) -> Self {
-        Self { state: Arc::clone(state), wish }
+        Self { state: Arc::clone(state), wish, aim: Aim::Requests }
+    }
+
+    pub(super) fn merge(state: &Arc<State>, wish: Wish) -> Self {
+        Self { state: Arc::clone(state), wish, aim: Aim::Merging }
     }
 
     fn run(self) {
+        if self.aim == Aim::Merging {
+            let merged = catch_unwind(AssertUnwindSafe(|| self.try_to_merge()));
+            // Whoever asks for the stack has the one that is there.
+            if let Ok(Err(error)) = merged {
+                tracing::debug!(%error, "adapters that are asked for often are not merged");
+            }
+            return;
+        }
         // Everybody took it back, or the broker stops.
         if !self.state.adapters.is_awaited(&self.wish) {
             return;
@@ -53,11 +75,14 @@ impl Work {
     }
 
     pub(super) fn fail(self, fault: Fault) {
+        if self.aim == Aim::Merging {
+            return;
+        }
         self.state.adapters.settle(&self.wish, Err(fault));
     }
 
     fn try_to_make(&self) -> Result<Tried> {
-        let Self { state, wish } = self;
+        let Self { state, wish, .. } = self;
         let mut read = Vec::new();
         for adapter in &wish.adapters {
             read.push(self.read(&adapter.place)?);
@@ -67,8 +92,18 @@ impl Work {
             return Ok(Tried::Made(stacked));
         }
         let Some(maker) = wish.model.stack_maker() else { return Ok(Tried::NeedsModel) };
-        let stacked = make(&*maker, wish, &read)?;
+        let stacked = make(&*maker, wish, wish.mode, &read)?;
         state.adapters.keep(key, stacked).map(Tried::Made)
+    }
+
+    fn try_to_merge(&self) -> Result<()> {
+        let Self { state, wish, .. } = self;
+        let Some(maker) = wish.model.stack_maker() else { return Ok(()) };
+        let read = wish.adapters.iter().map(|adapter| self.read(&adapter.place)).collect::<Result<Vec<_>>>()?;
+        let mut merged = make(&*maker, wish, AdapterMode::Merged, &read)?;
+        merged.heat.is_merged = true;
+        state.adapters.heat(&wish.stack_key(read.iter().map(|read| read.content)), merged);
+        Ok(())
     }
 
     fn read(&self, place: &AdapterPlace) -> Result<ReadAdapter> {
@@ -93,8 +128,18 @@ impl Work {
             Ok(()) => Arc::clone(&self.state).adapters.queue(self),
             Err(error) => self.fail(error.into_fault()),
         };
-        let job = UnetWork::Prepare(PrepareJob { model, done: Box::new(done) });
-        state.unet_lane.submit(Entry { session: BROKER, request: RequestId(0), deadline: None, job });
+        let (session, request, deadline) = (BROKER, RequestId(0), None);
+        let service = model.service();
+        let job = PrepareJob { model, done: Box::new(done) };
+        match service {
+            Service::Clip => {
+                state.clip_lane.submit(Entry { session, request, deadline, job: ClipWork::Prepare(job) });
+            }
+            // Nobody asks for adapters of a VAE.
+            Service::Unet | Service::Vae => {
+                state.unet_lane.submit(Entry { session, request, deadline, job: UnetWork::Prepare(job) });
+            }
+        }
     }
 }
 
@@ -105,13 +150,13 @@ pub(super) fn work(wishes: &Receiver<Work>) {
     }
 }
 
-fn make(maker: &dyn StackMaker, wish: &Wish, read: &[ReadAdapter]) -> Result<Stacked> {
+fn make(maker: &dyn StackMaker, wish: &Wish, mode: AdapterMode, read: &[ReadAdapter]) -> Result<Stacked> {
     let began = Instant::now();
     let adapters = read.iter().zip(&wish.adapters);
     let adapters: Vec<_> = adapters
         .map(|(read, WishedAdapter { strength, .. })| Adapter { file: &read.file, strength: *strength })
         .collect();
-    let (stack, reports) = maker.make(&adapters, wish.mode)?;
+    let (stack, reports) = maker.make(&adapters, mode)?;
     let report = wish.model.report();
     tracing::info!(
         model = report.name,
@@ -127,6 +172,7 @@ fn make(maker: &dyn StackMaker, wish: &Wish, read: &[ReadAdapter]) -> Result<Sta
         model: report.name,
         adapters: wish.adapters.iter().map(used).collect(),
         taken: taken.collect(),
+        heat: Heat::default(),
     })
 }
 

@@ -1,13 +1,15 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use super::super::adapters::Stacked;
 use super::super::loader::Loader;
 use super::super::memory::Held;
 use super::super::outbox::Payload;
-use super::super::registry::Registry;
+use super::super::registry::{ModelEntry, Registry};
 use super::super::responder::Responder;
 use super::super::usage::InUse;
 use super::models::{LoadedModels, ModelJob};
+use super::prepare::PrepareJob;
 use super::refusal::{late, refuse};
 use crate::device::{DeviceError, Span, StreamRef};
 use crate::error::Error;
@@ -35,6 +37,7 @@ pub(in crate::broker) struct ClipCallJob {
     pub(in crate::broker) plan: ClipPlan,
     pub(in crate::broker) output: ClipOutput,
     pub(in crate::broker) ignored: Vec<IgnoredEmbedding>,
+    pub(in crate::broker) stacked: Option<Arc<Stacked>>,
 }
 
 impl ClipCallJob {
@@ -58,7 +61,12 @@ impl ClipCallJob {
 
     fn run(&self, clip: &mut dyn Clip, stop: &dyn Fn() -> bool) -> Result<(), ModelError> {
         let (cond, pooled) = self.output.spans(&self.plan)?;
-        clip.encode(&self.call, &cond, &pooled, stop)
+        let stack = self.stacked.as_ref().map(|stacked| &stacked.stack);
+        clip.encode(&self.call, stack, &cond, &pooled, stop)?;
+        if let Some(stacked) = &self.stacked {
+            stacked.note_step();
+        }
+        Ok(())
     }
 
     /// Answers without having run.
@@ -69,9 +77,10 @@ impl ClipCallJob {
     }
 
     fn answer(self, stream: Option<StreamRef>) {
-        let Self { responder, model, plan, output, ignored, .. } = self;
+        let Self { responder, model, plan, output, ignored, stacked, .. } = self;
+        let adapters = stacked.as_ref().map(|stacked| stacked.taken.clone()).unwrap_or_default();
         // Before the client can know: its next request may need the room.
-        drop(model);
+        drop((model, stacked));
         match output {
             ClipOutput::Leased { cond, pooled } => {
                 let handed_over = cond.hand_over(plan.cond, stream).and_then(|cond| {
@@ -80,7 +89,7 @@ impl ClipCallJob {
                 });
                 match handed_over {
                     Ok((cond, pooled)) => {
-                        responder.answer(Outcome::Encoded(Box::new(EncodedPrompt { cond, pooled, ignored })));
+                        responder.answer(Outcome::Encoded(Box::new(EncodedPrompt { cond, pooled, ignored, adapters })));
                     }
                     Err(error) => responder.fail(error),
                 }
@@ -88,7 +97,7 @@ impl ClipCallJob {
             ClipOutput::Inline(held) => match length(&plan) {
                 Ok(length) => {
                     let (cond, pooled) = (TensorSource::Inline(plan.cond), TensorSource::Inline(plan.pooled));
-                    let encoded = Outcome::Encoded(Box::new(EncodedPrompt { cond, pooled, ignored }));
+                    let encoded = Outcome::Encoded(Box::new(EncodedPrompt { cond, pooled, ignored, adapters }));
                     responder.answer_with_payload(encoded, Payload::Slot { held, length });
                 }
                 Err(error) => responder.fail(error),
@@ -133,6 +142,7 @@ fn outside(error: DeviceError) -> ModelError {
 pub(in crate::broker) enum ClipWork {
     Call(ClipCallJob),
     Model(ModelJob),
+    Prepare(PrepareJob),
 }
 
 /// What the text encoders' lane's thread owns.
@@ -147,9 +157,16 @@ impl ClipExecutor {
         Self { loader, models: LoadedModels::new(registry) }
     }
 
+    /// The encoders, loaded where they are not, and known to those who put adapters together for them.
+    fn obtain(&mut self, model: &Arc<ModelEntry>) -> Result<&mut Box<dyn Clip>, ModelError> {
+        let clip = self.models.obtain(model, |model| self.loader.load_clip(model))?;
+        model.lend(|| clip.stack_maker());
+        Ok(clip)
+    }
+
     fn call(&mut self, job: ClipCallJob, stop: &StopSignal<'_>) {
         let model = Arc::clone(&*job.model);
-        let clip = match self.models.obtain(&model, |model| self.loader.load_clip(model)) {
+        let clip = match self.obtain(&model) {
             Ok(clip) => clip,
             Err(error) => return job.fail(error),
         };
@@ -171,6 +188,7 @@ impl ClipWork {
         match self {
             Self::Call(job) => Some(job.responder),
             Self::Model(job) => job.give_up(),
+            Self::Prepare(_) => None,
         }
     }
 }
@@ -190,6 +208,9 @@ impl Job for ClipWork {
                 let ClipExecutor { loader, models } = executor;
                 job.run(models, |model| loader.load_clip(model));
             }
+            Self::Prepare(PrepareJob { model, done }) => {
+                done(executor.obtain(&model).map(|_| ()).map_err(Error::from));
+            }
         }
     }
 
@@ -198,6 +219,9 @@ impl Job for ClipWork {
     }
 
     fn refuse(self, why: Refusal) {
-        refuse(Service::Clip, self.give_up(), why);
+        match self {
+            Self::Prepare(job) => job.refuse(),
+            work => refuse(Service::Clip, work.give_up(), why),
+        }
     }
 }

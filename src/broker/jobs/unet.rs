@@ -1,5 +1,4 @@
 use std::collections::HashMap;
-use std::fmt;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -12,9 +11,10 @@ use super::super::runs::Run;
 use super::super::usage::InUse;
 use super::finished::{Finished, enqueue_failed};
 use super::models::{LoadedModels, ModelJob};
+use super::prepare::PrepareJob;
 use super::refusal::{late, refuse, taken_back};
 use crate::device::StreamRef;
-use crate::error::{Error, ErrorKind};
+use crate::error::Error;
 use crate::id::ModelId;
 use crate::lane::{Calibration, Job, Refusal, StopSignal};
 use crate::model::{ModelError, ModelInput, StepFacts, Unet, UnetCall};
@@ -136,21 +136,12 @@ fn run(
         if let (Some((run, _)), Some(memory)) = (&job.run, memory) {
             *run.report.lock() = memory.report();
         }
+        let of_run = job.run.as_ref().and_then(|(run, _)| run.stacked.as_ref());
+        if let Some(stacked) = job.stacked.as_ref().or(of_run) {
+            stacked.note_step();
+        }
     }
     Ok(done)
-}
-
-/// Has a lane load a model for somebody else than a client.
-pub(in crate::broker) struct PrepareJob {
-    pub(in crate::broker) model: Arc<ModelEntry>,
-    /// Called once, on any thread.
-    pub(in crate::broker) done: Box<dyn FnOnce(Result<(), Error>) + Send>,
-}
-
-impl fmt::Debug for PrepareJob {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("PrepareJob").field("model", &self.model.id()).finish_non_exhaustive()
-    }
 }
 
 /// What the UNet lane is given.
@@ -317,10 +308,7 @@ impl Job for UnetWork {
 
     fn refuse(self, why: Refusal) {
         match self {
-            Self::Prepare(PrepareJob { done, .. }) => {
-                let message = "the model's lane has no room to load it, or is stopping";
-                done(Err(Error::new(ErrorKind::Busy, message, "send the request again after a pause")));
-            }
+            Self::Prepare(job) => job.refuse(),
             work => refuse(Service::Unet, work.give_up(), why),
         }
     }

@@ -1,5 +1,7 @@
+use std::sync::Arc;
 use std::time::Instant;
 
+use super::super::adapters::{Waiting, Wish};
 use super::super::jobs::{ClipCallJob, ClipOutput, ClipWork, ModelTask, clip_length};
 use super::super::memories::SlotSource;
 use super::super::memory::Held;
@@ -26,9 +28,20 @@ impl Session {
                 responder.fail(fault.clone());
                 return Err(fault.into());
             }
-            Ok(prepared) => {
+            Ok((prepared, None)) => {
                 let job = ClipWork::Call(prepared(responder));
                 self.state.clip_lane.submit(Entry { session, request: id, deadline, job });
+            }
+            Ok((prepared, Some(wish))) => {
+                let state = Arc::clone(&self.state);
+                let go_on = move |stacked: Result<_>| match stacked {
+                    Ok(stacked) => {
+                        let job = ClipWork::Call(ClipCallJob { stacked: Some(stacked), ..prepared(responder) });
+                        state.clip_lane.submit(Entry { session, request: id, deadline, job });
+                    }
+                    Err(error) => responder.fail(error),
+                };
+                self.state.adapters.obtain(&self.state, wish, Waiting { session, request: id, go_on: Box::new(go_on) });
             }
         }
         Ok(())
@@ -49,13 +62,13 @@ impl Session {
         }
     }
 
-    /// Reads a prompt and finds memory for its results; what comes out lacks only who is answered. Nothing of the request
-    /// is looked at after this: the lane has nothing to wait for.
+    /// Reads a prompt and finds memory for its results; what comes out lacks who is answered and, where there is a wish,
+    /// adapters. Nothing of the request is looked at after this: the lane has nothing to wait for.
     fn prepare_clip(
         &mut self,
         request: ClipRequest,
-    ) -> Result<impl FnOnce(Responder) -> ClipCallJob + use<>, Unprepared> {
-        let ClipRequest { models, input, options, result } = request;
+    ) -> Result<(impl FnOnce(Responder) -> ClipCallJob + use<>, Option<Wish>), Unprepared> {
+        let ClipRequest { models, input, options, adapters, result } = request;
         let model = InUse::by(self.link.id(), self.state.registry.resolve_set(&models)?);
         let set = model.clip()?;
         let Tokenized { prompts, ignored } = match input {
@@ -73,7 +86,9 @@ impl Session {
             check_reach(&model, &cond)?;
             ClipOutput::Leased { cond, pooled: memory.lease(plan.pooled.size_bytes()? as u64)? }
         };
-        Ok(move |responder| ClipCallJob { responder, model, call, plan, output, ignored })
+        let wish = self.wish(&model, adapters)?;
+        let job = move |responder| ClipCallJob { responder, model, call, plan, output, ignored, stacked: None };
+        Ok((job, wish))
     }
 
     /// Copies tokens out of the client's reach, and checks the copies.

@@ -105,7 +105,7 @@ impl Session {
     }
 
     /// The adapters that are to be put together; `None` where there are none.
-    fn wish(&self, model: &Arc<ModelEntry>, adapters: AdapterStack) -> Result<Option<Wish>> {
+    pub(super) fn wish(&self, model: &Arc<ModelEntry>, adapters: AdapterStack) -> Result<Option<Wish>> {
         match adapters.adapters.is_empty() {
             true => Ok(None),
             false => Wish::new(&self.state, model, adapters).map(Some),
@@ -145,19 +145,17 @@ impl Session {
     }
 
     /// Puts adapters together, and answers what the model took up of each.
-    pub(super) fn prefetch(&self, responder: Responder, service: Service, model: &str, adapters: AdapterStack) {
-        let wish = match service {
-            Service::Unet => self
-                .state
-                .registry
-                .resolve(service, model)
-                .map_err(Error::from)
-                .and_then(|model| self.wish(&model, adapters)),
-            Service::Vae | Service::Clip => {
-                let message = format!("a {} takes no adapters", service.name());
-                Err(Error::new(ErrorKind::Unsupported, message, "name a UNet"))
+    pub(super) fn prefetch(&self, responder: Responder, service: Service, models: &[String], adapters: AdapterStack) {
+        let registry = &self.state.registry;
+        let model = match (service, models) {
+            (Service::Clip, models) => registry.resolve_set(models).map_err(Error::from),
+            (Service::Unet, [model]) => registry.resolve(service, model).map_err(Error::from),
+            (service, models) => {
+                let message = format!("there are no adapters for the {} in {} files", service.name(), models.len());
+                Err(Error::new(ErrorKind::Unsupported, message, "name one UNet, or text encoders"))
             }
         };
+        let wish = model.and_then(|model| self.wish(&model, adapters));
         let wish = match wish {
             Ok(Some(wish)) => wish,
             Ok(None) => return responder.answer(Outcome::Adapters(Vec::new())),

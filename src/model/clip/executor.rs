@@ -1,8 +1,9 @@
 use std::fmt;
+use std::sync::Arc;
 
-use super::super::ModelError;
 #[cfg(doc)]
 use super::super::Vae;
+use super::super::{ModelError, ReadyStack, StackMaker};
 use super::ClipCall;
 #[cfg(doc)]
 use super::TextEncoders;
@@ -10,7 +11,7 @@ use crate::device::{Span, StreamRef};
 
 /// Loaded text encoders. They belong to their lane's thread and are never modified by a call.
 pub trait Clip: fmt::Debug {
-    /// Encodes the prompts of `call` into `cond` and `pooled`, which hold what [`TextEncoders::plan`] says of them. `stop`
+    /// Encodes the prompts of `call`, with adapters that were put together for these encoders, into `cond` and `pooled`, which hold what [`TextEncoders::plan`] says of them. `stop`
     /// is asked before each block and ends the call with [`ModelError::Cancelled`].
     ///
     /// With [`Clip::stream`], both may also lie in that GPU's memory, under the terms of [`Vae::run`].
@@ -21,10 +22,14 @@ pub trait Clip: fmt::Debug {
     fn encode(
         &mut self,
         call: &ClipCall,
+        stack: Option<&ReadyStack>,
         cond: &Span,
         pooled: &Span,
         stop: &dyn Fn() -> bool,
     ) -> Result<(), ModelError>;
+
+    /// What puts stacks of adapters together for these encoders. It outlives them, and keeps their weights.
+    fn stack_maker(&self) -> Arc<dyn StackMaker>;
 
     /// The stream that GPU work of every [`Clip::encode`] is enqueued on; as [`Vae::stream`].
     fn stream(&self) -> Option<StreamRef> {

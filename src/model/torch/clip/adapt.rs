@@ -6,7 +6,9 @@ use tch::{Kind, TchError, Tensor};
 use super::super::super::adapter::Part;
 use super::super::super::layout::Linear;
 use super::super::super::layout::unet::Layer;
-use super::super::super::{Adapter, AdapterFile, AdapterReport, LayerId, ModelError};
+use super::super::super::{
+    Adapter, AdapterFile, AdapterReport, LayerId, ModelError, ModelFile, ReadyStack, StackMaker,
+};
 use super::super::adapter::tensors;
 use super::super::failed;
 use super::super::frozen::Frozen;
@@ -21,8 +23,8 @@ use crate::service::AdapterMode;
 pub struct ClipStack {
     /// By encoder, in the order of the set.
     encoders: Frozen<Vec<Patches>>,
-    /// Tells the set it was made for.
-    identity: Arc<()>,
+    /// The weights it was made for.
+    files: Vec<Arc<ModelFile>>,
     size_bytes: u64,
 }
 
@@ -50,7 +52,20 @@ impl ClipStack {
 
     /// Whether it was made for that set.
     pub(super) fn is_for(&self, base: &ClipBase) -> bool {
-        Arc::ptr_eq(&self.identity, &base.identity)
+        let (own, theirs) = (&self.files, &base.files);
+        own.len() == theirs.len() && own.iter().zip(theirs).all(|(one, other)| Arc::ptr_eq(one, other))
+    }
+}
+
+impl StackMaker for ClipBase {
+    fn make(
+        &self,
+        adapters: &[Adapter<'_>],
+        mode: AdapterMode,
+    ) -> Result<(ReadyStack, Vec<AdapterReport>), ModelError> {
+        let (stack, reports) = self.adapt(adapters, mode)?;
+        let size_bytes = stack.size_bytes();
+        Ok((ReadyStack::new(Arc::new(stack), size_bytes), reports))
     }
 }
 
@@ -82,8 +97,8 @@ impl ClipBase {
         self.check_unchanged()?;
         let encoders = self.patches(&changes, mode)?;
         let size_bytes = encoders.iter().flat_map(|patches| patches.0.values()).map(size_bytes).sum();
-        let identity = Arc::clone(&self.identity);
-        Ok((ClipStack { encoders: Frozen::new(encoders), identity, size_bytes }, reports))
+        let files = self.files.clone();
+        Ok((ClipStack { encoders: Frozen::new(encoders), files, size_bytes }, reports))
     }
 
     fn patches(

@@ -1,7 +1,7 @@
 use std::sync::Arc;
 
 use super::super::super::clip::TextEncoders;
-use super::super::super::{LayerNames, ModelError};
+use super::super::super::{LayerNames, ModelError, ModelFile};
 use super::super::target::Target;
 use super::super::weights::Backing;
 use super::encode::Encoder;
@@ -16,8 +16,8 @@ pub struct ClipBase {
     /// What adapters call the layers.
     pub(super) names: LayerNames,
     pub(super) target: Target,
-    /// Tells stacks made for this set from those for others.
-    pub(super) identity: Arc<()>,
+    /// Tells stacks made for these weights from those for others.
+    pub(super) files: Vec<Arc<ModelFile>>,
 }
 
 impl ClipBase {

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use tch::{TchError, Tensor};
 
 use super::super::super::clip::{Clip, ClipCall, ClipPlan, FoundClip, find_set, text_encoders};
-use super::super::super::{LayerNames, ModelError, ModelFile};
+use super::super::super::{LayerNames, ModelError, ModelFile, ReadyStack, StackMaker};
 use super::super::failed;
 use super::super::frozen::Frozen;
 use super::super::spans::view;
@@ -48,7 +48,7 @@ fn load(files: &[Arc<ModelFile>], options: LoadOptions<'_>) -> Result<TorchClip,
         encoders.push(load_one(file, &found, LoadOptions { progress: &progress, ..options })?);
         done_before.set(done_before.get() + found.facts.weight_bytes);
     }
-    let base = ClipBase { encoders, set, names, target: options.target.clone(), identity: Arc::new(()) };
+    let base = ClipBase { encoders, set, names, target: options.target.clone(), files: files.to_vec() };
     Ok(TorchClip { base: Arc::new(base) })
 }
 
@@ -78,11 +78,21 @@ impl Clip for TorchClip {
     fn encode(
         &mut self,
         call: &ClipCall,
+        stack: Option<&ReadyStack>,
         cond: &Span,
         pooled: &Span,
         stop: &dyn Fn() -> bool,
     ) -> Result<(), ModelError> {
-        self.encode_with(call, None, cond, pooled, stop)
+        let foreign = || {
+            let cause = "adapters that were put together for a model of another kind".to_owned();
+            ModelError::Executor { what: WHAT, cause }
+        };
+        let stack = stack.map(|stack| stack.tensors::<ClipStack>().ok_or_else(foreign)).transpose()?;
+        self.encode_with(call, stack.as_deref(), cond, pooled, stop)
+    }
+
+    fn stack_maker(&self) -> Arc<dyn StackMaker> {
+        Arc::clone(&self.base) as Arc<dyn StackMaker>
     }
 
     fn stream(&self) -> Option<StreamRef> {
