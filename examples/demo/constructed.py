@@ -25,7 +25,7 @@ KNOTS_PER_COLOUR = WIDTH // COLOURS
 _ENCODER_BLOCKS = (1, 3, 4, 5, 7, 8, 9, 11, 12, 13)
 _ENCODER_HALVINGS = (2, 6, 10)
 _DECODER_BLOCKS = (3, 4, 5, 8, 9, 10, 13, 14, 15, 18)
-_DECODER_DOUBLINGS = (7, 12, 17)
+DECODER_DOUBLINGS = (7, 12, 17)
 
 State = dict[str, torch.Tensor]
 
@@ -106,7 +106,7 @@ def _decoder(state: State) -> None:
     for index in _DECODER_BLOCKS:
         _identity_block(state, f"{prefix}.{index}")
     _undo_clamp(state, f"{prefix}.{_DECODER_BLOCKS[0]}")
-    for index in _DECODER_DOUBLINGS:
+    for index in DECODER_DOUBLINGS:
         state[f"{prefix}.{index}.weight"] = _pass_through(WIDTH, WIDTH)
     _convolution(state, f"{prefix}.19", _pass_through(COLOURS, WIDTH))
 

@@ -1,9 +1,9 @@
-"""Four worker processes, one broker: the same picture through one VAE, and what that saves.
+"""Four worker processes, one broker: a picture through one VAE, four painted by one UNet, and what that saves.
 
     python examples/demo/main.py --broker target/release/luna-broker
 
-Ends with 0 only if all four workers got the same picture, bit for bit, and it looks like the
-picture that went in.
+Ends with 0 only if all four workers got the same picture, bit for bit, it looks like the picture
+that went in, and what they painted with adapters of their own differs.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 import constructed
 import footprint
 import numpy as np
+import paintings
 import pictures
 from broker_process import BrokerFailed, BrokerProcess
 from crew import Crew, WorkerFailed
@@ -76,8 +77,11 @@ def _run(arguments: argparse.Namespace, scratch: Path) -> int:
     picture = _picture(arguments.image, side_px)
     outputs = _same_picture_everywhere(arguments.broker, vae, picture, scratch)
     verdicts = _verdicts(picture, outputs)
+    painted = paintings.paint(arguments.broker, scratch, _say)
+    print(f"\n{paintings.table(painted)}\n")
+    verdicts.append(painted.verdict())
     sheet = Path(arguments.out) / "contact-sheet.png"
-    _write_sheet(sheet, picture, outputs)
+    pictures.write_contact_sheet(sheet, [_decoded_tiles(picture, outputs), painted.tiles])
     _say(f"wrote {sheet}")
     _compare_memory(arguments.broker, scratch)
     print()
@@ -184,11 +188,11 @@ def _verdicts(picture: np.ndarray, outputs: dict[str, np.ndarray]) -> list[tuple
     ]
 
 
-def _write_sheet(path: Path, picture: np.ndarray, outputs: dict[str, np.ndarray]) -> None:
+def _decoded_tiles(picture: np.ndarray, outputs: dict[str, np.ndarray]) -> list[tuple[str, np.ndarray]]:
     tiles = [("input", picture)]
     for name, image in outputs.items():
         tiles.append((f"{name}: {pictures.psnr_db(image, picture):.1f} dB", image))
-    pictures.write_contact_sheet(path, tiles)
+    return tiles
 
 
 def _compare_memory(binary: str, scratch: Path) -> None:

@@ -44,24 +44,26 @@ def psnr_db(image: np.ndarray, reference: np.ndarray) -> float:
     return math.inf if error == 0 else -10 * math.log10(error)
 
 
-def write_contact_sheet(path: Path, tiles: Sequence[tuple[str, np.ndarray]]) -> None:
-    """Writes captioned pictures, float32 [H, W, 3], in one row."""
-    width = MARGIN_PX + len(tiles) * (TILE_PX + MARGIN_PX)
-    height = MARGIN_PX + TILE_PX + CAPTION_PX + MARGIN_PX
-    sheet = Image.new("RGB", (width, height), PAPER)
+def write_contact_sheet(path: Path, rows: Sequence[Sequence[tuple[str, np.ndarray]]]) -> None:
+    """Writes rows of captioned pictures, float32 [H, W, 3]."""
+    columns, row_px = max(len(row) for row in rows), TILE_PX + CAPTION_PX + MARGIN_PX
+    sheet = Image.new("RGB", (MARGIN_PX + columns * (TILE_PX + MARGIN_PX), MARGIN_PX + len(rows) * row_px), PAPER)
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(FONT_PX)
-    for position, (caption, pixels) in enumerate(tiles):
-        tile = Image.fromarray((pixels.clip(0, 1) * 255).round().astype(np.uint8))
-        scale = TILE_PX / max(tile.size)
-        size = (max(1, round(tile.width * scale)), max(1, round(tile.height * scale)))
-        if size != tile.size:
-            tile = tile.resize(size, Image.Resampling.LANCZOS)
-        left = MARGIN_PX + position * (TILE_PX + MARGIN_PX)
-        offset = ((TILE_PX - size[0]) // 2, (TILE_PX - size[1]) // 2)
-        sheet.paste(tile, (left + offset[0], MARGIN_PX + offset[1]))
-        middle = left + TILE_PX // 2
-        baseline = MARGIN_PX + TILE_PX + CAPTION_PX // 2
-        draw.text((middle, baseline), caption, fill=INK, font=font, anchor="mm")
+    for at, row in enumerate(rows):
+        top = MARGIN_PX + at * row_px
+        for position, (caption, pixels) in enumerate(row):
+            left = MARGIN_PX + position * (TILE_PX + MARGIN_PX)
+            tile = _tile(pixels)
+            sheet.paste(tile, (left + (TILE_PX - tile.width) // 2, top + (TILE_PX - tile.height) // 2))
+            below = (left + TILE_PX // 2, top + TILE_PX + CAPTION_PX // 2)
+            draw.text(below, caption, fill=INK, font=font, anchor="mm")
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
+
+
+def _tile(pixels: np.ndarray) -> Image.Image:
+    tile = Image.fromarray((pixels.clip(0, 1) * 255).round().astype(np.uint8))
+    scale = TILE_PX / max(tile.size)
+    size = (max(1, round(tile.width * scale)), max(1, round(tile.height * scale)))
+    return tile if size == tile.size else tile.resize(size, Image.Resampling.LANCZOS)

@@ -9,12 +9,17 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import luna_broker
 import numpy as np
 import torch
 from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "txt2img"))
+
+from painter import Order, Painter  # noqa: E402
 
 Reply = dict[str, Any]
 
@@ -70,6 +75,14 @@ class Worker:
         self._kept.append(model)
         return {}
 
+    def paint(self, checkpoint: str, order: Reply, output: str) -> Reply:
+        """Paints one picture as the example `txt2img` does."""
+        loras = tuple((file, strength) for file, strength in order.pop("loras"))
+        painter = Painter(self._connected(), checkpoint)
+        picture = painter.paint(Order(loras=loras, **order))
+        np.save(output, picture.pixels.numpy())
+        return {"sampling_s": picture.sampling_s, "steps": order["steps"], "hits": picture.hits}
+
     def _connected(self) -> luna_broker.Client:
         if self._client is None:
             raise RuntimeError("the worker was given work before an address")
@@ -99,6 +112,7 @@ def main() -> None:
     commands: dict[str, Callable[..., Reply]] = {
         "connect": worker.connect,
         "round_trips": worker.round_trips,
+        "paint": worker.paint,
         "load_alone": worker.load_alone,
         "load_shared": worker.load_shared,
     }

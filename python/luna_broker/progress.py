@@ -1,4 +1,4 @@
-"""How far the broker is with loading, for whoever watches a terminal."""
+"""How far something is that takes a while, for whoever watches a terminal."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-# What is loaded sooner than this needs no bar.
+# What is done sooner than this needs no bar.
 PATIENCE_S = 0.5
 
 
 class Bar:
-    """A bar on stderr, if that is a terminal and loading takes a while: tqdm's where it is installed, else a line."""
+    """A bar on stderr, if that is a terminal and it takes a while: tqdm's where it is installed, else a line."""
 
-    def __init__(self, name: str) -> None:
-        self._title = Path(name).name
+    def __init__(self, name: str, unit: str = "B") -> None:
+        self._title, self._unit = Path(name).name, unit
         self._is_watched = sys.stderr is not None and sys.stderr.isatty()
         self._began = time.monotonic()
         self._tqdm: Any = None
@@ -26,10 +26,11 @@ class Bar:
             return
         if not self._is_drawn:
             self._is_drawn = True
-            self._tqdm = _tqdm(self._title, total)
+            self._tqdm = _tqdm(self._title, total, self._unit)
         if self._tqdm is None:
             percent = 100 * done // max(total, 1)
-            sys.stderr.write(f"\r{self._title}: {percent:3d} % of {total / 1e9:.2f} GB")
+            whole = f"{total / 1e9:.2f} GB" if self._unit == "B" else f"{total}{self._unit}"
+            sys.stderr.write(f"\r{self._title}: {percent:3d} % of {whole}")
             sys.stderr.flush()
         else:
             self._tqdm.update(done - self._tqdm.n)
@@ -41,9 +42,9 @@ class Bar:
             sys.stderr.write("\n")
 
 
-def _tqdm(title: str, total: int) -> Any:
+def _tqdm(title: str, total: int, unit: str) -> Any:
     try:
         from tqdm.auto import tqdm
     except ImportError:
         return None
-    return tqdm(desc=title, total=total, unit="B", unit_scale=True, file=sys.stderr)
+    return tqdm(desc=title, total=total, unit=unit, unit_scale=unit == "B", file=sys.stderr)

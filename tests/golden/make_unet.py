@@ -197,7 +197,7 @@ def under(prefix: str, state: dict) -> dict:
 # At least two channels per group of 32: a normalisation of single channels takes away what the timestep adds to them.
 
 
-def early(seed: int, attends: tuple[bool, ...], channels: tuple[int, ...], in_channels=4, layers=1):
+def early(seed: int, attends: tuple[bool, ...], channels: tuple[int, ...], in_channels=4, layers=1, context=40):
     """As SD1.x: convolutions around attention, 8 heads whatever the width."""
     down = ["CrossAttnDownBlock2D" if here else "DownBlock2D" for here in attends]
     up = ["CrossAttnUpBlock2D" if here else "UpBlock2D" for here in reversed(attends)]
@@ -207,13 +207,24 @@ def early(seed: int, attends: tuple[bool, ...], channels: tuple[int, ...], in_ch
         layers_per_block=layers,
         down_block_types=tuple(down),
         up_block_types=tuple(up),
-        cross_attention_dim=40,
+        cross_attention_dim=context,
         attention_head_dim=8,
     )
     return redraw(model, seed)
 
 
-def late(seed: int, depths, channels, layers=1, reverse=None, middle="UNetMidBlock2DCrossAttn", sizes=6):
+def late(
+    seed: int,
+    depths,
+    channels,
+    layers=1,
+    reverse=None,
+    middle="UNetMidBlock2DCrossAttn",
+    sizes=6,
+    context=48,
+    pooled=24,
+    waves=8,
+):
     """As SDXL: linear layers around attention, 64 channels per head, a vector beside the context."""
     attends = [depth != 0 for depth in depths]
     model = UNet2DConditionModel(
@@ -224,12 +235,12 @@ def late(seed: int, depths, channels, layers=1, reverse=None, middle="UNetMidBlo
         mid_block_type=middle,
         transformer_layers_per_block=tuple(depth or 1 for depth in depths),
         reverse_transformer_layers_per_block=reverse,
-        cross_attention_dim=48,
+        cross_attention_dim=context,
         attention_head_dim=tuple(width // 64 for width in channels),
         use_linear_projection=True,
         addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=24 + 8 * sizes,
+        addition_time_embed_dim=waves,
+        projection_class_embeddings_input_dim=pooled + waves * sizes,
     )
     return redraw(model, seed)
 
