@@ -68,7 +68,7 @@ test-examples: build extension $(VENV)/.test
 	$(BIN)/python examples/attach_transformers.py
 
 test-python: extension $(VENV)/.test
-	cd python && $(BIN)/python -m pytest -q tests
+	cd python && OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q tests
 
 .PHONY: test-demo test-rust-long
 test-demo: build extension

@@ -197,7 +197,8 @@ fn a_run_from_text_to_picture_is_the_pipelines() {
         let painter = Painter::new(&client, &checkpoint(&folder, case)).unwrap();
         let golden = Golden::of(&folder, case);
         let order = order(&folder, &settings, case, &golden.noise);
-        let prompts = painter.encode(&order.negative, &order.prompt, [order.height, order.width]).unwrap();
+        let prompts =
+            painter.encode(&order.negative, &order.prompt, [order.height, order.width], &order.loras).unwrap();
         let prompt_off = difference(&prompts.context.floats(), &golden.context.floats());
         assert!(prompt_off <= PROMPT_TOLERANCE, "{} {}: {prompt_off:e}", case.model, case.case);
         assert_eq!(prompts.vectors.is_some(), golden.vectors.is_some());

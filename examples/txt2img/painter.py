@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -17,7 +16,6 @@ from sampler import Guided, Prompt, Step
 # How large a latent is for the UNet, beside what the VAE makes of a picture.
 LATENT_SCALE, LATENT_SCALE_XL = 0.18215, 0.13025
 FAMILIES_XL = ("sdxl", "sdxl-refiner", "ssd-1b", "vega", "koala")
-WAVES = 128
 
 Watch = Callable[[int, int], object]
 
@@ -67,18 +65,19 @@ class Painter:
         width, height = max(1, order.width // ratio), max(1, order.height // ratio)
         generator = torch.Generator().manual_seed(order.seed)
         noise = torch.randn((1, int(self._vae.info["latent_channels"]), height, width), generator=generator)
-        prompts = [self.encode(text, width * ratio, height * ratio) for text in (order.negative, order.prompt)]
+        size = (width * ratio, height * ratio)
+        prompts = [self.encode(text, *size, order.loras) for text in (order.negative, order.prompt)]
         started = time.perf_counter()
         latent, hits = self.sample(order, noise, prompts, watch)
         sampling_s = time.perf_counter() - started
         return Picture(self.decode(latent), hits, sampling_s)
 
-    def encode(self, text: str, width: int, height: int) -> Prompt:
+    def encode(self, text: str, width: int, height: int, loras: Sequence[tuple[str, float]] = ()) -> Prompt:
         """What the UNet takes of a text, for a picture of that size."""
-        context, pooled = self._clip.encode(text)
+        context, pooled = self._clip.encode(text, loras=list(loras))
         if self._facts["vector_width"] is None:
             return Prompt(context)
-        return Prompt(context, torch.cat([pooled, size_vector(width, height)[None]], 1))
+        return Prompt(context, luna_broker.sdxl_vector(pooled, original=(height, width)))
 
     def sample(
         self, order: Order, noise: torch.Tensor, prompts: list[Prompt], watch: Watch = lambda done, total: None
@@ -106,11 +105,3 @@ def _watched(steps: list[Step], watch: Watch) -> Iterator[Step]:
         watch(done, len(steps))
         yield step
     watch(len(steps), len(steps))
-
-
-def size_vector(width: int, height: int) -> torch.Tensor:
-    """What SDXL is told about sizes: of the picture before it was cut, where it was cut, and of the result."""
-    values = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32)
-    frequencies = torch.exp(torch.arange(WAVES) * (-math.log(10_000) / WAVES))
-    angles = values[:, None] * frequencies
-    return torch.cat([angles.cos(), angles.sin()], 1).flatten()

@@ -81,14 +81,22 @@ impl Painter {
             .sample_iter(SmallRng::seed_from_u64(order.seed))
             .take(shape.iter().product::<u64>() as usize)
             .collect();
-        let prompts = self.encode(&order.negative, &order.prompt, [height * ratio, width * ratio])?;
+        let size = [height * ratio, width * ratio];
+        let prompts = self.encode(&order.negative, &order.prompt, size, &order.loras)?;
         let (latent, report) = self.sample(order, &Numbers::new(&shape, &noise), &prompts, watch)?;
         Ok(Picture { image: self.decode(&latent)?, report })
     }
 
     /// What the UNet takes of two texts, for a picture of that height and width.
-    pub(crate) fn encode(&self, away: &str, towards: &str, size: [u64; 2]) -> luna_broker::Result<Prompts> {
-        let encoded = [self.clip.encode(away)?, self.clip.encode(towards)?];
+    pub(crate) fn encode(
+        &self,
+        away: &str,
+        towards: &str,
+        size: [u64; 2],
+        loras: &[AdapterUse],
+    ) -> luna_broker::Result<Prompts> {
+        let clip = self.clip.with_adapters(&AdapterStack { adapters: loras.to_vec(), ..AdapterStack::default() });
+        let encoded = [clip.encode(away)?, clip.encode(towards)?];
         let [away, towards] = [Numbers::of(&encoded[0].cond)?, Numbers::of(&encoded[1].cond)?];
         let tokens = least_common_multiple(away.shape()[1], towards.shape()[1]);
         let context = Numbers::joined(&away.repeated(tokens), &towards.repeated(tokens));

@@ -185,6 +185,10 @@ class TextCall:
         """Bytes this client copied to hand out the results; 0 where they are views."""
 
     @property
+    def adapters(self) -> list[dict[str, Any]]:
+        """What the text encoders took up of each adapter, as `Run.adapters`."""
+
+    @property
     def ignored(self) -> list[tuple[str, str]]:
         """Embeddings that the prompt names in vain, each with the reason; it was encoded without them."""
 
@@ -216,6 +220,8 @@ class Clip:
         text_g: str | None = None,
         skip: int | None = None,
         project: bool = True,
+        loras: Sequence[tuple[str | PathLike[str], float]] | None = None,
+        lora_mode: Literal["auto", "side", "merged"] = "auto",
         device: str | torch.device | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Conditioning [1, positions, width] and pooled row [1, width] of a prompt, float32, as ComfyUI makes them.
@@ -232,10 +238,13 @@ class Clip:
         tokens: dict[str, Sequence[Sequence[tuple[int | torch.Tensor | npt.NDArray[np.floating[Any]], float]]]],
         skip: int | None = None,
         project: bool = True,
+        loras: Sequence[tuple[str | PathLike[str], float]] | None = None,
+        lora_mode: Literal["auto", "side", "merged"] = "auto",
         device: str | torch.device | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `encode`, of tokens as ComfyUI's tokenizers give them: for each encoder (`"clip_l"` or `"l"`, ...) chunks
         of tuples of a token, or a vector as wide as the encoder, and its weight; what is behind these is not looked at.
+        `loras`, `lora_mode`: as in a call of a `Unet`.
         """
 
 @final

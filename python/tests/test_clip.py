@@ -154,3 +154,24 @@ def test_sizes_become_the_vector_that_sdxl_takes() -> None:
         luna_broker.sdxl_vector(real, (1, 1), target=(1, 1), aesthetic=6)
     with pytest.raises(luna_broker.InvalidTensor):
         luna_broker.sdxl_vector(real[0], (1, 1))
+
+
+def test_loras_of_a_prompt_are_the_references_and_leave_nothing_behind(client: Any) -> None:
+    folder = GOLDEN / "lora"
+    if not folder.is_dir():
+        pytest.skip("run tests/golden/make_clip_lora.py too")
+    cases = load_file(folder / "clip_l.io.safetensors")
+    (ids,) = (ids for name, ids in cases.items() if name.startswith("ids."))
+    tokens = {"clip_l": [[(int(token), 1.0) for token in chunk] for chunk in ids]}
+    clip = client.clip(GOLDEN / "clip_l.transformers.safetensors")
+    plain, _ = clip.encode_tokens(tokens)
+    path = folder / "clip_l.lora.safetensors"
+    for mode in ("auto", "side", "merged"):
+        cond, _ = clip.encode_tokens(tokens, loras=[(path, 1.0)], lora_mode=mode)
+        assert (cond - cases["lora@1.cond"]).abs().max() <= 3e-5
+    (taken,) = clip.last.adapters
+    assert taken["layers"] > 0
+    assert torch.equal(clip.encode_tokens(tokens)[0], plain)
+    assert clip.last.adapters == []
+    with pytest.raises(luna_broker.ModelNotFound, match="nowhere"):
+        clip.encode("a cat", loras=[("nowhere", 1.0)])
