@@ -80,6 +80,8 @@ fn a_prompt_with_adapters_is_the_references_and_the_next_one_without_is_as_befor
         adapters: vec![AdapterUse { name: "nowhere".to_owned(), strength: 1.0 }],
         mode: AdapterMode::Auto,
     };
+    // Those that know all words.
+    let clip = client.clip(&[path(&folder, "words.l")]).unwrap();
     let error = clip.with_adapters(&nowhere).encode("a cat").unwrap_err();
     assert_eq!(error.kind(), ErrorKind::ModelNotFound, "{error}");
     assert!(error.message().contains("nowhere"), "{error}");
