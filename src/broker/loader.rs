@@ -6,7 +6,7 @@ use std::sync::{OnceLock, atomic::Ordering};
 #[cfg(feature = "torch")]
 use std::time::Instant;
 
-use super::registry::ModelEntry;
+use super::entry::ModelEntry;
 use crate::config::BrokerConfig;
 use crate::device::CopyStream;
 use crate::error::Error;

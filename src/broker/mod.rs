@@ -3,6 +3,7 @@
 mod adapters;
 mod admission;
 mod clock;
+mod entry;
 mod folders;
 #[cfg(all(feature = "cuda", unix))]
 mod gpu;

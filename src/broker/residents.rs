@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
-use super::registry::ModelEntry;
+use super::entry::ModelEntry;
 use crate::id::ModelId;
 use crate::metrics::{Evictions, Reason};
 use crate::model::ModelError;

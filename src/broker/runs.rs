@@ -4,7 +4,7 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 
 use super::adapters::Stacked;
-use super::registry::ModelEntry;
+use super::entry::ModelEntry;
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::{RequestId, RunId, SessionId};
 use crate::model::{Conds, RunMemory};

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
-use super::registry::ModelEntry;
+use super::entry::ModelEntry;
 use crate::id::SessionId;
 
 /// Who needs a model, and since when nobody does.

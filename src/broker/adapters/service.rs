@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use crossbeam_channel::{Sender, unbounded};
 use parking_lot::Mutex;
 
-use super::super::registry::{AdapterPlace, ModelEntry};
+use super::super::entry::{AdapterPlace, ModelEntry};
 use super::super::state::State;
 use super::files::{Files, ReadAdapter};
 use super::table::{StackKey, Stacks};

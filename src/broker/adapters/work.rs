@@ -4,8 +4,8 @@ use std::time::Instant;
 
 use crossbeam_channel::Receiver;
 
+use super::super::entry::AdapterPlace;
 use super::super::jobs::{ClipWork, PrepareJob, UnetWork};
-use super::super::registry::AdapterPlace;
 use super::super::state::State;
 use super::files::ReadAdapter;
 use super::service::{Heat, Stacked, Wish, WishedAdapter};

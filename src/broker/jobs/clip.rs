@@ -2,10 +2,11 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::super::adapters::Stacked;
+use super::super::entry::ModelEntry;
 use super::super::loader::Loader;
 use super::super::memory::Held;
 use super::super::outbox::Payload;
-use super::super::registry::{ModelEntry, Registry};
+use super::super::registry::Registry;
 use super::super::responder::Responder;
 use super::super::usage::InUse;
 use super::models::{LoadedModels, ModelJob};

@@ -4,7 +4,8 @@ use std::time::Instant;
 
 use parking_lot::Mutex;
 
-use super::super::registry::{ModelEntry, Registry};
+use super::super::entry::ModelEntry;
+use super::super::registry::Registry;
 use super::super::responder::Responder;
 use super::super::usage::InUse;
 use crate::error::Error;

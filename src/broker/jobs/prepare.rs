@@ -1,7 +1,7 @@
 use std::fmt;
 use std::sync::Arc;
 
-use super::super::registry::ModelEntry;
+use super::super::entry::ModelEntry;
 use crate::error::{Error, ErrorKind};
 
 /// Has a lane load a model for somebody else than a client.

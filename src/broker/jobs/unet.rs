@@ -3,9 +3,10 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::super::adapters::Stacked;
+use super::super::entry::ModelEntry;
 use super::super::loader::Loader;
 use super::super::memory::Held;
-use super::super::registry::{ModelEntry, Registry};
+use super::super::registry::Registry;
 use super::super::responder::Responder;
 use super::super::runs::Run;
 use super::super::usage::InUse;

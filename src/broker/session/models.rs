@@ -1,8 +1,8 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use super::super::entry::ModelEntry;
 use super::super::jobs::{ClipWork, ModelJob, ModelTask, Shared, UnetWork, VaeWork};
-use super::super::registry::ModelEntry;
 use super::super::responder::Responder;
 use super::super::usage::InUse;
 use super::super::weights::Unloaded;

@@ -2,9 +2,9 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::super::adapters::{Stacked, Waiting, Wish};
+use super::super::entry::ModelEntry;
 use super::super::jobs::{UnetCallJob, UnetOperand, UnetWork};
 use super::super::memories::SlotSource;
-use super::super::registry::ModelEntry;
 use super::super::responder::Responder;
 use super::super::runs::{Run, Runs};
 use super::super::usage::InUse;

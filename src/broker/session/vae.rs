@@ -1,10 +1,10 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use super::super::entry::ModelEntry;
 use super::super::jobs::{Unfinished, VaeCallJob, VaeWork};
 use super::super::memories::SlotSource;
 use super::super::memory::Held;
-use super::super::registry::ModelEntry;
 use super::super::responder::Responder;
 use super::super::usage::InUse;
 use super::Session;
