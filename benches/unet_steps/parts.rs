@@ -66,9 +66,9 @@ pub(super) fn lora(scene: &mut Scene, folder: &Path, rounds: usize) -> Result<()
     let paths = [made::lora(folder, "one", &scene.unet, 0)?, made::lora(folder, "other", &scene.unet, 1000)?];
     let stacks = [scene.stack(&paths[0])?, scene.stack(&paths[1])?];
     let step = [Step::new(scene, SIDE, 1)?];
-    let (mut plain, mut with, mut same, mut changing) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    let (mut plain, mut with, mut changing) = (Vec::new(), Vec::new(), Vec::new());
     scene.time(&step, None)?;
-    for round in 0..rounds {
+    for _ in 0..rounds {
         let alone = scene.time(&step, None)?.as_secs_f64();
         let beside = scene.time(&step, Some(&stacks[0]))?.as_secs_f64();
         // The stack before was the same, and here it was the other.
@@ -76,9 +76,7 @@ pub(super) fn lora(scene: &mut Scene, folder: &Path, rounds: usize) -> Result<()
         let other = scene.time(&step, Some(&stacks[1]))?.as_secs_f64();
         plain.push(alone);
         with.push(beside / alone - 1.0);
-        same.push(again);
         changing.push(other / again - 1.0);
-        _ = round;
     }
     let (share, switch) = (median(&mut with), median(&mut changing));
     println!("  forward, latent {SIDE} x {SIDE}, two rows  {:9.3} s", median(&mut plain));

@@ -52,6 +52,10 @@ impl SessionLink {
     pub(super) fn id(&self) -> SessionId {
         self.id
     }
+
+    pub(super) fn is_over(&self) -> bool {
+        matches!(self.machine.lock().phase(), Phase::Closed)
+    }
 }
 
 /// The duty to answer one request. Dropped unanswered, it answers that the job ended without a result.
@@ -72,6 +76,10 @@ impl Responder {
 
     pub(super) fn session(&self) -> SessionId {
         self.link.id
+    }
+
+    pub(super) fn link(&self) -> &Arc<SessionLink> {
+        &self.link
     }
 
     pub(super) fn request(&self) -> RequestId {

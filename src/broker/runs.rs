@@ -4,10 +4,10 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 
 use super::adapters::Stacked;
-use super::entry::ModelEntry;
+use super::usage::InUse;
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::{RequestId, RunId, SessionId};
-use crate::model::{Conds, RunMemory};
+use crate::model::{Arrived, CondUse, Conds, ModelError, RunMemory};
 use crate::protocol::RunStatus;
 use crate::service::{BlockCache, RunReport, RunSettings};
 
@@ -17,25 +17,53 @@ const MAX_RUNS: usize = 64;
 /// One sampling run: the model, what stays the same, and what was kept of the steps until now.
 #[derive(Debug)]
 pub(super) struct Run {
-    pub(super) model: Arc<ModelEntry>,
+    pub(super) model: InUse,
     /// Absent without adapters.
     pub(super) stacked: Option<Arc<Stacked>>,
     cache: Option<BlockCache>,
     /// What was sent: looked at before a step is queued.
     pub(super) conds: Mutex<Conds>,
+    /// What of that has reached the model. Only the lane's thread looks at it.
+    pub(super) arrived: Mutex<Arrived>,
     /// Locked while a step runs.
     pub(super) memory: Mutex<RunMemory>,
     /// Told while a step runs.
     pub(super) report: Mutex<RunReport>,
 }
 
+/// What a step is to a run.
+#[derive(Debug)]
+pub(super) struct RunStep {
+    pub(super) run: Arc<Run>,
+    /// The conditionings that share its rows.
+    pub(super) conds: Vec<u32>,
+    pub(super) uses: Vec<CondUse>,
+}
+
+impl RunStep {
+    /// That all is there which the step leaves out. Asked on the lane's thread right before it runs.
+    ///
+    /// # Errors
+    /// As [`Arrived::check`].
+    pub(super) fn check(&self) -> Result<(), ModelError> {
+        self.run.arrived.lock().check(self.run.model.unet()?, &self.uses)
+    }
+
+    /// It ran, and this is what the run came to.
+    pub(super) fn note(&self, memory: &RunMemory) {
+        self.run.arrived.lock().note(&self.uses);
+        *self.run.report.lock() = memory.report();
+    }
+}
+
 impl Run {
-    pub(super) fn new(model: Arc<ModelEntry>, stacked: Option<Arc<Stacked>>, settings: &RunSettings) -> Self {
+    pub(super) fn new(model: InUse, stacked: Option<Arc<Stacked>>, settings: &RunSettings) -> Self {
         Self {
             model,
             stacked,
             cache: settings.cache,
             conds: Mutex::default(),
+            arrived: Mutex::default(),
             memory: Mutex::new(RunMemory::new(settings)),
             report: Mutex::default(),
         }
@@ -74,7 +102,8 @@ impl Runs {
     pub(super) fn open(&self, request: RequestId, run: Run) -> Result<RunId> {
         let mut open = self.0.lock();
         if open.is_over {
-            return Err(Error::new(ErrorKind::Cancelled, "the session ended before the run was open", ""));
+            let message = "the session ended before the run was open";
+            return Err(Error::new(ErrorKind::Cancelled, message, "open another session"));
         }
         if open.runs.len() >= MAX_RUNS {
             let message = format!("the session has {MAX_RUNS} runs open; this one was not opened");

@@ -103,11 +103,12 @@ impl Session {
                     self.start(responder, timeout_ms, operation)?;
                 }
                 Action::Cancel(id) => {
+                    // In this order: what waits for adapters enters a lane after that.
+                    self.state.adapters.cancel(self.link.id(), id);
                     self.state.vae_lane.cancel(self.link.id(), id);
                     self.state.unet_lane.cancel(self.link.id(), id);
                     self.state.clip_lane.cancel(self.link.id(), id);
                     self.state.weights.cancel(self.link.id(), id);
-                    self.state.adapters.cancel(self.link.id(), id);
                     // It may be granted in this moment.
                     self.recall(id);
                 }
@@ -172,9 +173,9 @@ impl Session {
         link.outbox.close();
         state.registry.end_session(link.id());
         state.permits.end_session(link.id());
+        state.adapters.end_session(link.id());
         state.vae_lane.end_session(link.id());
         state.unet_lane.end_session(link.id());
-        state.adapters.end_session(link.id());
         state.clip_lane.end_session(link.id());
         state.weights.end_session(link.id());
         if let Some(open) = link.open.get() {

@@ -12,7 +12,7 @@ use crate::id::SessionId;
 /// Who needs a model, and since when nobody does.
 #[derive(Debug)]
 pub(super) struct Usage {
-    /// Requests that wait for it or run on it.
+    /// Requests that wait for it or run on it, and runs.
     requests: AtomicUsize,
     last: Mutex<Instant>,
     /// Sessions that have asked for it by name since its weights were last given up.
@@ -57,7 +57,7 @@ impl Usage {
     }
 }
 
-/// A model that a request waits for or runs on: it gives way to no other.
+/// A model that a request waits for or runs on, or a run is open for: it gives way to no other.
 #[derive(Debug)]
 pub(super) struct InUse(Arc<ModelEntry>);
 
@@ -65,8 +65,22 @@ impl InUse {
     /// For a request of `session`'s, which has asked for the model by name.
     pub(super) fn by(session: SessionId, model: Arc<ModelEntry>) -> Self {
         model.usage().note_user(session);
+        Self::more(model)
+    }
+
+    pub(super) fn entry(&self) -> &Arc<ModelEntry> {
+        &self.0
+    }
+
+    fn more(model: Arc<ModelEntry>) -> Self {
         model.usage().requests.fetch_add(1, Ordering::AcqRel);
         Self(model)
+    }
+}
+
+impl Clone for InUse {
+    fn clone(&self) -> Self {
+        Self::more(Arc::clone(&self.0))
     }
 }
 

@@ -211,5 +211,6 @@ fn uneven(kind: ClipKind, what: &str, first: usize, mut all: impl Iterator<Item 
 }
 
 fn no_such_token(kind: ClipKind, id: u32) -> Error {
-    Error::new(ErrorKind::InvalidTensor, format!("no encoder has a token {id}, as one for {kind} is"), "")
+    let message = format!("no encoder has a token {id}, as one for {kind} is");
+    Error::new(ErrorKind::InvalidTensor, message, "pass token ids as the encoder's tokenizer gives them")
 }

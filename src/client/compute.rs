@@ -112,7 +112,11 @@ fn attempt(
         Taking { link, home, shared: result_gpu.as_ref(), unshared: unshared.as_ref(), payload, copied_bytes: 0 };
     // Of two results behind the frame the second lies behind the first.
     let offset = first.meta().size_bytes()?;
-    let second = match second.map(|source| taking.take(&source, offset)).transpose()? {
+    let second = second.map(|source| taking.take(&source, offset)).transpose();
+    if !matches!(second, Ok(None | Some(Taken::Tensor(_)))) {
+        taking.leave(&first);
+    }
+    let second = match second? {
         Some(Taken::WornOut(gpu, why)) => return Ok(Called::WornOut(gpu, why)),
         Some(Taken::Tensor(tensor)) => Some(tensor),
         None => None,
@@ -176,6 +180,13 @@ enum Taken {
 }
 
 impl Taking<'_> {
+    /// Gives back a result that nobody takes up.
+    fn leave(&self, source: &TensorSource) {
+        if let TensorSource::Leased(descriptor) = source {
+            self.link.memory.leave(descriptor);
+        }
+    }
+
     /// The result at `source`; `offset` is where it starts in what came behind the frame, if it did.
     fn take(&mut self, source: &TensorSource, offset: usize) -> Result<Taken> {
         let memory = &self.link.memory;

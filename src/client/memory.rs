@@ -183,6 +183,11 @@ impl ImportedMemory {
         taken.map(|span| self.leases.hold(descriptor.lease, descriptor.offset, span, memory))
     }
 
+    /// Gives back the slot that a reply names and nobody takes up.
+    pub(super) fn leave(&self, descriptor: &Descriptor) {
+        self.leases.give_back(descriptor.lease);
+    }
+
     fn reach(&self, descriptor: &Descriptor, epoch: Epoch, kind: ArenaKind) -> Result<Span> {
         if descriptor.epoch != epoch {
             return Err(Error::new(

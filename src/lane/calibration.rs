@@ -49,6 +49,13 @@ impl Calibration {
         }
     }
 
+    /// So many jobs cannot be run at once: they failed together, and not one by one.
+    pub fn fails(&mut self, jobs: usize) {
+        for _ in 0..RUNS {
+            self.note(jobs, Duration::MAX);
+        }
+    }
+
     /// By number of jobs: the shortest time that so many took, and whether that is no longer than one after the other. Only
     /// numbers that were looked at often enough.
     pub fn known(&self) -> impl Iterator<Item = (usize, Duration, bool)> {
@@ -103,6 +110,14 @@ mod tests {
         assert_eq!(settle(8, |jobs| 100 * jobs as u64).1, 8);
         // Pays up to four.
         assert_eq!(settle(8, |jobs| if jobs > 4 { 1000 } else { 100 + jobs as u64 }).1, 4);
+    }
+
+    #[test]
+    fn what_fails_together_is_not_tried_again() {
+        let (mut calibration, most) = settle(2, |_| 100);
+        assert_eq!((most, calibration.most(8)), (2, 3));
+        calibration.fails(3);
+        assert_eq!((calibration.most(8), calibration.wants(3)), (2, false));
     }
 
     #[test]

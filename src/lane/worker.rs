@@ -82,7 +82,7 @@ pub trait Job: Send + 'static {
 }
 
 /// Tells a running job that nobody waits for it any more.
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy)]
 pub struct StopSignal<'a> {
     cancelled: &'a AtomicBool,
     deadline: Option<Instant>,
@@ -292,9 +292,10 @@ impl<J: Job> Shared<J> {
     fn next(&self, tidy_at: Option<Instant>) -> Option<Coming<J>> {
         let mut state = self.state.lock();
         loop {
-            if std::mem::take(&mut state.woken) || tidy_at.is_some_and(|at| at <= Instant::now()) {
+            if std::mem::take(&mut state.woken) {
                 return Some(Coming::Order);
             }
+            // Jobs come before what is due of the order: that follows each of them anyway.
             match state.queue.pop(Instant::now()) {
                 Some(Next::Run(turn)) => {
                     self.first_cancelled.store(false, Ordering::Relaxed);
@@ -302,6 +303,7 @@ impl<J: Job> Shared<J> {
                     return Some(Coming::Turn(turn));
                 }
                 Some(Next::Expired(entry)) => return Some(Coming::Expired(entry)),
+                _ if tidy_at.is_some_and(|at| at <= Instant::now()) => return Some(Coming::Order),
                 Some(Next::Later(again)) => {
                     let until = tidy_at.map_or(again, |at| at.min(again));
                     _ = self.arrival.wait_until(&mut state, until);

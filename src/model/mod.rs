@@ -27,4 +27,6 @@ pub use executor::{Capability, ModelInput, Unet, UnetCall, Vae, VaeFacts, VaePla
 pub use file::{FileState, ModelFile, StoredDType, StoredTensor};
 pub use hand_off::HandOff;
 pub use layout::{LayerId, Skip};
-pub use unet::{Conds, Control, Prediction, RunMemory, StepFacts, StepInput, UnetFacts, UnetInput, UnetVariant};
+pub use unet::{
+    Arrived, CondUse, Conds, Control, Prediction, RunMemory, StepFacts, StepInput, UnetFacts, UnetInput, UnetVariant,
+};

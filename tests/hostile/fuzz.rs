@@ -42,12 +42,13 @@ fn number() -> impl Strategy<Value = u64> {
     ]
 }
 
-fn dims() -> impl Strategy<Value = Dims> {
+fn dims() -> BoxedStrategy<Dims> {
     let latent = (number(), number(), number()).prop_map(|(n, h, w)| Dims::of([n, 4, h, w]));
     prop_oneof![
         latent,
         prop::collection::vec(number(), 0..=8).prop_map(|values| Dims::new(&values).expect("at most 8"))
     ]
+    .boxed()
 }
 
 fn meta() -> impl Strategy<Value = TensorMeta> {
@@ -65,7 +66,7 @@ fn lease() -> impl Strategy<Value = LeaseRef> {
     })
 }
 
-fn source() -> impl Strategy<Value = TensorSource> {
+fn source() -> BoxedStrategy<TensorSource> {
     let leased = (any::<bool>(), lease(), number(), number(), meta());
     prop_oneof![
         leased.prop_map(|(known, lease, offset, sequence, meta)| {
@@ -74,6 +75,7 @@ fn source() -> impl Strategy<Value = TensorSource> {
         }),
         meta().prop_map(TensorSource::Inline),
     ]
+    .boxed()
 }
 
 fn gpu() -> impl Strategy<Value = GpuUuid> {
@@ -84,7 +86,7 @@ fn target() -> impl Strategy<Value = GpuTarget> {
     (gpu(), 0u32..3).prop_map(|(gpu, opening)| GpuTarget { gpu, opening })
 }
 
-fn gpu_search() -> impl Strategy<Value = Operation> {
+fn gpu_search() -> BoxedStrategy<Operation> {
     let rung = || prop::sample::select(Rung::ALL.to_vec());
     let failed =
         (rung(), ".{0,300}").prop_map(|(rung, detail)| RungFailure { rung, code: FailureCode::Demoted, detail });
@@ -101,7 +103,7 @@ fn gpu_search() -> impl Strategy<Value = Operation> {
         });
     let outcome = prop_oneof![findings, ".{0,300}".prop_map(GpuProbeOutcome::Failed)];
     let probed = (gpu(), outcome).prop_map(|(gpu, outcome)| Operation::GpuProbed(GpuProbed { gpu, outcome }));
-    prop_oneof![wish, probed, gpu().prop_map(|gpu| Operation::GpuReady { gpu })]
+    prop_oneof![wish, probed, gpu().prop_map(|gpu| Operation::GpuReady { gpu })].boxed()
 }
 
 fn place() -> impl Strategy<Value = SlotPlace> {
@@ -112,25 +114,26 @@ fn place() -> impl Strategy<Value = SlotPlace> {
     ]
 }
 
-fn tokens() -> impl Strategy<Value = ClipTokens<TensorSource>> {
+fn tokens() -> BoxedStrategy<ClipTokens<TensorSource>> {
     let kind = prop::sample::select(ClipKind::ALL.to_vec());
     (kind, source(), prop::option::of(source()), prop::option::of(source()))
         .prop_map(|(kind, ids, weights, rows)| ClipTokens { kind, ids, weights, rows })
+        .boxed()
 }
 
-fn adapters() -> impl Strategy<Value = AdapterStack> {
+fn adapters() -> BoxedStrategy<AdapterStack> {
     let uses = (".{0,40}", any::<f64>()).prop_map(|(name, strength)| AdapterUse { name, strength });
     let mode = prop::sample::select(AdapterMode::ALL.to_vec());
-    (prop::collection::vec(uses, 0..4), mode).prop_map(|(adapters, mode)| AdapterStack { adapters, mode })
+    (prop::collection::vec(uses, 0..4), mode).prop_map(|(adapters, mode)| AdapterStack { adapters, mode }).boxed()
 }
 
-fn control() -> impl Strategy<Value = Control<TensorSource>> {
+fn control() -> BoxedStrategy<Control<TensorSource>> {
     let list = || prop::collection::vec(prop::option::of(source()), 0..3);
-    (list(), list(), list()).prop_map(|(input, middle, output)| Control { input, middle, output })
+    (list(), list(), list()).prop_map(|(input, middle, output)| Control { input, middle, output }).boxed()
 }
 
 /// Steps of models that are not there and of runs that are not open, runs, and adapters.
-fn sampling() -> impl Strategy<Value = Operation> {
+fn sampling() -> BoxedStrategy<Operation> {
     let optional = || prop::option::of(source());
     let input = (source(), source(), optional(), optional(), prop::option::of(control()))
         .prop_map(|(x, timesteps, context, y, control)| StepInput { x, timesteps, context, y, control });
@@ -155,9 +158,10 @@ fn sampling() -> impl Strategy<Value = Operation> {
             adapters
         }),
     ]
+    .boxed()
 }
 
-fn operation() -> impl Strategy<Value = Operation> {
+fn operation() -> BoxedStrategy<Operation> {
     let tiles = (number(), number(), number()).prop_map(|(width, height, overlap)| {
         Tiling::Tiles(TileShape { width: width as u32, height: height as u32, overlap: overlap as u32 })
     });
@@ -188,6 +192,7 @@ fn operation() -> impl Strategy<Value = Operation> {
         1 => model.prop_map(|model| Operation::Describe { service: Service::Unet, model }),
         1 => prop::sample::select(vec![Operation::Ping, Operation::Models, Operation::Status, Operation::Metrics]),
     ]
+    .boxed()
 }
 
 fn message() -> impl Strategy<Value = ClientMessage> {

@@ -4,11 +4,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use crossbeam_channel::{Sender, unbounded};
+use crossbeam_channel::{Sender, TrySendError, bounded};
 use parking_lot::Mutex;
 
-use super::super::entry::{AdapterPlace, ModelEntry};
+use super::super::entry::AdapterPlace;
 use super::super::state::State;
+use super::super::usage::InUse;
 use super::files::{Files, ReadAdapter};
 use super::table::{StackKey, Stacks};
 use super::work::{Work, work};
@@ -24,7 +25,7 @@ const THREADS: usize = 2;
 const MAX_ADAPTERS: usize = 64;
 /// Steps after which a stack whose mode is left open is asked for often enough for private copies of weights: a few pictures.
 const HOT_STEPS: u64 = 64;
-/// Different stacks that are waited for at a time.
+/// Different stacks that are waited for at a time, and as many that are to be merged.
 const MAX_WISHES: usize = 256;
 
 /// Adapters put together for a model.
@@ -68,7 +69,7 @@ impl Stacked {
 /// A stack that is asked for.
 #[derive(Debug, Clone)]
 pub(in crate::broker) struct Wish {
-    pub(super) model: Arc<ModelEntry>,
+    pub(super) model: InUse,
     pub(super) adapters: Vec<WishedAdapter>,
     pub(super) mode: AdapterMode,
 }
@@ -86,7 +87,7 @@ impl Wish {
     /// # Errors
     /// [`ErrorKind::ModelNotFound`] for an adapter that is not there, [`ErrorKind::Configuration`] for a strength that is
     /// no number or for too many adapters.
-    pub(in crate::broker) fn new(state: &State, model: &Arc<ModelEntry>, stack: AdapterStack) -> Result<Self> {
+    pub(in crate::broker) fn new(state: &State, model: &InUse, stack: AdapterStack) -> Result<Self> {
         let AdapterStack { adapters, mode } = stack;
         if adapters.len() > MAX_ADAPTERS {
             let message = format!("{} adapters at once; at most {MAX_ADAPTERS} are taken", adapters.len());
@@ -100,7 +101,7 @@ impl Wish {
             Ok(WishedAdapter { name, place, strength })
         };
         let adapters = adapters.into_iter().map(find).collect::<Result<_, _>>()?;
-        Ok(Self { model: Arc::clone(model), adapters, mode })
+        Ok(Self { model: model.clone(), adapters, mode })
     }
 
     fn key(&self) -> WishKey {
@@ -175,7 +176,7 @@ impl Adapters {
     /// # Errors
     /// The operating system's, where it cannot start a thread.
     pub(in crate::broker) fn start(budget: u64) -> std::io::Result<Self> {
-        let (sender, receiver) = unbounded();
+        let (sender, receiver) = bounded(2 * MAX_WISHES);
         for number in 0..THREADS {
             let receiver = receiver.clone();
             let thread = std::thread::Builder::new().name(format!("luna-adapters-{number}"));
@@ -211,10 +212,18 @@ impl Adapters {
     }
 
     pub(super) fn queue(&self, work: Work) {
-        if let Err(unsent) = self.work.send(work) {
-            let message = "the threads that read adapters are gone";
-            unsent.0.fail(Error::new(ErrorKind::Internal, message, "see the broker's log").into_fault());
-        }
+        let (unsent, error) = match self.work.try_send(work) {
+            Ok(()) => return,
+            Err(TrySendError::Full(work)) => {
+                let message = "too many adapters are being put together; these were not begun";
+                (work, Error::new(ErrorKind::Busy, message, "send the request again after a pause"))
+            }
+            Err(TrySendError::Disconnected(work)) => {
+                let message = "the threads that read adapters are gone";
+                (work, Error::new(ErrorKind::Internal, message, "see the broker's log"))
+            }
+        };
+        unsent.fail(error.into_fault());
     }
 
     /// The stack, where it is there and its adapters are what they were.
@@ -310,6 +319,11 @@ impl Adapters {
     pub(in crate::broker) fn forget(&self, model: ModelId) {
         let forgotten = self.inner.lock().stacks.forget(model);
         drop(forgotten);
+    }
+
+    /// Bytes that stacks may still take where none gives way.
+    pub(super) fn free_bytes(&self) -> u64 {
+        self.budget.saturating_sub(self.bytes())
     }
 
     /// Bytes of all stacks.

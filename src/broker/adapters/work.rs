@@ -99,6 +99,11 @@ impl Work {
     fn try_to_merge(&self) -> Result<()> {
         let Self { state, wish, .. } = self;
         let Some(maker) = wish.model.stack_maker() else { return Ok(()) };
+        // Up to as much as the model's own weights: found out before any of it is made.
+        if wish.model.weight_bytes() > state.adapters.free_bytes() {
+            let message = "there is no room for copies of the model's weights";
+            return Err(Error::new(ErrorKind::OutOfMemory, message, "raise --adapter-bytes"));
+        }
         let read = wish.adapters.iter().map(|adapter| self.read(&adapter.place)).collect::<Result<Vec<_>>>()?;
         let mut merged = make(&*maker, wish, AdapterMode::Merged, &read)?;
         merged.heat.is_merged = true;
@@ -123,14 +128,14 @@ impl Work {
 
     /// Has the model's lane load it, and goes on then.
     fn load_model(self) {
-        let (state, model) = (Arc::clone(&self.state), Arc::clone(&self.wish.model));
+        let (state, model) = (Arc::clone(&self.state), Arc::clone(self.wish.model.entry()));
         let done = move |loaded: Result<()>| match loaded {
             Ok(()) => Arc::clone(&self.state).adapters.queue(self),
             Err(error) => self.fail(error.into_fault()),
         };
         let (session, request, deadline) = (BROKER, RequestId(0), None);
         let service = model.service();
-        let job = PrepareJob { model, done: Box::new(done) };
+        let job = PrepareJob::new(model, done);
         match service {
             Service::Clip => {
                 state.clip_lane.submit(Entry { session, request, deadline, job: ClipWork::Prepare(job) });

@@ -209,8 +209,9 @@ impl Job for ClipWork {
                 let ClipExecutor { loader, models } = executor;
                 job.run(models, |model| loader.load_clip(model));
             }
-            Self::Prepare(PrepareJob { model, done }) => {
-                done(executor.obtain(&model).map(|_| ()).map_err(Error::from));
+            Self::Prepare(job) => {
+                let loaded = executor.obtain(job.model()).map(|_| ()).map_err(Error::from);
+                job.finish(loaded);
             }
         }
     }

@@ -8,7 +8,7 @@ use super::super::loader::Loader;
 use super::super::memory::Held;
 use super::super::registry::Registry;
 use super::super::responder::Responder;
-use super::super::runs::Run;
+use super::super::runs::RunStep;
 use super::super::usage::InUse;
 use super::finished::{Finished, enqueue_failed};
 use super::models::{LoadedModels, ModelJob};
@@ -46,8 +46,8 @@ pub(in crate::broker) struct UnetCallJob {
     pub(in crate::broker) inline: bool,
     /// Adapters of a step that is of no run.
     pub(in crate::broker) stacked: Option<Arc<Stacked>>,
-    /// The run that it is of, and the conditionings that share its rows.
-    pub(in crate::broker) run: Option<(Arc<Run>, Vec<u32>)>,
+    /// What it is to the run that it is of.
+    pub(in crate::broker) run: Option<RunStep>,
 }
 
 /// What steps have in common that can run as one batch.
@@ -70,7 +70,7 @@ impl UnetCallJob {
     }
 
     fn is_of_same_run(&self, other: &Self) -> bool {
-        matches!((&self.run, &other.run), (Some((one, _)), Some((other, _))) if Arc::ptr_eq(one, other))
+        matches!((&self.run, &other.run), (Some(one), Some(other)) if Arc::ptr_eq(&one.run, &other.run))
     }
 
     /// Answers without having run.
@@ -100,7 +100,7 @@ impl UnetCallJob {
 
     /// What there is to say of it now that it ran among `together`.
     fn told(&self, cache: Option<CacheStep>, together: usize, working_bytes: u64) -> UnetStep {
-        let run = self.run.as_ref().map(|(run, _)| *run.report.lock());
+        let run = self.run.as_ref().map(|step| *step.run.report.lock());
         let adapters = self.stacked.as_ref().map(|stacked| stacked.taken.clone()).unwrap_or_default();
         UnetStep { together: u32::try_from(together).unwrap_or(u32::MAX), working_bytes, adapters, cache, run }
     }
@@ -120,24 +120,24 @@ fn run(
         }
     }
     // Each is of another run, so that no lock is waited for that is held here.
-    let mut memories: Vec<_> = jobs.iter().map(|job| job.run.as_ref().map(|(run, _)| run.memory.lock())).collect();
+    let mut memories: Vec<_> = jobs.iter().map(|job| job.run.as_ref().map(|step| step.run.memory.lock())).collect();
     let mut calls = Vec::new();
     for (job, memory) in jobs.iter().zip(&mut memories) {
         let input = job.input.try_map(&mut |operand| {
             Ok::<_, ModelError>(ModelInput { meta: operand.meta, memory: operand.held.span() })
         })?;
-        let of_run = job.run.as_ref().and_then(|(run, _)| run.stacked.as_ref());
+        let of_run = job.run.as_ref().and_then(|step| step.run.stacked.as_ref());
         let stack = job.stacked.as_ref().or(of_run).map(|stacked| &stacked.stack);
-        let run = memory.as_deref_mut().zip(job.run.as_ref().map(|(_, conds)| conds.as_slice()));
+        let run = memory.as_deref_mut().zip(job.run.as_ref().map(|step| step.conds.as_slice()));
         calls.push(UnetCall { input, output: job.output.span(), stack, run });
     }
     let done = unet.step(&mut calls, stop)?;
     drop(calls);
     for (job, memory) in jobs.iter().zip(&memories) {
-        if let (Some((run, _)), Some(memory)) = (&job.run, memory) {
-            *run.report.lock() = memory.report();
+        if let (Some(step), Some(memory)) = (&job.run, memory) {
+            step.note(memory);
         }
-        let of_run = job.run.as_ref().and_then(|(run, _)| run.stacked.as_ref());
+        let of_run = job.run.as_ref().and_then(|step| step.run.stacked.as_ref());
         if let Some(stacked) = job.stacked.as_ref().or(of_run) {
             stacked.note_step();
         }
@@ -177,7 +177,17 @@ impl UnetExecutor {
     }
 
     /// Runs steps that go together, alone where they cannot be run at once.
-    fn call(&mut self, mut jobs: Vec<UnetCallJob>, stop: &StopSignal<'_>) {
+    fn call(&mut self, steps: Vec<(UnetCallJob, StopSignal<'_>)>) {
+        let (mut jobs, mut stops) = (Vec::new(), Vec::new());
+        for (job, stop) in steps {
+            match job.run.as_ref().map_or(Ok(()), RunStep::check) {
+                Ok(()) => {
+                    jobs.push(job);
+                    stops.push(stop);
+                }
+                Err(error) => job.fail(error),
+            }
+        }
         let Some(first) = jobs.first() else { return };
         let (model, likeness, together) = (Arc::clone(&*first.model), first.likeness(), jobs.len());
         let wants_time = self.max_batch.is_none() && self.wants_time(likeness, together);
@@ -189,9 +199,14 @@ impl UnetExecutor {
             }
         };
         let stream = unet.stream();
+        if wants_time && let Err(error) = unet.wait() {
+            // What was enqueued before would count as time of these.
+            return self.failed(&model, jobs, &stops, error);
+        }
         let began = Instant::now();
-        let alone = jobs.len() == 1;
-        let mut ran = run(&mut **unet, &mut jobs, &|| alone && stop.is_set());
+        // What several wait for is not stopped for one.
+        let stop = || matches!(stops.as_slice(), [stop] if stop.is_set());
+        let mut ran = run(&mut **unet, &mut jobs, &stop);
         if wants_time && ran.is_ok() {
             // Nobody's time is known that the GPU has not taken yet.
             ran = unet.wait().and(ran);
@@ -213,7 +228,7 @@ impl UnetExecutor {
                     job.answer(stream, told);
                 }
             }
-            Err(error) => self.failed(&model, jobs, error, stop),
+            Err(error) => self.failed(&model, jobs, &stops, error),
         }
     }
 
@@ -221,14 +236,19 @@ impl UnetExecutor {
         &mut self,
         model: &Arc<ModelEntry>,
         mut jobs: Vec<UnetCallJob>,
+        stops: &[StopSignal<'_>],
         error: ModelError,
-        stop: &StopSignal<'_>,
     ) {
         if jobs.len() > 1 {
             tracing::debug!(%error, requests = jobs.len(), "a batch failed; its requests are run one after the other");
-            return jobs.into_iter().for_each(|job| self.call(vec![job], stop));
+            if self.max_batch.is_none()
+                && let Some(first) = jobs.first()
+            {
+                self.calibration(first.likeness()).fails(jobs.len());
+            }
+            return jobs.into_iter().zip(stops).for_each(|(job, stop)| self.call(vec![(job, *stop)]));
         }
-        let Some(job) = jobs.pop() else { return };
+        let (Some(job), Some(stop)) = (jobs.pop(), stops.first()) else { return };
         let stream = self.obtain(model).ok().and_then(|unet| unet.stream());
         let responder = job.give_up(stream);
         match error {
@@ -245,13 +265,17 @@ impl UnetExecutor {
         self.calibrations.get(&likeness).is_none_or(|known| known.wants(together))
     }
 
-    fn note_time(&mut self, likeness: Likeness, together: usize, time: std::time::Duration) {
+    fn calibration(&mut self, likeness: Likeness) -> &mut Calibration {
         if self.calibrations.len() >= MAX_CALIBRATIONS && !self.calibrations.contains_key(&likeness) {
             // Whichever: it is found out again.
             let one = self.calibrations.keys().next().copied();
             one.map(|one| self.calibrations.remove(&one));
         }
-        let calibration = self.calibrations.entry(likeness).or_default();
+        self.calibrations.entry(likeness).or_default()
+    }
+
+    fn note_time(&mut self, likeness: Likeness, together: usize, time: std::time::Duration) {
+        let calibration = self.calibration(likeness);
         calibration.note(together, time);
         if !calibration.wants(together) {
             let [rows, _, height, width] = likeness.latent;
@@ -292,13 +316,14 @@ impl Job for UnetWork {
 
     fn run(self, executor: &mut UnetExecutor, stop: &StopSignal<'_>) {
         match self {
-            Self::Call(job) => executor.call(vec![job], stop),
+            Self::Call(job) => executor.call(vec![(job, *stop)]),
             Self::Model(job) => {
                 let UnetExecutor { loader, models, .. } = executor;
                 job.run(models, |model| loader.load_unet(model));
             }
-            Self::Prepare(PrepareJob { model, done }) => {
-                done(executor.obtain(&model).map(|_| ()).map_err(Error::from));
+            Self::Prepare(job) => {
+                let loaded = executor.obtain(job.model()).map(|_| ()).map_err(Error::from);
+                job.finish(loaded);
             }
         }
     }
@@ -332,26 +357,19 @@ impl Job for UnetWork {
     }
 
     fn run_together(jobs: Vec<(Self, StopSignal<'_>)>, executor: &mut UnetExecutor) {
-        let mut calls: Vec<UnetCallJob> = Vec::new();
-        let mut first_stop = None;
+        let mut calls: Vec<(UnetCallJob, StopSignal<'_>)> = Vec::new();
         for (work, stop) in jobs {
             match work {
                 Self::Call(job) if stop.is_set() => job.responder.fail(taken_back(&stop)),
                 // Two steps of one run go one after the other, and here only the first was asked.
-                Self::Call(job) if calls.iter().any(|other| other.is_of_same_run(&job)) => {
-                    executor.call(std::mem::take(&mut calls), &stop);
-                    calls.push(job);
-                    first_stop = Some(stop);
+                Self::Call(job) if calls.iter().any(|(other, _)| other.is_of_same_run(&job)) => {
+                    executor.call(std::mem::take(&mut calls));
+                    calls.push((job, stop));
                 }
-                Self::Call(job) => {
-                    calls.push(job);
-                    first_stop.get_or_insert(stop);
-                }
+                Self::Call(job) => calls.push((job, stop)),
                 other => other.run(executor, &stop),
             }
         }
-        if let Some(stop) = first_stop {
-            executor.call(calls, &stop);
-        }
+        executor.call(calls);
     }
 }

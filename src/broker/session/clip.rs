@@ -36,8 +36,13 @@ impl Session {
                 let state = Arc::clone(&self.state);
                 let go_on = move |stacked: Result<_>| match stacked {
                     Ok(stacked) => {
+                        let link = Arc::clone(responder.link());
                         let job = ClipWork::Call(ClipCallJob { stacked: Some(stacked), ..prepared(responder) });
                         state.clip_lane.submit(Entry { session, request: id, deadline, job });
+                        if link.is_over() {
+                            // It came after the session's jobs were taken back.
+                            state.clip_lane.end_session(session);
+                        }
                     }
                     Err(error) => responder.fail(error),
                 };

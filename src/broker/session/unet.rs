@@ -2,11 +2,10 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::super::adapters::{Stacked, Waiting, Wish};
-use super::super::entry::ModelEntry;
 use super::super::jobs::{UnetCallJob, UnetOperand, UnetWork};
 use super::super::memories::SlotSource;
 use super::super::responder::Responder;
-use super::super::runs::{Run, Runs};
+use super::super::runs::{Run, RunStep, Runs};
 use super::super::usage::InUse;
 use super::Session;
 use super::vae::{Unprepared, check_reach};
@@ -37,7 +36,12 @@ impl Session {
                 let go_on = move |stacked: Result<_>| match stacked {
                     Ok(stacked) => {
                         let job = UnetCallJob { stacked: Some(stacked), ..prepared(responder) };
+                        let link = Arc::clone(job.responder.link());
                         state.unet_lane.submit(Entry { session, request, deadline, job: UnetWork::Call(job) });
+                        if link.is_over() {
+                            // It came after the session's jobs were taken back.
+                            state.unet_lane.end_session(session);
+                        }
                     }
                     Err(error) => responder.fail(error),
                 };
@@ -78,7 +82,6 @@ impl Session {
         check_reach(&model, &output)?;
         let crosses_inline = self.link.open.get().is_some_and(|open| open.rung.rung == Rung::Inline);
         let inline = crosses_inline && result == SlotPlace::Host;
-        let model = InUse::by(self.link.id(), model);
         let job = move |responder| {
             let (input, stacked) = (operands, None);
             UnetCallJob { responder, model, input, facts, output, inline, stacked, run }
@@ -90,22 +93,22 @@ impl Session {
     fn subject(&self, subject: StepSubject, input: &StepInput<TensorMeta>) -> Result<Subject> {
         match subject {
             StepSubject::Model { name, adapters } => {
-                let model = self.state.registry.resolve(Service::Unet, &name)?;
+                let model = InUse::by(self.link.id(), self.state.registry.resolve(Service::Unet, &name)?);
                 let facts = model.unet()?.check_alone(input)?;
                 let wish = self.wish(&model, adapters)?;
                 Ok(Subject { model, facts, wish, run: None })
             }
             StepSubject::Run { run, conds } => {
                 let run = self.runs()?.get(run)?;
-                let model = Arc::clone(&run.model);
-                let facts = run.conds.lock().check(model.unet()?, input, &conds)?;
-                Ok(Subject { model, facts, wish: None, run: Some((run, conds)) })
+                let model = run.model.clone();
+                let (facts, uses) = run.conds.lock().check(model.unet()?, input, &conds)?;
+                Ok(Subject { model, facts, wish: None, run: Some(RunStep { run, conds, uses }) })
             }
         }
     }
 
     /// The adapters that are to be put together; `None` where there are none.
-    pub(super) fn wish(&self, model: &Arc<ModelEntry>, adapters: AdapterStack) -> Result<Option<Wish>> {
+    pub(super) fn wish(&self, model: &InUse, adapters: AdapterStack) -> Result<Option<Wish>> {
         match adapters.adapters.is_empty() {
             true => Ok(None),
             false => Wish::new(&self.state, model, adapters).map(Some),
@@ -115,7 +118,7 @@ impl Session {
     pub(super) fn open_run(&self, responder: Responder, request: OpenRun) {
         let OpenRun { model, settings } = request;
         let prepared = settings.validate().map_err(Error::from).and_then(|()| {
-            let model = self.state.registry.resolve(Service::Unet, &model)?;
+            let model = InUse::by(self.link.id(), self.state.registry.resolve(Service::Unet, &model)?);
             let wish = self.wish(&model, settings.adapters.clone())?;
             Ok((model, wish))
         });
@@ -155,7 +158,7 @@ impl Session {
                 Err(Error::new(ErrorKind::Unsupported, message, "name one UNet, or text encoders"))
             }
         };
-        let wish = model.and_then(|model| self.wish(&model, adapters));
+        let wish = model.and_then(|model| self.wish(&InUse::by(self.link.id(), model), adapters));
         let wish = match wish {
             Ok(Some(wish)) => wish,
             Ok(None) => return responder.answer(Outcome::Adapters(Vec::new())),
@@ -174,13 +177,13 @@ impl Session {
 }
 
 fn not_negotiated() -> Error {
-    Error::new(ErrorKind::Protocol, "the session is not negotiated", "")
+    Error::new(ErrorKind::Protocol, "the session is not negotiated", "send a hello first")
 }
 
 /// What a step is of, found to fit it.
 struct Subject {
-    model: Arc<ModelEntry>,
+    model: InUse,
     facts: StepFacts,
     wish: Option<Wish>,
-    run: Option<(Arc<Run>, Vec<u32>)>,
+    run: Option<RunStep>,
 }

@@ -1,7 +1,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::super::entry::ModelEntry;
+use super::super::entry::{ModelEntry, Source};
 use super::super::jobs::{Unfinished, VaeCallJob, VaeWork};
 use super::super::memories::SlotSource;
 use super::super::memory::Held;
@@ -58,11 +58,8 @@ impl Session {
         let SlotSource { memory, queue: its_queue } = self.memories()?.source(&self.state, result)?;
         queue = its_queue.or(queue);
         let output = memory.lease(plan.output.size_bytes()? as u64)?;
-        // The do-nothing model runs wherever the tensors are.
-        if !model.vae()?.runs_inline {
-            check_reach(&model, &input)?;
-            check_reach(&model, &output)?;
-        }
+        check_reach(&model, &input)?;
+        check_reach(&model, &output)?;
         let crosses_inline = self.link.open.get().is_some_and(|open| open.rung.rung == Rung::Inline);
         let inline = crosses_inline && result == SlotPlace::Host;
         Ok((Prepared { model, plan, input, meta, output, inline }, queue))
@@ -89,7 +86,8 @@ impl Session {
 pub(super) fn check_reach(model: &ModelEntry, tensor: &Held) -> Result<()> {
     let Place::Gpu(gpu) = tensor.span().place() else { return Ok(()) };
     let gpu = gpu.to_string();
-    if model.device() == gpu {
+    // Built-in models run wherever the tensors are.
+    if matches!(model.source(), Source::HandOff) || model.device() == gpu {
         return Ok(());
     }
     let (service, device) = (model.service().name(), model.device());

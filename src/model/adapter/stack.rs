@@ -41,12 +41,6 @@ impl ReadyStack {
     pub fn tensors<T: Any + Send + Sync>(&self) -> Option<Arc<T>> {
         Arc::clone(&self.tensors).downcast().ok()
     }
-
-    /// Whether both are one and the same.
-    #[must_use]
-    pub fn is_same(&self, other: &Self) -> bool {
-        Arc::ptr_eq(&self.tensors, &other.tensors)
-    }
 }
 
 impl fmt::Debug for ReadyStack {

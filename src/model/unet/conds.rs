@@ -22,6 +22,45 @@ pub struct Conds {
 struct Sent {
     context: Option<(u64, u64)>,
     vector: Option<u64>,
+    /// How often it was sent, in part or as a whole.
+    times: u64,
+}
+
+/// Which sending of a conditioning a step is meant to run with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CondUse {
+    /// The caller's number for it.
+    pub cond: u32,
+    /// The sending whose parts the step leaves out; 0 where it leaves out none.
+    pub needs: u64,
+    /// The sending that the step is; 0 where it brings nothing.
+    pub brings: u64,
+}
+
+/// Which sendings of a run's conditionings have reached the model.
+#[derive(Debug, Default)]
+pub struct Arrived(BTreeMap<u32, u64>);
+
+impl Arrived {
+    /// Checks that what a step leaves out is there: the step that sent it may have been refused after it was checked.
+    ///
+    /// # Errors
+    /// [`ModelError::Conds`].
+    pub fn check(&self, facts: &UnetFacts, uses: &[CondUse]) -> Result<(), ModelError> {
+        let here = |cond| self.0.get(cond).copied().unwrap_or(0);
+        match uses.iter().find(|one| one.needs != 0 && one.needs != here(&one.cond)) {
+            None => Ok(()),
+            Some(CondUse { cond, .. }) => {
+                let reason = format!("the step that sent cond {cond} last did not run; send it again");
+                Err(ModelError::Conds { path: facts.path.clone(), reason })
+            }
+        }
+    }
+
+    /// A step ran with these.
+    pub fn note(&mut self, uses: &[CondUse]) {
+        self.0.extend(uses.iter().filter(|one| one.brings != 0).map(|one| (one.cond, one.brings)));
+    }
 }
 
 /// What comes out of a step that was checked, and what other steps must be like to run with it.
@@ -44,7 +83,7 @@ impl Conds {
         facts: &UnetFacts,
         input: &StepInput<TensorMeta>,
         conds: &[u32],
-    ) -> Result<StepFacts, ModelError> {
+    ) -> Result<(StepFacts, Vec<CondUse>), ModelError> {
         let rows = input.x.shape.as_slice().first().copied().unwrap_or(0);
         let each = share(facts, rows, conds)?;
         let refused = |reason: String| ModelError::Conds { path: facts.path.clone(), reason };
@@ -83,16 +122,21 @@ impl Conds {
         if self.sent.len() + conds.len() - known > MAX_CONDS {
             return Err(refused(format!("a run has at most {MAX_CONDS} conds; open another one")));
         }
-        for cond in conds {
-            let sent = self.sent.entry(*cond).or_default();
+        let leaves_out = input.context.is_none() || (input.y.is_none() && facts.vector_width.is_some());
+        let uses = conds.iter().map(|&cond| {
+            let sent = self.sent.entry(cond).or_default();
+            let needs = if leaves_out { sent.times } else { 0 };
             if input.context.is_some() {
                 sent.context = Some((each, tokens));
             }
             if input.y.is_some() {
                 sent.vector = Some(each);
             }
-        }
-        Ok(StepFacts { output, tokens })
+            let brings = input.context.is_some() || input.y.is_some();
+            sent.times += u64::from(brings);
+            CondUse { cond, needs, brings: if brings { sent.times } else { 0 } }
+        });
+        Ok((StepFacts { output, tokens }, uses.collect()))
     }
 }
 
@@ -191,7 +235,7 @@ mod tests {
         StepInput { x, timesteps, context: context.map(meta), y: y.map(meta), control: None }
     }
 
-    fn reason(result: Result<StepFacts, ModelError>) -> String {
+    fn reason<T: std::fmt::Debug>(result: Result<T, ModelError>) -> String {
         result.expect_err("it is refused").to_string()
     }
 
@@ -201,15 +245,29 @@ mod tests {
         assert!(reason(conds.check(&facts, &step(2, None, None), &[0, 1])).contains("cond 0 was never sent"));
         let context = Some([2, 77, 40]);
         assert!(reason(conds.check(&facts, &step(2, context, None), &[0, 1])).contains("never sent a y"));
-        let sent = conds.check(&facts, &step(2, context, Some([2, 16])), &[0, 1]).unwrap();
+        let (sent, _) = conds.check(&facts, &step(2, context, Some([2, 16])), &[0, 1]).unwrap();
         assert_eq!((sent.tokens, sent.output.shape), (77, Dims::of([2, 4, 8, 8])));
         for (rows, which) in [(2, &[0, 1][..]), (2, &[1, 0]), (1, &[1]), (4, &[0, 1])] {
-            assert_eq!(conds.check(&facts, &step(rows, None, None), which).unwrap().tokens, 77, "{which:?}");
+            assert_eq!(conds.check(&facts, &step(rows, None, None), which).unwrap().0.tokens, 77, "{which:?}");
         }
         assert!(reason(conds.check(&facts, &step(3, None, None), &[0, 1, 2])).contains("cond 2 was never sent"));
         // What did not fit was not remembered.
         assert!(conds.check(&facts, &step(1, Some([1, 77, 41]), Some([1, 16])), &[2]).is_err());
         assert!(reason(conds.check(&facts, &step(1, None, None), &[2])).contains("cond 2 was never sent"));
+    }
+
+    #[test]
+    fn what_was_sent_by_a_step_that_did_not_run_is_not_there() {
+        let (facts, mut conds, mut arrived) = (facts(None), Conds::default(), Arrived::default());
+        let context = Some([1, 77, 40]);
+        let mut check = |context| conds.check(&facts, &step(1, context, None), &[0]).unwrap().1;
+        let (first, second, left_out) = (check(context), check(context), check(None));
+        arrived.check(&facts, &first).unwrap();
+        arrived.note(&first);
+        // The second is refused: what the third was checked against never came.
+        assert!(reason(arrived.check(&facts, &left_out)).contains("did not run"));
+        arrived.note(&second);
+        arrived.check(&facts, &left_out).unwrap();
     }
 
     #[test]
@@ -226,7 +284,7 @@ mod tests {
         for (cond, tokens) in [(0, 77), (1, 154), (2, 231), (3, 9973)] {
             conds.check(&facts, &step(1, Some([1, tokens, 40]), None), &[cond]).unwrap();
         }
-        assert_eq!(conds.check(&facts, &step(3, None, None), &[0, 1, 2]).unwrap().tokens, 462);
+        assert_eq!(conds.check(&facts, &step(3, None, None), &[0, 1, 2]).unwrap().0.tokens, 462);
         assert!(reason(conds.check(&facts, &step(2, None, None), &[0, 3])).contains("no common one"));
     }
 

@@ -8,7 +8,7 @@ mod memory;
 mod progress;
 
 pub use crate::service::{Control, StepInput, UnetInput};
-pub use conds::{Conds, StepFacts};
+pub use conds::{Arrived, CondUse, Conds, StepFacts};
 pub use facts::{Prediction, UnetFacts, UnetVariant};
 pub use memory::RunMemory;
 

@@ -105,7 +105,6 @@ pub(in crate::model::torch) fn patch(
     let free_from = steps.iter().rposition(|step| step.change.depends_on_order()).map_or(0, |last| last + 1);
     let apart = mode == AdapterMode::Side || (mode == AdapterMode::Auto && is_cheaper_apart(layer, steps));
     let (mut paths, mut bias) = (Vec::new(), None);
-    let original = layer.weight.f_to_kind(Kind::Float)?;
     let mut weight = None;
     for (at, Step { change, strength }) in steps.iter().enumerate() {
         match &change.weight {
@@ -113,7 +112,13 @@ pub(in crate::model::torch) fn patch(
                 let Narrow { down, up } = narrow(up, down, mid.as_ref(), &layer.weight.size())?;
                 paths.push(LowRank { down, up: up.f_mul_scalar(strength * change.scale)? });
             }
-            Some(_) => weight = Some(merged(weight.as_ref().unwrap_or(&original), change, *strength)?),
+            Some(_) => {
+                let before = match weight {
+                    Some(weight) => weight,
+                    None => layer.weight.f_to_kind(Kind::Float)?,
+                };
+                weight = Some(merged(&before, change, *strength)?);
+            }
             None => {}
         }
         if let (Some(own), Some(difference)) = (&layer.bias, &change.bias) {

@@ -11,6 +11,9 @@ use crate::service::{BlockCache, CacheStep, CacheVerdict, RunReport};
 /// On a GPU, computed steps and others of a run whose time is taken, for which the host waits.
 const MEASURED: u32 = 2;
 
+/// Different sets of conditionings that a run's block cache compares for.
+const MAX_COMPARED: usize = 8;
+
 /// What a model keeps of a run.
 #[derive(Debug)]
 pub(super) struct Kept {
@@ -166,6 +169,12 @@ impl Kept {
     ) {
         self.progress = opinion.progress;
         let timestep = opinion.moment.timestep;
+        if self.last.len() >= MAX_COMPARED && !self.last.contains_key(conds) {
+            // The one furthest behind: later timesteps are smaller.
+            let behind = self.last.iter().max_by(|(_, one), (_, other)| one.timestep.total_cmp(&other.timestep));
+            let behind = behind.map(|(conds, _)| conds.clone());
+            behind.map(|conds| self.last.remove(&conds));
+        }
         self.last.insert(conds.to_vec(), Computed { first, rest, control, timestep, hits: 0 });
     }
 
