@@ -174,4 +174,4 @@ def test_loras_of_a_prompt_are_the_references_and_leave_nothing_behind(client: A
     assert torch.equal(clip.encode_tokens(tokens)[0], plain)
     assert clip.last.adapters == []
     with pytest.raises(luna_broker.ModelNotFound, match="nowhere"):
-        clip.encode("a cat", loras=[("nowhere", 1.0)])
+        clip.encode_tokens(tokens, loras=[("nowhere", 1.0)])
