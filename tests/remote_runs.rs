@@ -7,6 +7,12 @@ mod adapters;
 mod cache;
 #[path = "remote_runs/crew.rs"]
 mod crew;
+#[cfg(all(feature = "cli", target_os = "linux"))]
+#[path = "remote_runs/memory.rs"]
+mod memory;
+#[cfg(all(feature = "cli", target_os = "linux"))]
+#[path = "support/process.rs"]
+mod process;
 #[path = "remote_runs/steps.rs"]
 mod steps;
 mod support;
