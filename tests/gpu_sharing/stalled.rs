@@ -237,7 +237,8 @@ fn a_client_that_is_killed_before_its_input_is_written_leaves_the_lane_to_others
         let latent = OwnLatent::new(0, 16);
         eventually("the victim's call", || lane(guest) == ONE_WAITS);
         decode_through_the_lane(&bystander, &latent);
-        assert_eq!(lane(guest), ONE_WAITS);
+        // The reply leaves before the lane has put the call away.
+        eventually("the end of the bystander's call", || lane(guest) == ONE_WAITS);
         victim.kill().unwrap();
         victim.wait().unwrap();
         eventually("the end of the victim's call", || lane(guest) == EMPTY);
