@@ -676,6 +676,15 @@ class Client:
         log has a warning.
         """
 
+    def header(self, name: str | PathLike[str]) -> dict[str, tuple[str, list[int]]]:
+        """Element type and shape of each tensor in a safetensors file, or in a published set, by key.
+
+        The broker reads a file's header for it and loads nothing; a session that shares no memory can ask too. Element
+        types are named as torch does: `"float16"`, `"float8_e4m3fn"`, ...
+
+        Raises `ModelNotFound`, `InvalidModel`, and `Unsupported` for an element type that there is no name for.
+        """
+
     def verify(self, name: str | PathLike[str]) -> list[dict[str, Any]]:
         """What weights contain now beside what they contained when they were loaded or published.
 
@@ -760,6 +769,7 @@ def connect(
     address: str | PathLike[str] | Mapping[str, str | PathLike[str]] | None = None,
     timeout: float | None = None,
     name: str | None = None,
+    check: Callable[[], object] | None = None,
 ) -> Client:
     """Connects to a broker on this machine, or to one for each service.
 
@@ -770,7 +780,8 @@ def connect(
     the first in alphabetical order. `client.of("vae")` is the client of a certain one.
     `timeout`: seconds that connecting, and later each call, may wait for the broker; `None`
     means the default of the client. `name`: how this client appears in the broker's status and
-    logs; `None` means one made of the process id.
+    logs; `None` means one made of the process id. `check`: called about ten times a second while a call
+    of this client waits; what it raises takes the request back and is raised.
 
     The client is of this process: in a forked child its calls raise `ConnectionLost`; the child connects for itself.
 

@@ -1,3 +1,4 @@
+use std::sync::Arc;
 use std::time::Duration;
 
 use luna_broker::Error;
@@ -7,46 +8,83 @@ use pyo3::prelude::*;
 
 use crate::errors::raise;
 
-/// What Python raised while a call waited; the call is taken back for it.
-#[derive(Default)]
-struct Signal(Mutex<Option<PyErr>>);
+/// How the calls of one client wait.
+#[derive(Debug, Clone)]
+pub(crate) struct Patience {
+    /// How long; `None`: as long as it takes.
+    timeout: Option<Duration>,
+    /// Called meanwhile; what it raises takes the call back.
+    check: Option<Arc<Py<PyAny>>>,
+}
 
-impl Signal {
+impl Patience {
+    pub(crate) fn new(timeout: Option<Duration>, check: Option<Py<PyAny>>) -> Self {
+        Self { timeout, check: check.map(Arc::new) }
+    }
+
+    /// The same for a call that says itself how long.
+    pub(crate) fn of_call(&self, py: Python<'_>, timeout: Option<f64>) -> PyResult<Self> {
+        let timeout = timeout.map_or(Ok(self.timeout), |timeout| seconds(py, timeout).map(Some))?;
+        Ok(self.with(timeout))
+    }
+
+    /// The same for another time; `None`: as long as it takes.
+    pub(crate) fn with(&self, timeout: Option<Duration>) -> Self {
+        Self { timeout, check: self.check.clone() }
+    }
+}
+
+/// What Python raised while a call waited; the call is taken back for it.
+struct Signal<'a> {
+    raised: Mutex<Option<PyErr>>,
+    check: Option<&'a Py<PyAny>>,
+}
+
+impl Signal<'_> {
     /// Whether the call is to be taken back: for a signal that Python handles (Ctrl-C), or what a callback raised.
     fn interrupts(&self) -> bool {
-        let mut raised = self.0.lock();
+        let mut raised = self.raised.lock();
         if raised.is_none() {
-            *raised = Python::attach(|py| py.check_signals()).err();
+            let checked = Python::attach(|py| {
+                py.check_signals()?;
+                self.check.map_or(Ok(()), |check| check.call0(py).map(drop))
+            });
+            *raised = checked.err();
         }
         raised.is_some()
     }
 
     fn tell(&self, progress: &Py<PyAny>, done: u64, total: u64) {
-        let mut raised = self.0.lock();
+        let mut raised = self.raised.lock();
         if raised.is_none() {
             *raised = Python::attach(|py| progress.call1(py, (done, total))).err();
         }
     }
 }
 
-fn signalled<T: Send>(py: Python<'_>, call: impl Send + FnOnce(&Signal) -> Result<T, Error>) -> PyResult<T> {
-    let signal = Signal::default();
+fn signalled<T: Send>(
+    py: Python<'_>,
+    patience: &Patience,
+    call: impl Send + FnOnce(&Signal<'_>) -> Result<T, Error>,
+) -> PyResult<T> {
+    let signal = Signal { raised: Mutex::default(), check: patience.check.as_deref() };
     let done = py.detach(|| call(&signal));
-    match (signal.0.into_inner(), done) {
+    match (signal.raised.into_inner(), done) {
         (Some(raised), _) => Err(raised),
         (None, Ok(value)) => Ok(value),
         (None, Err(error)) => Err(raise(py, error)),
     }
 }
 
-/// Runs a call with the interpreter released. A signal that Python handles while it waits (Ctrl-C) takes the request
-/// back and is raised.
+/// Runs a call with the interpreter released. A signal that Python handles while it waits (Ctrl-C), or what the client's
+/// check raises, takes the request back and is raised.
 pub(crate) fn released<T: Send>(
     py: Python<'_>,
-    timeout: Option<Duration>,
+    patience: &Patience,
     call: impl Send + FnOnce(&CallOptions<'_>) -> Result<T, Error>,
 ) -> PyResult<T> {
-    signalled(py, |signal| {
+    let timeout = patience.timeout;
+    signalled(py, patience, |signal| {
         let interrupted = || signal.interrupts();
         call(&CallOptions { timeout, interrupted: Some(&interrupted), ..CallOptions::default() })
     })
@@ -56,11 +94,12 @@ pub(crate) fn released<T: Send>(
 /// and what it raises takes the request back too.
 pub(crate) fn loading<T: Send>(
     py: Python<'_>,
-    timeout: Option<Duration>,
+    patience: &Patience,
     progress: Option<&Py<PyAny>>,
     call: impl Send + FnOnce(&AttachOptions<'_>) -> Result<T, Error>,
 ) -> PyResult<T> {
-    signalled(py, |signal| {
+    let timeout = patience.timeout;
+    signalled(py, patience, |signal| {
         let interrupted = || signal.interrupts();
         let tell = |done, total| {
             if let Some(progress) = progress {

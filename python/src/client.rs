@@ -1,6 +1,5 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::time::Duration;
 
 use luna_broker::client::{self, Addresses, CallOptions};
 use luna_broker::config::ClientConfig;
@@ -12,7 +11,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use serde::Serialize;
 
-use crate::call::{self, quick, released};
+use crate::call::{self, Patience, quick, released};
 use crate::clip::Clip;
 use crate::errors::raise;
 use crate::permit::Permit;
@@ -30,7 +29,7 @@ pub(crate) struct Client {
     brokers: client::Brokers,
     /// Of the broker that was named first.
     client: client::Client,
-    timeout: Option<Duration>,
+    patience: Patience,
 }
 
 /// What may be passed as an address.
@@ -62,8 +61,14 @@ fn service_named(py: Python<'_>, name: &str) -> PyResult<Service> {
 
 /// Connects to a broker on this machine, or to one for each service.
 #[pyfunction]
-#[pyo3(signature = (address=None, timeout=None, name=None))]
-fn connect(py: Python<'_>, address: Option<Address>, timeout: Option<f64>, name: Option<String>) -> PyResult<Client> {
+#[pyo3(signature = (address=None, timeout=None, name=None, check=None))]
+fn connect(
+    py: Python<'_>,
+    address: Option<Address>,
+    timeout: Option<f64>,
+    name: Option<String>,
+    check: Option<Py<PyAny>>,
+) -> PyResult<Client> {
     let mut config = ClientConfig::default();
     if let Some(seconds) = timeout {
         let timeout = call::seconds(py, seconds)?;
@@ -71,13 +76,13 @@ fn connect(py: Python<'_>, address: Option<Address>, timeout: Option<f64>, name:
         config.connect_timeout = timeout;
     }
     config.name = name.unwrap_or_else(|| format!("python-{}-{}", std::process::id(), serial()));
-    let timeout = config.timeout;
+    let patience = Patience::new(config.timeout, check);
     let addresses = match address {
         Some(address) => address.read(py)?,
         None => Addresses::from_environment().map_err(|error| raise(py, error))?,
     };
     let brokers = quick(py, || client::Brokers::connect(&addresses, config.clone()))?;
-    Ok(Client { client: brokers.first().clone(), brokers, timeout })
+    Ok(Client { client: brokers.first().clone(), brokers, patience })
 }
 
 /// Tells the clients of one process apart.
@@ -94,13 +99,6 @@ pub(crate) fn to_python<'py>(py: Python<'py>, value: &impl Serialize) -> PyResul
     py.import("json")?.call_method1("loads", (text,))
 }
 
-impl Client {
-    /// How long a call may wait: as long as it says, else as long as the client does.
-    fn patience(&self, py: Python<'_>, timeout: Option<f64>) -> PyResult<Option<Duration>> {
-        timeout.map_or(Ok(self.timeout), |timeout| call::seconds(py, timeout).map(Some))
-    }
-}
-
 #[pymethods]
 impl Client {
     /// What was agreed on with the broker.
@@ -113,19 +111,19 @@ impl Client {
     /// The client of one service's broker.
     fn of(&self, py: Python<'_>, service: &str) -> PyResult<Self> {
         let client = self.brokers.of(service_named(py, service)?).map_err(|error| raise(py, error))?;
-        Ok(Self { brokers: client.clone().into(), client: client.clone(), timeout: self.timeout })
+        Ok(Self { brokers: client.clone().into(), client: client.clone(), patience: self.patience.clone() })
     }
 
     /// The VAE of that name or path.
     fn vae(&self, py: Python<'_>, name: PathBuf) -> PyResult<Vae> {
         let vae = quick(py, || self.brokers.vae(&name.to_string_lossy()))?;
-        Ok(Vae::new(vae, self.timeout))
+        Ok(Vae::new(vae, self.patience.clone()))
     }
 
     /// The UNet of that name or path.
     fn unet(&self, py: Python<'_>, name: PathBuf) -> PyResult<Unet> {
         let unet = quick(py, || self.brokers.unet(&name.to_string_lossy()))?;
-        Ok(Unet::new(unet, self.timeout))
+        Ok(Unet::new(unet, self.patience.clone()))
     }
 
     /// The text encoders in the files of these names or paths.
@@ -133,7 +131,7 @@ impl Client {
     fn clip(&self, py: Python<'_>, names: Vec<PathBuf>) -> PyResult<Clip> {
         let names: Vec<String> = names.iter().map(|name| name.to_string_lossy().into_owned()).collect();
         let clip = quick(py, || self.brokers.clip(&names))?;
-        Ok(Clip::new(clip, self.timeout))
+        Ok(Clip::new(clip, self.patience.clone()))
     }
 
     /// Weights that lie in the broker's memory once for everybody.
@@ -149,17 +147,17 @@ impl Client {
     ) -> PyResult<Py<PyAny>> {
         let name = name.to_string_lossy();
         let rule = weights::cast_rule(dtype)?;
-        let timeout = self.patience(py, timeout)?;
+        let patience = self.patience.of_call(py, timeout)?;
         weights::shown(py, &name, progress, |progress| {
-            weights::attach(&self.client, &name, rule, device, Watch { py, timeout, progress })
+            weights::attach(&self.client, &name, rule, device, Watch { py, patience: &patience, progress })
         })
     }
 
     /// Hands tensors to the broker, for others to attach.
     #[pyo3(signature = (name, tensors, timeout=None))]
     fn publish(&self, name: &str, tensors: &Bound<'_, PyAny>, timeout: Option<f64>) -> PyResult<Py<PyAny>> {
-        let timeout = self.patience(tensors.py(), timeout)?;
-        publish::publish(&self.client, name, tensors, timeout)
+        let patience = self.patience.of_call(tensors.py(), timeout)?;
+        publish::publish(&self.client, name, tensors, &patience)
     }
 
     /// Has a model of this process's own listed.
@@ -171,14 +169,21 @@ impl Client {
     /// A turn in a lane, for work of this process.
     #[pyo3(signature = (service, bytes=0, timeout=None))]
     fn permit(&self, py: Python<'_>, service: &str, bytes: u64, timeout: Option<f64>) -> PyResult<Permit> {
-        let timeout = self.patience(py, timeout)?;
-        Permit::new(py, &self.brokers, service, bytes, timeout)
+        let patience = self.patience.of_call(py, timeout)?;
+        Permit::new(py, &self.brokers, service, bytes, patience)
     }
 
     /// Compares what weights contain with what they contained.
     fn verify<'py>(&self, py: Python<'py>, name: PathBuf) -> PyResult<Bound<'py, PyAny>> {
         let reports = quick(py, || self.client.verify(&name.to_string_lossy()))?;
         to_python(py, &reports)
+    }
+
+    /// Keys, element types and shapes of the tensors in a file or a published set.
+    fn header(&self, py: Python<'_>, name: PathBuf) -> PyResult<BTreeMap<String, (String, Vec<u64>)>> {
+        let entries = quick(py, || self.client.header(&name.to_string_lossy()))?;
+        let described = |meta: TensorMeta| (meta.dtype.to_string(), meta.shape.as_slice().to_vec());
+        Ok(entries.into_iter().map(|(key, meta)| (key, described(meta))).collect())
     }
 
     /// A writable tensor in shared memory.
@@ -223,7 +228,7 @@ impl Client {
         let load = |options: &CallOptions<'_>| {
             self.brokers.with_parts(|client| client.load_with(None, &name, options)).map(drop)
         };
-        released(py, self.timeout, load)
+        released(py, &self.patience, load)
     }
 
     /// Has the broker give up a model's memory.
@@ -235,7 +240,7 @@ impl Client {
 
     /// Seconds that an empty round trip took.
     fn ping(&self, py: Python<'_>) -> PyResult<f64> {
-        released(py, self.timeout, |options| self.client.ping_with(options)).map(|taken| taken.as_secs_f64())
+        released(py, &self.patience, |options| self.client.ping_with(options)).map(|taken| taken.as_secs_f64())
     }
 
     /// Ends the session.

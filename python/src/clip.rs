@@ -1,6 +1,5 @@
 use std::num::NonZeroU32;
 use std::path::PathBuf;
-use std::time::Duration;
 
 use luna_broker::client::{self, CallOptions, ClipOutput};
 use luna_broker::model::clip::SdxlSizes;
@@ -15,7 +14,7 @@ use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyByteArray, PyDict};
 
-use crate::call::released;
+use crate::call::{Patience, released};
 use crate::client::to_python;
 use crate::errors::raise;
 use crate::run::stack;
@@ -26,7 +25,7 @@ use crate::vae::{result_place, unshared};
 #[pyclass(frozen, module = "luna_broker")]
 pub(crate) struct Clip {
     clip: client::Clip,
-    timeout: Option<Duration>,
+    patience: Patience,
     last: Mutex<Option<TextCall>>,
 }
 
@@ -71,8 +70,8 @@ impl From<&ClipOutput> for TextCall {
 }
 
 impl Clip {
-    pub(crate) fn new(clip: client::Clip, timeout: Option<Duration>) -> Self {
-        Self { clip, timeout, last: Mutex::new(None) }
+    pub(crate) fn new(clip: client::Clip, patience: Patience) -> Self {
+        Self { clip, patience, last: Mutex::new(None) }
     }
 
     /// Makes a call and hands both results out, to torch where it is loaded: words say nothing of a library.
@@ -87,7 +86,8 @@ impl Clip {
         let (wanted, result) = result_place(py, device, None)?;
         let unshared = unshared(library);
         let clip = self.clip.with_adapters(adapters);
-        let output = released(py, self.timeout, |options| call(&clip, &CallOptions { result, unshared, ..*options }))?;
+        let output =
+            released(py, &self.patience, |options| call(&clip, &CallOptions { result, unshared, ..*options }))?;
         *self.last.lock() = Some(TextCall::from(&output));
         Ok((hand_out(py, output.cond, library, wanted)?, hand_out(py, output.pooled, library, wanted)?))
     }

@@ -1,12 +1,10 @@
-use std::time::Duration;
-
 use luna_broker::client;
 use luna_broker::service::Service;
 use luna_broker::{Error, ErrorKind};
 use parking_lot::Mutex;
 use pyo3::prelude::*;
 
-use crate::call::released;
+use crate::call::{Patience, released};
 use crate::errors::raise;
 
 /// A turn in one of the broker's lanes, taken by entering it.
@@ -15,7 +13,7 @@ pub(crate) struct Permit {
     client: client::Client,
     service: Service,
     bytes: u64,
-    timeout: Option<Duration>,
+    patience: Patience,
     held: Mutex<Option<client::Permit>>,
 }
 
@@ -25,14 +23,14 @@ impl Permit {
         brokers: &client::Brokers,
         service: &str,
         bytes: u64,
-        timeout: Option<Duration>,
+        patience: Patience,
     ) -> PyResult<Self> {
         let service = Service::from_name(service).ok_or_else(|| {
             let message = format!("there is no service {service:?}");
             raise(py, Error::new(ErrorKind::Unsupported, message, "permits are for \"vae\""))
         })?;
         let client = brokers.of(service).map_err(|error| raise(py, error))?.clone();
-        Ok(Self { client, service, bytes, timeout, held: Mutex::new(None) })
+        Ok(Self { client, service, bytes, patience, held: Mutex::new(None) })
     }
 }
 
@@ -47,8 +45,9 @@ impl Permit {
                 Error::new(ErrorKind::InUse, message, "ask for another one in this thread's place"),
             ));
         }
-        let granted =
-            released(slf.py(), permit.timeout, |options| permit.client.permit(permit.service, permit.bytes, options))?;
+        let granted = released(slf.py(), &permit.patience, |options| {
+            permit.client.permit(permit.service, permit.bytes, options)
+        })?;
         *permit.held.lock() = Some(granted);
         Ok(slf)
     }

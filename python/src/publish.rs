@@ -1,11 +1,9 @@
-use std::time::Duration;
-
 use luna_broker::client::{self, Published};
 use luna_broker::tensor::TensorMeta;
 use pyo3::intern;
 use pyo3::prelude::*;
 
-use crate::call::released;
+use crate::call::{Patience, released};
 use crate::dlpack::Borrowed;
 use crate::tensor::borrow_on_host;
 use crate::weights::Attached;
@@ -15,7 +13,7 @@ pub(crate) fn publish(
     client: &client::Client,
     name: &str,
     tensors: &Bound<'_, PyAny>,
-    timeout: Option<Duration>,
+    patience: &Patience,
 ) -> PyResult<Py<PyAny>> {
     let py = tensors.py();
     // Any mapping, as `state_dict()` gives one of its own kind.
@@ -33,6 +31,6 @@ pub(crate) fn publish(
             Published { key, meta: TensorMeta::contiguous(dtype, shape), bytes: tensor.bytes() }
         })
         .collect();
-    let weights = released(py, timeout, |options| client.publish(name, &published, options))?;
-    Attached::mapping(py, client, weights, client.config().timeout)
+    let weights = released(py, patience, |options| client.publish(name, &published, options))?;
+    Attached::mapping(py, client, weights, patience)
 }

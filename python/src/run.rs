@@ -1,5 +1,4 @@
 use std::path::PathBuf;
-use std::time::Duration;
 
 use luna_broker::client::{self, CallOptions};
 use luna_broker::service::{AdapterMode, AdapterStack, AdapterUse, BlockCache, RunSettings, StepInput};
@@ -9,7 +8,7 @@ use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
-use crate::call::{quick, released};
+use crate::call::{Patience, quick, released};
 use crate::client::to_python;
 use crate::errors::raise;
 use crate::tensor::{borrow, hand_out};
@@ -20,13 +19,13 @@ use crate::vae::{Call, result_place, settle, unshared};
 #[pyclass(frozen, module = "luna_broker")]
 pub(crate) struct Run {
     run: client::Run,
-    timeout: Option<Duration>,
+    patience: Patience,
     last: Mutex<Option<Call>>,
 }
 
 impl Run {
-    pub(crate) fn new(run: client::Run, timeout: Option<Duration>) -> Self {
-        Self { run, timeout, last: Mutex::new(None) }
+    pub(crate) fn new(run: client::Run, patience: Patience) -> Self {
+        Self { run, patience, last: Mutex::new(None) }
     }
 }
 
@@ -79,7 +78,7 @@ impl Run {
         let (wanted, result) = result_place(py, device, ordinal)?;
         let input = given.try_map(&mut |one| one.borrowed.input(one.stream)).map_err(|error| raise(py, error))?;
         let unshared = unshared(library);
-        let output = released(py, self.timeout, |options| {
+        let output = released(py, &self.patience, |options| {
             self.run.call(&input, &conds, &CallOptions { result, unshared, ..*options })
         })?;
         for one in given.each() {

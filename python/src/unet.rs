@@ -1,5 +1,4 @@
 use std::path::PathBuf;
-use std::time::Duration;
 
 use luna_broker::client::{self, CallOptions};
 use luna_broker::service::{Control, UnetInput};
@@ -8,7 +7,7 @@ use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
-use crate::call::released;
+use crate::call::{Patience, released};
 use crate::client::to_python;
 use crate::errors::raise;
 use crate::run::{self, Run};
@@ -19,13 +18,13 @@ use crate::vae::{Call, result_place, settle, unshared};
 #[pyclass(frozen, module = "luna_broker")]
 pub(crate) struct Unet {
     unet: client::Unet,
-    timeout: Option<Duration>,
+    patience: Patience,
     last: Mutex<Option<Call>>,
 }
 
 impl Unet {
-    pub(crate) fn new(unet: client::Unet, timeout: Option<Duration>) -> Self {
-        Self { unet, timeout, last: Mutex::new(None) }
+    pub(crate) fn new(unet: client::Unet, patience: Patience) -> Self {
+        Self { unet, patience, last: Mutex::new(None) }
     }
 }
 
@@ -72,7 +71,7 @@ impl Unet {
         let input = given.try_map(&mut |one| one.borrowed.input(one.stream));
         let input = input.map_err(|error| raise(py, error))?;
         let unshared = unshared(library);
-        let output = released(py, self.timeout, |options| {
+        let output = released(py, &self.patience, |options| {
             self.unet.call(&input, &adapters, &CallOptions { result, unshared, ..*options })
         })?;
         for one in given.each() {
@@ -93,8 +92,8 @@ impl Unet {
         lora_mode: &str,
     ) -> PyResult<Run> {
         let settings = run::settings(run::stack(py, loras, lora_mode)?, fb_cache, sigmas)?;
-        let run = released(py, self.timeout, |options| self.unet.run_with(settings.clone(), options))?;
-        Ok(Run::new(run, self.timeout))
+        let run = released(py, &self.patience, |options| self.unet.run_with(settings.clone(), options))?;
+        Ok(Run::new(run, self.patience.clone()))
     }
 
     /// Has adapters read and put together now.
@@ -106,7 +105,7 @@ impl Unet {
         lora_mode: &str,
     ) -> PyResult<Bound<'py, PyAny>> {
         let adapters = run::stack(py, Some(loras), lora_mode)?;
-        let taken = released(py, self.timeout, |options| self.unet.prefetch(&adapters, options))?;
+        let taken = released(py, &self.patience, |options| self.unet.prefetch(&adapters, options))?;
         to_python(py, &taken)
     }
 

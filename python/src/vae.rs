@@ -1,5 +1,3 @@
-use std::time::Duration;
-
 use luna_broker::client::{
     self, CallOptions, ResultPlace, UnetOutput, Unshared, VaeOutput, gpu_named, synchronize_default_stream,
 };
@@ -8,7 +6,7 @@ use luna_broker::service::{TileShape, Tiling, UnetStep, VaeCall, VaeMode, VaeOpe
 use parking_lot::Mutex;
 use pyo3::prelude::*;
 
-use crate::call::{quick, released};
+use crate::call::{Patience, quick, released};
 use crate::client::to_python;
 use crate::errors::raise;
 use crate::tensor::{Device, Given, Library, borrow, hand_out};
@@ -17,7 +15,7 @@ use crate::tensor::{Device, Given, Library, borrow, hand_out};
 #[pyclass(frozen, module = "luna_broker")]
 pub(crate) struct Vae {
     vae: client::Vae,
-    timeout: Option<Duration>,
+    patience: Patience,
     last: Mutex<Option<Call>>,
 }
 
@@ -74,8 +72,8 @@ impl From<&UnetOutput> for Call {
 }
 
 impl Vae {
-    pub(crate) fn new(vae: client::Vae, timeout: Option<Duration>) -> Self {
-        Self { vae, timeout, last: Mutex::new(None) }
+    pub(crate) fn new(vae: client::Vae, patience: Patience) -> Self {
+        Self { vae, patience, last: Mutex::new(None) }
     }
 
     fn run<'py>(
@@ -91,7 +89,7 @@ impl Vae {
         let call = VaeCall { operation, tiling };
         let input = borrowed.input(stream).map_err(|error| raise(py, error))?;
         let unshared = unshared(library);
-        let output = released(py, self.timeout, |options| {
+        let output = released(py, &self.patience, |options| {
             self.vae.call(call, input, &CallOptions { result, unshared, ..*options })
         })?;
         settle(py, library, borrowed.ordinal())?;

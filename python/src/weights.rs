@@ -1,5 +1,3 @@
-use std::time::Duration;
-
 use luna_broker::client::{self, gpu_named};
 use luna_broker::protocol::HolderReport;
 use luna_broker::tensor::CastRule;
@@ -7,7 +5,7 @@ use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
-use crate::call::{loading, quick, released};
+use crate::call::{Patience, loading, quick, released};
 use crate::tensor::{Device, dtype, hand_out, loaded_library};
 
 /// Weights that lie in the broker's memory; `luna_broker.Weights` is the dictionary of their tensors.
@@ -15,7 +13,7 @@ use crate::tensor::{Device, dtype, hand_out, loaded_library};
 pub(crate) struct Attached {
     client: client::Client,
     weights: client::Weights,
-    timeout: Option<Duration>,
+    patience: Patience,
 }
 
 impl Attached {
@@ -24,9 +22,10 @@ impl Attached {
         py: Python<'_>,
         client: &client::Client,
         weights: client::Weights,
-        timeout: Option<Duration>,
+        patience: &Patience,
     ) -> PyResult<Py<PyAny>> {
-        let attached = Bound::new(py, Self { client: client.clone(), weights, timeout })?;
+        let patience = patience.with(client.config().timeout);
+        let attached = Bound::new(py, Self { client: client.clone(), weights, patience })?;
         Ok(py.import("luna_broker.weights")?.call_method1("Weights", (attached,))?.unbind())
     }
 }
@@ -52,15 +51,15 @@ pub(crate) fn attach(
     device: Option<&Bound<'_, PyAny>>,
     watch: Watch<'_>,
 ) -> PyResult<Py<PyAny>> {
-    let Watch { py, timeout, progress } = watch;
+    let Watch { py, patience, progress } = watch;
     let gpu = match device.map(Device::named).transpose()? {
         None | Some(Device::Cpu) => None,
         Some(Device::Cuda(ordinal)) => Some(quick(py, || gpu_named(&format!("cuda:{ordinal}")))?),
     };
-    let weights = loading(py, timeout, progress, |options| {
+    let weights = loading(py, patience, progress, |options| {
         client.attach_with(name, &client::AttachOptions { rule, gpu, ..options.clone() })
     })?;
-    Attached::mapping(py, client, weights, client.config().timeout)
+    Attached::mapping(py, client, weights, patience)
 }
 
 /// Runs `load` with who is told how far it is: the caller's own, nobody for `False`, else a bar on the terminal.
@@ -88,7 +87,7 @@ pub(crate) fn shown<T>(
 /// How long somebody waits, and what they are told meanwhile.
 pub(crate) struct Watch<'py> {
     pub(crate) py: Python<'py>,
-    pub(crate) timeout: Option<Duration>,
+    pub(crate) patience: &'py Patience,
     pub(crate) progress: Option<&'py Py<PyAny>>,
 }
 
@@ -141,14 +140,14 @@ impl Attached {
 
     /// Whether the broker still counts them as held.
     fn check(&self, py: Python<'_>) -> PyResult<()> {
-        released(py, self.timeout, |options| self.weights.check_with(options))
+        released(py, &self.patience, |options| self.weights.check_with(options))
     }
 
     /// Takes hold of them anew.
     #[pyo3(signature = (progress=None))]
     fn reattach(&self, py: Python<'_>, progress: Option<Py<PyAny>>) -> PyResult<()> {
         shown(py, self.weights.name(), progress, |progress| {
-            loading(py, None, progress, |options| self.weights.reattach_with(options))
+            loading(py, &self.patience.with(None), progress, |options| self.weights.reattach_with(options))
         })
     }
 

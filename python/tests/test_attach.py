@@ -427,6 +427,14 @@ def test_what_progress_raises_ends_the_call_and_leaves_the_client_usable(start_b
             client.attach(large, progress="loud")
 
 
+def test_a_header_says_what_attaching_would_give(client: Any, file: Path) -> None:
+    header = client.header(file)
+    with client.attach(file) as weights:
+        assert header == {key: (str(one.dtype).removeprefix("torch."), list(one.shape)) for key, one in weights.items()}
+    with pytest.raises(luna_broker.ModelNotFound):
+        client.header("nowhere.safetensors")
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="needs SIGSTOP to hold a broker still")
 def test_other_threads_run_while_one_attaches_and_ctrl_c_ends_it(
     start_broker: Any, file: Path, request: pytest.FixtureRequest

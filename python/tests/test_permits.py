@@ -137,3 +137,24 @@ def test_whose_weights_were_taken_gets_no_permit_before_taking_hold_anew(client:
         weights.reattach()
         with client.permit("vae"):
             pass
+
+
+def test_what_a_clients_check_raises_takes_a_waiting_call_back(broker: Any, client: Any) -> None:
+    class Interrupted(Exception):
+        pass
+
+    stops = True
+
+    def check() -> None:
+        if stops and lane(client)["queued"]:
+            raise Interrupted
+
+    impatient = luna_broker.connect(broker.address, check=check)
+    with client.permit("vae"):
+        with pytest.raises(Interrupted), impatient.permit("vae", timeout=DEADLINE_S):
+            pass
+        stops = False
+        eventually(lambda: lane(client)["queued"] == 0, "the request is taken back")
+    # Nothing of it is left: the lane is free, and the client goes on.
+    with impatient.permit("vae", timeout=DEADLINE_S):
+        pass

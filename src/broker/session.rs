@@ -9,7 +9,7 @@ use super::jobs::VaeWork;
 use super::memories::Memories;
 use super::memory::SessionMemory;
 use super::open_gpu::{GpuDoor, Step};
-use super::outbox::Outbox;
+use super::outbox::{Outbox, Payload};
 use super::quarantine::Process;
 use super::responder::{Responder, SessionLink};
 use super::state::State;
@@ -22,6 +22,7 @@ use crate::tensor::{DType, Dims, TensorMeta};
 use crate::transport::{Abilities, Connection, FrameReader};
 
 mod clip;
+mod entering;
 mod models;
 mod opening;
 mod unet;
@@ -261,6 +262,10 @@ impl Session {
                 let message = format!("places in the {} lane are not given away", service.name());
                 responder.fail(Error::new(ErrorKind::Unsupported, message, "ask for a place in the lane of the VAE"));
             }
+            Operation::Header { name } => match self.state.weights.header(&self.state.registry, name) {
+                Ok(table) => responder.answer_with_payload(Outcome::Header, Payload::Table(table)),
+                Err(error) => responder.fail(error),
+            },
             Operation::Verify { name } => self.state.weights.verify(&self.state, responder, name),
             Operation::Models => responder.answer(Outcome::Models(self.state.registry.list())),
             Operation::Status => responder.answer(Outcome::Status(Box::new(self.state.status()))),

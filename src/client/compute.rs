@@ -3,12 +3,12 @@ use std::sync::Arc;
 
 use smallvec::SmallVec;
 
-use super::connect::{CallOptions, ResultPlace, Unshared};
 use super::input::{Input, Staged, unexpected_outcome};
 use super::leases::GpuLease;
 use super::link::Link;
 use super::memory::Home;
 use super::open_gpu::LinkGpu;
+use super::options::{CallOptions, ResultPlace, Unshared};
 use super::router::Answer;
 use super::tensor::{PooledBytes, Storage, Tensor};
 use crate::error::{Error, ErrorKind, Result};

@@ -12,6 +12,7 @@ use super::input::{allocate, unexpected_outcome};
 use super::link::Link;
 use super::memory::Home;
 use super::opener::Opener;
+use super::options::CallOptions;
 use super::session::SessionInfo;
 use super::tensor::{Storage, Tensor};
 use super::unet::Unet;
@@ -26,48 +27,6 @@ use crate::protocol::{
 use crate::service::Service;
 use crate::tensor::TensorMeta;
 use crate::transport::{Connection, LocalConnection, default_address};
-
-/// How one call waits.
-#[derive(Clone, Copy, Default)]
-pub struct CallOptions<'a> {
-    /// How long the answer may take; the request is taken back then. `None`: as long as it takes.
-    pub timeout: Option<Duration>,
-    /// Asked about ten times a second while waiting; `true` takes the request back.
-    pub interrupted: Option<&'a dyn Fn() -> bool>,
-    /// Where the result goes.
-    pub result: ResultPlace,
-    /// What it comes in where it is for a GPU that shares no memory.
-    pub unshared: Unshared,
-}
-
-/// What a result for a GPU that shares no memory comes in. The rung says whether it does.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Unshared {
-    /// Host memory, as any other result there.
-    #[default]
-    Host,
-    /// Memory to pass through, page-locked where the driver allows it: for who has [`Tensor::copy_to_gpu`] copy the
-    /// result at once, and reads it in no other way. Host memory where the session shares none.
-    Staging,
-}
-
-/// Where the result of a call goes. On a GPU without shared memory it comes as [`CallOptions::unshared`] says.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum ResultPlace {
-    /// Where the input came from.
-    #[default]
-    LikeInput,
-    /// Host memory.
-    Host,
-    /// Memory of this GPU.
-    Gpu(GpuUuid),
-}
-
-impl fmt::Debug for CallOptions<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("CallOptions").field("timeout", &self.timeout).finish_non_exhaustive()
-    }
-}
 
 type Connector = Box<dyn Fn() -> Result<Arc<dyn Connection>> + Send + Sync>;
 

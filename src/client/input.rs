@@ -1,11 +1,11 @@
 use std::borrow::Cow;
 use std::sync::Arc;
 
-use super::connect::CallOptions;
 use super::leases::{GpuLease, Lease};
 use super::link::Link;
 use super::memory::Home;
 use super::open_gpu::LinkGpu;
+use super::options::CallOptions;
 use super::tensor::{Storage, Tensor};
 use crate::device::GpuRange;
 use crate::error::{Error, ErrorKind, Result};

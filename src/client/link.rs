@@ -6,12 +6,12 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use parking_lot::{Mutex, RwLock};
 
-use super::connect::CallOptions;
 use super::janitor;
 use super::leases::Leases;
 use super::memory::{ImportedMemory, Retired};
 use super::open_gpu::{LinkGpu, travels_beside};
 use super::opener::Opener;
+use super::options::CallOptions;
 use super::router::{Answer, Router, Turn};
 use super::session::{Negotiation, SessionInfo};
 use super::weights::WeightMaps;

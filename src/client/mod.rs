@@ -16,6 +16,7 @@ mod link;
 mod memory;
 mod open_gpu;
 mod opener;
+mod options;
 mod router;
 mod run;
 mod session;
@@ -26,10 +27,9 @@ mod weights;
 
 pub use brokers::{Addresses, Brokers};
 pub use clip::{Clip, ClipOutput};
-pub use connect::{
-    CallOptions, Client, ResultPlace, Unshared, address_from_environment, gpu_named, synchronize_default_stream,
-};
+pub use connect::{Client, address_from_environment, gpu_named, synchronize_default_stream};
 pub use input::Input;
+pub use options::{CallOptions, ResultPlace, Unshared};
 pub use run::Run;
 pub use session::SessionInfo;
 pub use tensor::Tensor;

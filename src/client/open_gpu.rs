@@ -2,11 +2,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use super::connect::CallOptions;
 use super::gpu::GpuDevice;
 use super::input::unexpected_outcome;
 use super::link::Link;
 use super::memory::ArenaKind;
+use super::options::CallOptions;
 use crate::device::{CopyStream, Device, DeviceError, HostDevice, Order, Region, RegionHandle, Span, StreamRef};
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::GpuUuid;

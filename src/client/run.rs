@@ -2,9 +2,10 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
-use super::connect::{CallOptions, Client};
+use super::connect::Client;
 use super::input::{Input, unexpected_outcome};
 use super::link::Link;
+use super::options::CallOptions;
 use super::tensor::Tensor;
 use super::unet::{UnetOutput, step};
 use crate::error::{Error, ErrorKind, Result};

@@ -1,8 +1,9 @@
 use smallvec::SmallVec;
 
 use super::compute::{Computed, Sources, compute};
-use super::connect::{CallOptions, Client};
+use super::connect::Client;
 use super::input::{Input, unexpected_outcome};
+use super::options::CallOptions;
 use super::run::Run;
 use super::tensor::Tensor;
 use crate::error::Result;

@@ -1,6 +1,7 @@
 use super::compute::{Computed, Sources, compute};
-use super::connect::{CallOptions, Client};
+use super::connect::Client;
 use super::input::{Input, unexpected_outcome};
+use super::options::CallOptions;
 use super::tensor::Tensor;
 use crate::error::Result;
 use crate::protocol::{ModelReport, Operation, Times, VaeRequest};

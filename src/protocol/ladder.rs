@@ -1,4 +1,4 @@
-use super::message::{GpuFindings, MarkedFindings};
+use super::gpu::{GpuFindings, MarkedFindings};
 use super::negotiate::{FailureCode, NONCE_BYTES, Reason, RungFailure};
 use crate::id::GpuUuid;
 use crate::service::{GpuOrder, Rung};

@@ -6,6 +6,7 @@
 
 mod clip;
 pub mod codec;
+mod gpu;
 mod ladder;
 mod message;
 mod negotiate;
@@ -16,10 +17,12 @@ mod weights;
 pub use crate::service::Rung;
 pub use clip::{ClipReport, ClipRequest, EncodedPrompt, EncoderReport, EncodersTask, MAX_ENCODER_FILES};
 pub use codec::CodecError;
+pub use gpu::{
+    FenceOffer, GpuAnswer, GpuFindings, GpuOffer, GpuProbeOutcome, GpuProbed, GpuTarget, MarkedFindings, OpenGpu,
+};
 pub use ladder::{GpuNonces, GpuSituation, gpu_reason, judge_gpu};
 pub use message::{
-    ArenaHandle, ArenaOffer, ArenaPlace, ClientMessage, Descriptor, FenceOffer, Force, GpuAnswer, GpuFindings,
-    GpuOffer, GpuProbeOutcome, GpuProbed, GpuTarget, MarkedFindings, OpenGpu, OpenRun, Operation, Outcome,
+    ArenaHandle, ArenaOffer, ArenaPlace, ClientMessage, Descriptor, Force, OpenRun, Operation, Outcome,
     RegisteredModel, Release, Reply, Request, ServerMessage, SlotPlace, StepSubject, TensorSource, Times, UnetRequest,
     VaeRequest,
 };

@@ -10,7 +10,7 @@ use crate::service::{GpuOrder, Pages, Rung};
 /// The version this crate speaks. Raised by every change of a message, an added field too: once the version is agreed
 /// on, fields are told apart by their place alone. What is said until then carries names, so that a peer of
 /// another version can read why it is refused.
-pub const PROTOCOL_VERSION: u32 = 4;
+pub const PROTOCOL_VERSION: u32 = 5;
 
 /// Abilities of one side, as bits so that an unknown one is carried and ignored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]

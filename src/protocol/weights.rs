@@ -1,7 +1,8 @@
 use serde::{Deserialize, Serialize};
 
 use super::codec::{self, CodecError};
-use super::message::{ArenaHandle, GpuTarget};
+use super::gpu::GpuTarget;
+use super::message::ArenaHandle;
 use crate::id::{AttachmentId, ContentDigest, DraftId, WeightSetId};
 use crate::tensor::{CastRule, DType, Dims, TensorMeta};
 

@@ -35,8 +35,14 @@ fn every_element_type_scalars_and_empty_tensors_are_as_stored() {
     tensors.push(("scalar", Dtype::F32, vec![], 7f32.to_le_bytes().to_vec()));
     tensors.push(("empty", Dtype::F32, vec![2, 0, 3], vec![]));
     write(&path, &tensors);
-    let weights = client_at(&scene.place).attach(path.to_str().unwrap()).unwrap();
-    assert_eq!(weights.len(), tensors.len());
+    let client = client_at(&scene.place);
+    let header = client.header(path.to_str().unwrap()).unwrap();
+    assert!(client.status().unwrap().weights.is_empty(), "a header loads nothing");
+    let weights = client.attach(path.to_str().unwrap()).unwrap();
+    assert_eq!((weights.len(), header.len()), (tensors.len(), tensors.len()));
+    for (key, meta) in &header {
+        assert_eq!(weights.tensor(key).unwrap().meta(), meta, "{key}");
+    }
     for (key, _, dtype, size) in types {
         let tensor = weights.tensor(key).unwrap();
         assert_eq!((tensor.meta().dtype, tensor.to_vec().unwrap()), (dtype, data(size)), "{key}");

@@ -48,6 +48,8 @@ fn what_two_workers_publish_is_there_once_and_outlives_them() {
     two.kill();
     eventually("the end of both sessions", || only(&scene).holders.is_empty());
     let third = scene.bystander.attach("merged/lora").unwrap();
+    let header = scene.bystander.header("merged/lora").unwrap();
+    assert_eq!(header, [("t0".to_owned(), *third.tensor("t0").unwrap().meta())]);
     assert_eq!(first(&third, "t0"), 5.0);
     assert_eq!(scene.bystander.verify("merged/lora").unwrap()[0].found, third.content());
     scene.check_bystander();

@@ -189,7 +189,8 @@ fn operation() -> BoxedStrategy<Operation> {
         1 => gpu_search(),
         3 => (place(), number(), any::<bool>())
             .prop_map(|(place, size_bytes, kept)| Operation::Allocate { place, size_bytes, kept }),
-        1 => model.prop_map(|model| Operation::Describe { service: Service::Unet, model }),
+        1 => model.clone().prop_map(|model| Operation::Describe { service: Service::Unet, model }),
+        1 => model.prop_map(|name| Operation::Header { name }),
         1 => prop::sample::select(vec![Operation::Ping, Operation::Models, Operation::Status, Operation::Metrics]),
     ]
     .boxed()

@@ -1,7 +1,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::super::adapters::{Waiting, Wish};
+use super::super::adapters::Stacked;
 use super::super::jobs::{ClipCallJob, ClipOutput, ClipWork, ModelTask, clip_length};
 use super::super::memories::SlotSource;
 use super::super::memory::Held;
@@ -9,9 +9,9 @@ use super::super::prompts::Tokenized;
 use super::super::responder::Responder;
 use super::super::usage::InUse;
 use super::Session;
-use super::vae::{Unprepared, check_reach};
+use super::entering::{Enterable, Unprepared};
+use super::vae::check_reach;
 use crate::error::{Error, Result};
-use crate::lane::Entry;
 use crate::model::clip::{ClipCall, PackedPrompt, TextEncoders, unpack};
 use crate::protocol::{ClipRequest, EncodersTask, Outcome, Rung, SlotPlace, TensorSource};
 use crate::service::{ClipInput, ClipPrompt, ClipTokens};
@@ -20,33 +20,11 @@ impl Session {
     /// # Errors
     /// What ends the session: bytes behind the request did not come.
     pub(super) fn clip(&mut self, responder: Responder, deadline: Option<Instant>, request: ClipRequest) -> Result<()> {
-        let (session, id) = (responder.session(), responder.request());
         match self.prepare_clip(request) {
-            Err(Unprepared::Refused(error)) => responder.fail(error),
-            Err(Unprepared::Broken(error)) => {
-                let fault = error.into_fault();
-                responder.fail(fault.clone());
-                return Err(fault.into());
-            }
-            Ok((prepared, None)) => {
-                let job = ClipWork::Call(prepared(responder));
-                self.state.clip_lane.submit(Entry { session, request: id, deadline, job });
-            }
-            Ok((prepared, Some(wish))) => {
-                let state = Arc::clone(&self.state);
-                let go_on = move |stacked: Result<_>| match stacked {
-                    Ok(stacked) => {
-                        let link = Arc::clone(responder.link());
-                        let job = ClipWork::Call(ClipCallJob { stacked: Some(stacked), ..prepared(responder) });
-                        state.clip_lane.submit(Entry { session, request: id, deadline, job });
-                        if link.is_over() {
-                            // It came after the session's jobs were taken back.
-                            state.clip_lane.end_session(session);
-                        }
-                    }
-                    Err(error) => responder.fail(error),
-                };
-                self.state.adapters.obtain(&self.state, wish, Waiting { session, request: id, go_on: Box::new(go_on) });
+            Err(unprepared) => return unprepared.answer(responder),
+            Ok((prepared, wish)) => {
+                let work = |responder, stacked| ClipWork::Call(prepared(responder, stacked));
+                self.enter(|state| &state.clip_lane, (responder, deadline), wish, work);
             }
         }
         Ok(())
@@ -68,11 +46,11 @@ impl Session {
     }
 
     /// Reads a prompt and finds memory for its results; what comes out lacks who is answered and, where there is a wish,
-    /// adapters. Nothing of the request is looked at after this: the lane has nothing to wait for.
+    /// the adapters. Nothing of the request is looked at after this: the lane has nothing to wait for.
     fn prepare_clip(
         &mut self,
         request: ClipRequest,
-    ) -> Result<(impl FnOnce(Responder) -> ClipCallJob + use<>, Option<Wish>), Unprepared> {
+    ) -> Enterable<impl FnOnce(Responder, Option<Arc<Stacked>>) -> ClipCallJob + use<>> {
         let ClipRequest { models, input, options, adapters, result } = request;
         let model = InUse::by(self.link.id(), self.state.registry.resolve_set(&models)?);
         let set = model.clip()?;
@@ -92,7 +70,7 @@ impl Session {
             ClipOutput::Leased { cond, pooled: memory.lease(plan.pooled.size_bytes()? as u64)? }
         };
         let wish = self.wish(&model, adapters)?;
-        let job = move |responder| ClipCallJob { responder, model, call, plan, output, ignored, stacked: None };
+        let job = move |responder, stacked| ClipCallJob { responder, model, call, plan, output, ignored, stacked };
         Ok((job, wish))
     }
 

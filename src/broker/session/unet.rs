@@ -8,10 +8,10 @@ use super::super::responder::Responder;
 use super::super::runs::{Run, RunStep, Runs};
 use super::super::usage::InUse;
 use super::Session;
-use super::vae::{Unprepared, check_reach};
+use super::entering::{Enterable, Unprepared};
+use super::vae::check_reach;
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::RunId;
-use crate::lane::Entry;
 use crate::model::StepFacts;
 use crate::protocol::{OpenRun, Outcome, Rung, SlotPlace, StepSubject, TensorSource, UnetRequest};
 use crate::service::{AdapterStack, Service, StepInput};
@@ -22,45 +22,20 @@ impl Session {
     /// What ends the session: bytes behind the request did not come.
     pub(super) fn unet(&mut self, responder: Responder, deadline: Option<Instant>, request: UnetRequest) -> Result<()> {
         match self.prepare_unet(request) {
-            Err(Unprepared::Refused(error)) => responder.fail(error),
-            Err(Unprepared::Broken(error)) => {
-                let fault = error.into_fault();
-                responder.fail(fault.clone());
-                return Err(fault.into());
-            }
-            Ok((prepared, None)) => self.submit_step(prepared(responder), deadline),
-            Ok((prepared, Some(wish))) => {
-                // It enters the lane once its adapters are there, and holds up nobody until then.
-                let state = Arc::clone(&self.state);
-                let (session, request) = (responder.session(), responder.request());
-                let go_on = move |stacked: Result<_>| match stacked {
-                    Ok(stacked) => {
-                        let job = UnetCallJob { stacked: Some(stacked), ..prepared(responder) };
-                        let link = Arc::clone(job.responder.link());
-                        state.unet_lane.submit(Entry { session, request, deadline, job: UnetWork::Call(job) });
-                        if link.is_over() {
-                            // It came after the session's jobs were taken back.
-                            state.unet_lane.end_session(session);
-                        }
-                    }
-                    Err(error) => responder.fail(error),
-                };
-                self.state.adapters.obtain(&self.state, wish, Waiting { session, request, go_on: Box::new(go_on) });
+            Err(unprepared) => return unprepared.answer(responder),
+            Ok((prepared, wish)) => {
+                let work = |responder, stacked| UnetWork::Call(prepared(responder, stacked));
+                self.enter(|state| &state.unet_lane, (responder, deadline), wish, work);
             }
         }
         Ok(())
     }
 
-    fn submit_step(&self, job: UnetCallJob, deadline: Option<Instant>) {
-        let (session, request) = (job.responder.session(), job.responder.request());
-        self.state.unet_lane.submit(Entry { session, request, deadline, job: UnetWork::Call(job) });
-    }
-
-    /// Checks a step and finds its memory; what comes out lacks who is answered and, where there is a wish, adapters.
+    /// Checks a step and finds its memory; what comes out lacks who is answered and, where there is a wish, the adapters.
     fn prepare_unet(
         &mut self,
         request: UnetRequest,
-    ) -> Result<(impl FnOnce(Responder) -> UnetCallJob + use<>, Option<Wish>), Unprepared> {
+    ) -> Enterable<impl FnOnce(Responder, Option<Arc<Stacked>>) -> UnetCallJob + use<>> {
         let UnetRequest { subject, input, result } = request;
         let metas = input.try_map(&mut |source| {
             let meta = source.meta();
@@ -82,8 +57,8 @@ impl Session {
         check_reach(&model, &output)?;
         let crosses_inline = self.link.open.get().is_some_and(|open| open.rung.rung == Rung::Inline);
         let inline = crosses_inline && result == SlotPlace::Host;
-        let job = move |responder| {
-            let (input, stacked) = (operands, None);
+        let job = move |responder, stacked| {
+            let input = operands;
             UnetCallJob { responder, model, input, facts, output, inline, stacked, run }
         };
         Ok((job, wish))
@@ -104,14 +79,6 @@ impl Session {
                 let (facts, uses) = run.conds.lock().check(model.unet()?, input, &conds)?;
                 Ok(Subject { model, facts, wish: None, run: Some(RunStep { run, conds, uses }) })
             }
-        }
-    }
-
-    /// The adapters that are to be put together; `None` where there are none.
-    pub(super) fn wish(&self, model: &InUse, adapters: AdapterStack) -> Result<Option<Wish>> {
-        match adapters.adapters.is_empty() {
-            true => Ok(None),
-            false => Wish::new(&self.state, model, adapters).map(Some),
         }
     }
 

@@ -8,6 +8,7 @@ use super::super::memory::Held;
 use super::super::responder::Responder;
 use super::super::usage::InUse;
 use super::Session;
+use super::entering::Unprepared;
 use crate::device::{CopyStream, Place};
 use crate::error::{Error, ErrorKind, Result};
 use crate::lane::comes_true_soon;
@@ -22,12 +23,7 @@ impl Session {
         let (session, id) = (responder.session(), responder.request());
         // The responder moves into the job only once everything that can be refused early has been.
         match self.prepare(request) {
-            Err(Unprepared::Refused(error)) => responder.fail(error),
-            Err(Unprepared::Broken(error)) => {
-                let fault = error.into_fault();
-                responder.fail(fault.clone());
-                return Err(fault.into());
-            }
+            Err(unprepared) => return unprepared.answer(responder),
             Ok((prepared, queue)) => {
                 let job = prepared.with(responder);
                 // One whose input does not come waits where it can be taken back, and this thread goes on reading.
@@ -96,20 +92,6 @@ pub(super) fn check_reach(model: &ModelEntry, tensor: &Held) -> Result<()> {
         format!("the {service} lane runs on {device}, and memory of {gpu} was named for a tensor of its call"),
         "pass tensors in host memory and ask for the result there, or serve what shares tensors on one GPU",
     ))
-}
-
-/// Why a VAE call does not come to run.
-pub(super) enum Unprepared {
-    /// The request is answered with this; the session goes on.
-    Refused(Error),
-    /// The bytes behind the request did not come: nothing more can be read from this client.
-    Broken(Error),
-}
-
-impl<E: Into<Error>> From<E> for Unprepared {
-    fn from(error: E) -> Self {
-        Self::Refused(error.into())
-    }
 }
 
 /// A VAE call that only lacks who is answered.

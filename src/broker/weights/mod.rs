@@ -2,6 +2,7 @@
 
 mod diverged;
 mod handing;
+mod header;
 mod loading;
 mod looks;
 mod making;

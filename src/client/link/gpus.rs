@@ -1,7 +1,7 @@
 use std::sync::Arc;
 
-use super::super::connect::CallOptions;
 use super::super::open_gpu::{LinkGpu, demoted, open_gpu};
+use super::super::options::CallOptions;
 use super::Link;
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::GpuUuid;

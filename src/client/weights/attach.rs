@@ -2,10 +2,11 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::super::connect::{CallOptions, Client, resolve_locally};
+use super::super::connect::{Client, resolve_locally};
 use super::super::input::unexpected_outcome;
 use super::super::link::Link;
 use super::super::open_gpu::LinkGpu;
+use super::super::options::CallOptions;
 use super::super::router::Answer;
 use super::attached::Weights;
 use crate::error::{Error, ErrorKind, Result};

@@ -4,8 +4,9 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
-use super::super::connect::{CallOptions, Client};
+use super::super::connect::Client;
 use super::super::link::Link;
+use super::super::options::CallOptions;
 use super::super::tensor::{Storage, Tensor};
 use super::attach::{AttachOptions, Handed, hand};
 use super::map::WeightMap;

@@ -2,6 +2,7 @@
 
 mod attach;
 mod attached;
+mod header;
 mod map;
 mod permit;
 mod publish;

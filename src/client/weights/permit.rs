@@ -1,8 +1,9 @@
 use std::sync::Arc;
 
-use super::super::connect::{CallOptions, Client};
+use super::super::connect::Client;
 use super::super::input::unexpected_outcome;
 use super::super::link::Link;
+use super::super::options::CallOptions;
 use crate::error::Result;
 use crate::id::PermitId;
 use crate::protocol::{Operation, Outcome};

@@ -1,8 +1,9 @@
 use std::sync::Arc;
 
-use super::super::connect::{CallOptions, Client, resolve_locally};
+use super::super::connect::{Client, resolve_locally};
 use super::super::input::unexpected_outcome;
 use super::super::link::Link;
+use super::super::options::CallOptions;
 use super::super::router::Answer;
 use super::attach::{AttachOptions, take};
 use super::attached::Weights;
