@@ -1,5 +1,5 @@
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use super::service::Stacked;
 use crate::error::{Error, ErrorKind, Result};
@@ -19,6 +19,8 @@ pub(super) struct StackKey {
 #[derive(Debug, Default)]
 pub(super) struct Stacks {
     kept: HashMap<StackKey, Kept>,
+    /// No longer given to anybody; runs may still have them.
+    outgoing: Vec<Weak<Stacked>>,
     uses: u64,
     bytes: u64,
 }
@@ -59,8 +61,10 @@ impl Stacks {
             return Ok((same, vec![stacked]));
         }
         let wanted = stacked.stack.size_bytes();
+        let outgoing = self.outgoing_bytes();
         let used: u64 =
             self.kept.values().filter(|kept| kept.is_used()).map(|kept| kept.stacked.stack.size_bytes()).sum();
+        let used = used.saturating_add(outgoing);
         if used.saturating_add(wanted) > budget {
             let message = format!(
                 "the adapters take {wanted} bytes, and those that others use {used}; together they may take {budget}"
@@ -70,12 +74,13 @@ impl Stacks {
             return Err(Error::new(ErrorKind::OutOfMemory, message, remedy));
         }
         let mut given_way = Vec::new();
-        while self.bytes.saturating_add(wanted) > budget {
+        while self.bytes.saturating_add(outgoing).saturating_add(wanted) > budget {
             let unused = self.kept.iter().filter(|(_, kept)| !kept.is_used());
             let Some(oldest) = unused.min_by_key(|(_, kept)| kept.last_used).map(|(key, _)| key.clone()) else { break };
             given_way.extend(self.remove(&oldest));
         }
         self.bytes += wanted;
+        self.outgoing.retain(|outgoing| !std::ptr::eq(outgoing.as_ptr(), Arc::as_ptr(&stacked)));
         self.kept.insert(key, Kept { stacked: Arc::clone(&stacked), last_used: self.uses });
         Ok((stacked, given_way))
     }
@@ -102,11 +107,22 @@ impl Stacks {
     fn remove(&mut self, key: &StackKey) -> Option<Arc<Stacked>> {
         let kept = self.kept.remove(key)?;
         self.bytes = self.bytes.saturating_sub(kept.stacked.stack.size_bytes());
+        if kept.is_used() {
+            self.outgoing.push(Arc::downgrade(&kept.stacked));
+        }
         Some(kept.stacked)
     }
 
-    pub(super) fn bytes(&self) -> u64 {
-        self.bytes
+    /// Bytes of what is no longer kept and still in use.
+    fn outgoing_bytes(&mut self) -> u64 {
+        self.outgoing.retain(|stacked| stacked.strong_count() > 0);
+        let in_use = self.outgoing.iter().filter_map(Weak::upgrade);
+        in_use.map(|stacked| stacked.stack.size_bytes()).sum()
+    }
+
+    /// Bytes of what is kept, and of what is in use besides.
+    pub(super) fn bytes(&mut self) -> u64 {
+        self.bytes.saturating_add(self.outgoing_bytes())
     }
 
     /// Every stack with the number of its users, the longest unused first.
@@ -189,6 +205,23 @@ mod tests {
         assert_eq!((stacks.get(&key(1)).unwrap().stack.size_bytes(), stacks.bytes()), (60, 100));
         drop(used);
         assert_eq!(stacks.replace(&key(3), stacked(10), 100).len(), 1, "of what is gone nothing is kept");
+    }
+
+    #[test]
+    fn what_is_in_use_counts_after_its_place_was_taken() {
+        let mut stacks = Stacks::default();
+        let (used, _) = stacks.keep(key(1), stacked(40), 100).unwrap();
+        assert_eq!(stacks.replace(&key(1), stacked(70), 100).len(), 0, "both do not fit");
+        assert_eq!(stacks.bytes(), 40);
+        drop(stacks.replace(&key(1), stacked(50), 100));
+        assert_eq!(stacks.bytes(), 90);
+        drop(stacks.forget(ModelId(1)));
+        assert_eq!(stacks.bytes(), 40);
+        let error = stacks.keep(key(2), stacked(61), 100).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::OutOfMemory, "{error}");
+        drop(used);
+        assert_eq!(stacks.bytes(), 0);
+        stacks.keep(key(2), stacked(61), 100).unwrap();
     }
 
     #[test]

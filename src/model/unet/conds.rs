@@ -9,6 +9,10 @@ use crate::tensor::{DType, Dims, TensorMeta};
 const MAX_CONDS: usize = 32;
 /// Most tokens that conditionings of different lengths are brought to.
 const MAX_TOKENS: u64 = 128 * 77;
+/// Most bytes that a run keeps of all its conditionings. Two prompts of SDXL take one or two million.
+const MAX_KEPT_BYTES: u64 = 256 << 20;
+/// Bytes of an element as it is kept.
+const ELEMENT_BYTES: u64 = 4;
 
 /// What a run was sent of each of its conditionings, by the number that the caller gave it: enough to check a step that
 /// refers to them.
@@ -24,6 +28,15 @@ struct Sent {
     vector: Option<u64>,
     /// How often it was sent, in part or as a whole.
     times: u64,
+}
+
+impl Sent {
+    fn kept_bytes(&self, facts: &UnetFacts) -> u64 {
+        let context =
+            self.context.map_or(0, |(rows, tokens)| rows.saturating_mul(tokens).saturating_mul(facts.context_width));
+        let vector = self.vector.zip(facts.vector_width).map_or(0, |(rows, width)| rows.saturating_mul(width));
+        context.saturating_add(vector).saturating_mul(ELEMENT_BYTES)
+    }
 }
 
 /// Which sending of a conditioning a step is meant to run with.
@@ -122,16 +135,30 @@ impl Conds {
         if self.sent.len() + conds.len() - known > MAX_CONDS {
             return Err(refused(format!("a run has at most {MAX_CONDS} conds; open another one")));
         }
+        let brought = Sent { context: input.context.map(|_| (each, tokens)), vector: input.y.map(|_| each), times: 0 };
+        let others = self.sent.iter().filter(|(cond, _)| !conds.contains(cond)).map(|(_, sent)| sent.kept_bytes(facts));
+        let these = conds.iter().map(|cond| {
+            let before = sent(cond);
+            let after = Sent {
+                context: brought.context.or(before.context),
+                vector: brought.vector.or(before.vector),
+                times: 0,
+            };
+            after.kept_bytes(facts)
+        });
+        let kept = others.chain(these).fold(0, u64::saturating_add);
+        if kept > MAX_KEPT_BYTES {
+            return Err(refused(format!(
+                "the run would keep {kept} bytes of its conds, and may keep {MAX_KEPT_BYTES}; open another one, or send the \
+                 context of one row where all rows share it"
+            )));
+        }
         let leaves_out = input.context.is_none() || (input.y.is_none() && facts.vector_width.is_some());
         let uses = conds.iter().map(|&cond| {
             let sent = self.sent.entry(cond).or_default();
             let needs = if leaves_out { sent.times } else { 0 };
-            if input.context.is_some() {
-                sent.context = Some((each, tokens));
-            }
-            if input.y.is_some() {
-                sent.vector = Some(each);
-            }
+            sent.context = brought.context.or(sent.context);
+            sent.vector = brought.vector.or(sent.vector);
             let brings = input.context.is_some() || input.y.is_some();
             sent.times += u64::from(brings);
             CondUse { cond, needs, brings: if brings { sent.times } else { 0 } }
@@ -286,6 +313,22 @@ mod tests {
         }
         assert_eq!(conds.check(&facts, &step(3, None, None), &[0, 1, 2]).unwrap().0.tokens, 462);
         assert!(reason(conds.check(&facts, &step(2, None, None), &[0, 3])).contains("no common one"));
+    }
+
+    #[test]
+    fn a_run_keeps_so_many_bytes_of_its_conds_and_no_more() {
+        let (mut facts, mut conds) = (facts(None), Conds::default());
+        facts.context_width = 1 << 16;
+        let half = MAX_KEPT_BYTES / ELEMENT_BYTES / facts.context_width / 2;
+        let mut send = |cond, tokens| conds.check(&facts, &step(1, Some([1, tokens, 1 << 16]), None), &[cond]);
+        send(0, half).unwrap();
+        send(1, half).unwrap();
+        let words = reason(send(2, 1));
+        assert!(words.contains("may keep 268435456"), "{words}");
+        // What is sent anew takes the place of what was there.
+        send(1, 1).unwrap();
+        send(2, 1).unwrap();
+        assert!(send(0, 2 * half).is_err());
     }
 
     #[test]
