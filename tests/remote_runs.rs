@@ -16,6 +16,9 @@ mod process;
 #[path = "remote_runs/steps.rs"]
 mod steps;
 mod support;
+#[cfg(target_os = "linux")]
+#[path = "remote_runs/turns.rs"]
+mod turns;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

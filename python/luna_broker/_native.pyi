@@ -781,7 +781,8 @@ def connect(
     `timeout`: seconds that connecting, and later each call, may wait for the broker; `None`
     means the default of the client. `name`: how this client appears in the broker's status and
     logs; `None` means one made of the process id. `check`: called about ten times a second while a call
-    of this client waits; what it raises takes the request back and is raised.
+    of this client that takes its time waits (steps, prompts, VAE calls, `attach`, `publish`, `load`, permits); what it
+    raises takes the request back and is raised. It may use this client itself.
 
     The client is of this process: in a forked child its calls raise `ConnectionLost`; the child connects for itself.
 

@@ -158,3 +158,19 @@ def test_what_a_clients_check_raises_takes_a_waiting_call_back(broker: Any, clie
     # Nothing of it is left: the lane is free, and the client goes on.
     with impatient.permit("vae", timeout=DEADLINE_S):
         pass
+
+
+def test_a_check_may_use_the_very_client_that_waits(broker: Any, client: Any) -> None:
+    class Interrupted(Exception):
+        pass
+
+    waiting: list[Any] = []
+
+    def check() -> None:
+        if waiting and lane(waiting[0])["queued"]:
+            raise Interrupted
+
+    impatient = luna_broker.connect(broker.address, check=check)
+    waiting.append(impatient)
+    with client.permit("vae"), pytest.raises(Interrupted), impatient.permit("vae", timeout=DEADLINE_S):
+        pass

@@ -13,6 +13,8 @@ use crate::transport::{Attachment, Connection, FrameWriter, Wait, begin_frame, f
 /// Frames that may wait for a client before nothing more is read from it. Calls in flight are bounded elsewhere; this
 /// bounds the answers to what is answered at once.
 const MAX_WAITING: usize = 64;
+/// Bytes of tables that may wait so: a session's other answers lie in memory that is counted elsewhere.
+const MAX_WAITING_TABLES: usize = 64 << 20;
 
 /// One session's way out. Whoever answers writes at once if there is room; what does not fit is left to a thread of
 /// the session's own, so that a client that does not read delays nobody else.
@@ -59,6 +61,16 @@ pub(super) enum Payload {
     Slot { held: Held, length: usize },
     /// A table that is sent to everybody who asks.
     Table(Arc<[u8]>),
+}
+
+impl State {
+    fn table_bytes(&self) -> usize {
+        let tables = self.waiting.iter().filter_map(|outgoing| match &outgoing.payload {
+            Some(Payload::Table(table)) => Some(table.len()),
+            _ => None,
+        });
+        tables.sum()
+    }
 }
 
 impl Payload {
@@ -166,7 +178,7 @@ impl Outbox {
     /// Waits until the client has taken so much of what was posted that it may be listened to again.
     pub(super) fn wait_for_room(&self) {
         let mut state = self.state.lock();
-        while !state.closed && state.waiting.len() >= MAX_WAITING {
+        while !state.closed && (state.waiting.len() >= MAX_WAITING || state.table_bytes() >= MAX_WAITING_TABLES) {
             self.changed.wait(&mut state);
         }
     }

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 
+use super::adapters::Adapters;
 use super::entry::{AdapterPlace, Facts, ModelEntry, Source, UnetSizes};
 use super::folders::Folders;
 use super::loader::{CPU, Placement, Placements};
@@ -32,6 +33,7 @@ pub(super) struct Registry {
     models: Folders,
     adapters: Folders,
     weights: Arc<Weights>,
+    stacks: Arc<Adapters>,
     bench_models: bool,
     placements: Placements,
     residents: Residents,
@@ -66,11 +68,13 @@ impl Registry {
         placements: Placements,
         evictions: Evictions,
         weights: Arc<Weights>,
+        stacks: Arc<Adapters>,
     ) -> Self {
         Self {
             models: Folders::of_models(config.model_folders.clone()),
             adapters: Folders::of_adapters(config.adapter_folders.clone()),
             weights,
+            stacks,
             bench_models: config.bench_models,
             placements,
             residents: Residents::new(config.model_bytes, config.model_idle, evictions),
@@ -317,13 +321,15 @@ impl Registry {
         is_known
     }
 
-    /// A model whose weights are gone keeps its file open only as long as that is the one at its path.
+    /// What adapters made of a model goes with its weights. It keeps its file open only as long as that is the one at its
+    /// path.
     pub(super) fn unloaded(&self, model: &ModelEntry) {
         model.loaded.store(false, Ordering::Relaxed);
         let lent = model.stack_maker.lock().take();
         drop(lent);
         model.usage.forget_users();
         self.residents.forget(model.id);
+        self.stacks.forget(model.id);
         if model.source.is_outdated() {
             self.give_up(model);
         }

@@ -93,7 +93,9 @@ fn make_state(config: BrokerConfig, address: String) -> Result<State> {
     let gpu = BrokerGpu::open(&config, &arena_ids)?;
     let limits = WeightLimits::new(config.weight_bytes, gpu.as_ref());
     let weights = Arc::new(Weights::start(limits).map_err(no_thread)?);
-    let registry = Registry::new(&config, placements.clone(), metrics.evictions.clone(), Arc::clone(&weights));
+    let adapters = Arc::new(Adapters::start(config.adapter_bytes).map_err(no_thread)?);
+    let evictions = metrics.evictions.clone();
+    let registry = Registry::new(&config, placements.clone(), evictions, Arc::clone(&weights), Arc::clone(&adapters));
     let registry = Arc::new(registry);
     let queue = gpu.as_ref().map(BrokerGpu::queue).transpose()?;
     // Each lane's libtorch is a stream of its own: a loader opens it on the lane's thread.
@@ -119,7 +121,6 @@ fn make_state(config: BrokerConfig, address: String) -> Result<State> {
         Box::new(clip_lane.waker()),
     ]);
     let prompts = Prompts::new(config.embedding_folders.clone());
-    let adapters = Adapters::start(config.adapter_bytes).map_err(no_thread)?;
     Ok(State {
         config,
         address,

@@ -32,7 +32,7 @@ pub(super) struct State {
     pub(super) prompts: Prompts,
     pub(super) permits: Arc<Permits>,
     pub(super) weights: Arc<Weights>,
-    pub(super) adapters: Adapters,
+    pub(super) adapters: Arc<Adapters>,
     /// Bytes of the model being loaded that are in place.
     pub(super) loading: Arc<AtomicU64>,
     /// Outlives the state: a session is counted until nothing of it is left.

@@ -187,42 +187,36 @@ impl Link {
             match self.router.turn(id) {
                 Turn::Answered(answer) => return Ok(*answer),
                 Turn::Lost(fault) => return Err(fault.into()),
-                Turn::Read => {
-                    let read = self.read_until_answered(id, deadline, options);
-                    self.router.stop_reading(id);
-                    return read;
-                }
-                Turn::Sleep => {
-                    std::thread::park_timeout(patience(deadline));
-                    if let Some(given_up) = given_up(deadline, options) {
-                        return match self.router.give_up(id) {
-                            Some(answer) => Ok(*answer),
-                            None => {
-                                self.cancel(id);
-                                Err(given_up)
-                            }
-                        };
+                Turn::Read => match self.read_for_a_while(id, patience(deadline)).transpose() {
+                    Some(read) => {
+                        self.router.stop_reading(id);
+                        return read;
                     }
-                }
+                    // Who is asked below may take its time, and may use this very client.
+                    None => self.router.pause_reading(id),
+                },
+                Turn::Sleep => std::thread::park_timeout(patience(deadline)),
+            }
+            if let Some(given_up) = given_up(deadline, options) {
+                return match self.router.give_up(id) {
+                    Some(answer) => Ok(*answer),
+                    None => {
+                        self.cancel(id);
+                        Err(given_up)
+                    }
+                };
             }
         }
     }
 
-    fn read_until_answered(
-        &self,
-        id: RequestId,
-        deadline: Option<Instant>,
-        options: &CallOptions<'_>,
-    ) -> Result<Answer> {
+    /// Reads for everybody until the answer to `id` comes; `None` once it took so long.
+    fn read_for_a_while(&self, id: RequestId, longest: Duration) -> Result<Option<Answer>> {
+        let began = Instant::now();
         loop {
-            match self.read_and_deliver(Some(id), Some(patience(deadline))) {
-                Ok(Some(answer)) => return Ok(answer),
-                Ok(None) => {}
-                Err(error) => return Err(error),
-            }
-            if let Some(given_up) = given_up(deadline, options) {
-                self.cancel(id);
-                return Err(given_up);
+            let left = longest.saturating_sub(began.elapsed());
+            let read = self.read_and_deliver(Some(id), Some(left))?;
+            if read.is_some() || began.elapsed() >= longest {
+                return Ok(read);
             }
         }
     }

@@ -110,6 +110,16 @@ impl Router {
         state.wake_a_reader();
     }
 
+    /// The caller that was told to read has something else to do for a moment: another waiting caller may read meanwhile.
+    pub(super) fn pause_reading(&self, id: RequestId) {
+        let mut state = self.state.lock();
+        state.reading = false;
+        let next = state.waiting.iter().find(|(other, waiting)| **other != id && waiting.answer.is_none());
+        if let Some((_, next)) = next {
+            next.thread.unpark();
+        }
+    }
+
     /// The caller waiting for `id` gives up; its answer, if that came in the same moment. Never makes it the reader.
     pub(super) fn give_up(&self, id: RequestId) -> Option<Box<Answer>> {
         let mut state = self.state.lock();

@@ -157,14 +157,17 @@ impl<J> Queue<J> {
         Some(Next::Run(turn))
     }
 
-    /// Takes up to `most` further jobs that go with one whose turn has come, in the order of the policy. Their sessions were
-    /// served then.
+    /// Takes up to `most` further jobs that go with one whose turn has come, in the order of the policy; of each session none
+    /// before one that came earlier. Their sessions were served then.
     pub fn take_along(&mut self, most: usize, now: Instant, goes_along: impl Fn(&J) -> bool) -> Vec<Entry<J>> {
         let mut taken = Vec::new();
         while taken.len() < most {
             let due = |turn: &Turn<J>| {
                 let is_asked = turn.unready.is_none_or(|unready| unready.again <= now);
-                is_asked && turn.entry.deadline.is_none_or(|deadline| deadline > now) && goes_along(&turn.entry.job)
+                is_asked
+                    && turn.entry.deadline.is_none_or(|deadline| deadline > now)
+                    && goes_along(&turn.entry.job)
+                    && self.is_its_sessions_first(turn)
             };
             let Some(at) = self.first(due) else { break };
             let Some(turn) = self.waiting.remove(at) else { break };
@@ -172,6 +175,11 @@ impl<J> Queue<J> {
             taken.push(turn.entry);
         }
         taken
+    }
+
+    fn is_its_sessions_first(&self, turn: &Turn<J>) -> bool {
+        let first = self.waiting.iter().find(|other| other.entry.session == turn.entry.session);
+        first.is_some_and(|first| first.arrival == turn.arrival)
     }
 
     /// Which of the waiting jobs that may goes first.

@@ -219,6 +219,22 @@ fn those_taken_along_go_in_the_order_of_the_policy_and_count_as_served() {
 }
 
 #[test]
+fn of_one_session_none_is_taken_along_before_an_earlier_one() {
+    let now = Instant::now();
+    let mut queue = Queue::new(Policy::FairBySession, 16);
+    let named = |session, job: u64| Entry { session: SessionId(session), request: RequestId(job), deadline: None, job };
+    for (session, job) in [(1, 10), (2, 21), (2, 22), (3, 32), (3, 34)] {
+        queue.push(named(session, job)).unwrap();
+    }
+    assert!(matches!(queue.pop(now), Some(Next::Run(turn)) if turn.entry.job == 10));
+    // 22 goes along, and 21, which came earlier from the same session, does not.
+    let along = queue.take_along(5, now, |job| job % 2 == 0);
+    assert_eq!(along.iter().map(|entry| entry.job).collect::<Vec<_>>(), [32, 34]);
+    assert!(matches!(queue.pop(now), Some(Next::Run(turn)) if turn.entry.job == 21));
+    assert_eq!(queue.take_along(5, now, |job| job % 2 == 0).len(), 1);
+}
+
+#[test]
 fn what_is_late_or_not_due_is_not_taken_along() {
     let now = Instant::now();
     let mut queue = Queue::new(Policy::Fifo, 16);

@@ -150,6 +150,16 @@ pub enum ModelError {
         /// What does not work out.
         reason: String,
     },
+    /// The conditionings of a run take more memory than one may keep.
+    #[error("{}: the run would keep {bytes} bytes of its conds, and may keep {limit}", path.display())]
+    CondsTooLarge {
+        /// The model.
+        path: PathBuf,
+        /// Bytes of all of them.
+        bytes: u64,
+        /// Most of them.
+        limit: u64,
+    },
     /// What an adapter changes does not fit the model.
     #[error("an adapter does not fit layer {layer}: {reason}")]
     Adapter {
@@ -364,7 +374,9 @@ impl ModelError {
             | Self::Conds { .. } => ErrorKind::InvalidTensor,
             Self::Adapter { .. } | Self::AdapterFile { .. } => ErrorKind::InvalidModel,
             Self::AdapterStrength { .. } => ErrorKind::Configuration,
-            Self::OverBudget { .. } | Self::NoRoom { .. } | Self::OutOfMemory { .. } => ErrorKind::OutOfMemory,
+            Self::OverBudget { .. } | Self::NoRoom { .. } | Self::OutOfMemory { .. } | Self::CondsTooLarge { .. } => {
+                ErrorKind::OutOfMemory
+            }
             Self::Executor { .. } => ErrorKind::Internal,
             Self::Cuda(CudaUnavailable::NoSuchDevice { .. }) => ErrorKind::Configuration,
             Self::Cuda(_) => ErrorKind::Unsupported,
@@ -404,6 +416,7 @@ impl ModelError {
             Self::Conds { .. } => {
                 "send context, and y where the model takes one, with the first step of each cond and of each number of rows"
             }
+            Self::CondsTooLarge { .. } => "open another run, or send one row of context where all rows share it",
             Self::Adapter { .. } => "use an adapter that was made for this model's family",
             Self::AdapterFile { .. } => {
                 "use an adapter that was made for this model's family; if this one was, download or export it again"

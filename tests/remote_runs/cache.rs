@@ -75,7 +75,13 @@ fn a_step_like_the_last_is_left_out_and_one_that_is_not_is_computed() {
     assert!(report.computed_s > 0.0 && report.hit_s > 0.0 && report.speed_up() > 1.0, "{report:?}");
     let status = client.status().unwrap();
     assert_eq!(status.runs.iter().map(|run| run.report.hits).collect::<Vec<_>>(), [0, 0, 3, 2]);
-    assert!(client.metrics().unwrap().contains(r#"luna_broker_block_cache_steps_total{verdict="hit"} 5"#));
+    let metrics = client.metrics().unwrap();
+    assert!(metrics.contains(r#"luna_broker_block_cache_steps_total{verdict="hit"} 5"#));
+    for verdict in ["hit", "empty"] {
+        let seconds = format!(r#"luna_broker_block_cache_step_seconds_total{{verdict="{verdict}"}} "#);
+        let line = metrics.lines().find_map(|line| line.strip_prefix(&seconds)).expect("it is counted");
+        assert!(line.parse::<f64>().unwrap() > 0.0, "{line}");
+    }
 }
 
 #[test]

@@ -64,6 +64,12 @@ impl Stacked {
             && steps.load(Ordering::Relaxed) >= HOT_STEPS
             && !is_merging.swap(true, Ordering::Relaxed)
     }
+
+    /// It could not be merged now: it may be once it was run with as often again.
+    pub(super) fn cool_down(&self) {
+        self.heat.steps.store(0, Ordering::Relaxed);
+        self.heat.is_merging.store(false, Ordering::Relaxed);
+    }
 }
 
 /// A stack that is asked for.
@@ -188,10 +194,10 @@ impl Adapters {
     /// Goes on with the stack, now where it is there, else when it has been put together. Looks at the adapters' files.
     pub(in crate::broker) fn obtain(&self, state: &Arc<State>, wish: Wish, waiting: Waiting) {
         if let Some(stacked) = self.find(&wish) {
-            let turns_hot = stacked.turns_hot(wish.mode);
+            let turns_hot = stacked.turns_hot(wish.mode).then(|| Arc::downgrade(&stacked));
             (waiting.go_on)(Ok(stacked));
-            if turns_hot {
-                self.queue(Work::merge(state, wish));
+            if let Some(hot) = turns_hot {
+                self.queue(Work::merge(state, wish, hot));
             }
             return;
         }
@@ -321,9 +327,9 @@ impl Adapters {
         drop(forgotten);
     }
 
-    /// Bytes that stacks may still take where none gives way.
-    pub(super) fn free_bytes(&self) -> u64 {
-        self.budget.saturating_sub(self.bytes())
+    /// Bytes that stacks may still take where all give way that nobody uses.
+    pub(super) fn room_bytes(&self) -> u64 {
+        self.budget.saturating_sub(self.inner.lock().stacks.used_bytes())
     }
 
     /// Bytes of all stacks.

@@ -20,8 +20,15 @@ pub(super) struct StackKey {
 pub(super) struct Stacks {
     kept: HashMap<StackKey, Kept>,
     /// No longer given to anybody; runs may still have them.
-    outgoing: Vec<Weak<Stacked>>,
+    outgoing: Vec<Outgoing>,
     uses: u64,
+    bytes: u64,
+}
+
+/// What is still in use somewhere, and its bytes: nobody becomes its last owner by asking for them.
+#[derive(Debug)]
+struct Outgoing {
+    stacked: Weak<Stacked>,
     bytes: u64,
 }
 
@@ -61,10 +68,7 @@ impl Stacks {
             return Ok((same, vec![stacked]));
         }
         let wanted = stacked.stack.size_bytes();
-        let outgoing = self.outgoing_bytes();
-        let used: u64 =
-            self.kept.values().filter(|kept| kept.is_used()).map(|kept| kept.stacked.stack.size_bytes()).sum();
-        let used = used.saturating_add(outgoing);
+        let (outgoing, used) = (self.outgoing_bytes(), self.used_bytes());
         if used.saturating_add(wanted) > budget {
             let message = format!(
                 "the adapters take {wanted} bytes, and those that others use {used}; together they may take {budget}"
@@ -80,7 +84,7 @@ impl Stacks {
             given_way.extend(self.remove(&oldest));
         }
         self.bytes += wanted;
-        self.outgoing.retain(|outgoing| !std::ptr::eq(outgoing.as_ptr(), Arc::as_ptr(&stacked)));
+        self.outgoing.retain(|outgoing| !std::ptr::eq(outgoing.stacked.as_ptr(), Arc::as_ptr(&stacked)));
         self.kept.insert(key, Kept { stacked: Arc::clone(&stacked), last_used: self.uses });
         Ok((stacked, given_way))
     }
@@ -108,16 +112,22 @@ impl Stacks {
         let kept = self.kept.remove(key)?;
         self.bytes = self.bytes.saturating_sub(kept.stacked.stack.size_bytes());
         if kept.is_used() {
-            self.outgoing.push(Arc::downgrade(&kept.stacked));
+            let (stacked, bytes) = (Arc::downgrade(&kept.stacked), kept.stacked.stack.size_bytes());
+            self.outgoing.push(Outgoing { stacked, bytes });
         }
         Some(kept.stacked)
     }
 
     /// Bytes of what is no longer kept and still in use.
     fn outgoing_bytes(&mut self) -> u64 {
-        self.outgoing.retain(|stacked| stacked.strong_count() > 0);
-        let in_use = self.outgoing.iter().filter_map(Weak::upgrade);
-        in_use.map(|stacked| stacked.stack.size_bytes()).sum()
+        self.outgoing.retain(|outgoing| outgoing.stacked.strong_count() > 0);
+        self.outgoing.iter().map(|outgoing| outgoing.bytes).sum()
+    }
+
+    /// Bytes of what is in use, kept or not.
+    pub(super) fn used_bytes(&mut self) -> u64 {
+        let kept = self.kept.values().filter(|kept| kept.is_used()).map(|kept| kept.stacked.stack.size_bytes());
+        kept.sum::<u64>().saturating_add(self.outgoing_bytes())
     }
 
     /// Bytes of what is kept, and of what is in use besides.

@@ -1,5 +1,5 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Instant;
 
 use crossbeam_channel::Receiver;
@@ -27,12 +27,12 @@ pub(super) struct Work {
 }
 
 /// What it is put together for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug)]
 enum Aim {
     /// Requests wait for it.
     Requests,
     /// It is there, and asked for so often that private copies of weights pay.
-    Merging,
+    Merging(Weak<Stacked>),
 }
 
 /// What came of trying.
@@ -47,16 +47,19 @@ impl Work {
         Self { state: Arc::clone(state), wish, aim: Aim::Requests }
     }
 
-    pub(super) fn merge(state: &Arc<State>, wish: Wish) -> Self {
-        Self { state: Arc::clone(state), wish, aim: Aim::Merging }
+    pub(super) fn merge(state: &Arc<State>, wish: Wish, hot: Weak<Stacked>) -> Self {
+        Self { state: Arc::clone(state), wish, aim: Aim::Merging(hot) }
     }
 
     fn run(self) {
-        if self.aim == Aim::Merging {
+        if let Aim::Merging(hot) = &self.aim {
             let merged = catch_unwind(AssertUnwindSafe(|| self.try_to_merge()));
             // Whoever asks for the stack has the one that is there.
             if let Ok(Err(error)) = merged {
                 tracing::debug!(%error, "adapters that are asked for often are not merged");
+                if let Some(hot) = hot.upgrade() {
+                    hot.cool_down();
+                }
             }
             return;
         }
@@ -75,7 +78,10 @@ impl Work {
     }
 
     pub(super) fn fail(self, fault: Fault) {
-        if self.aim == Aim::Merging {
+        if let Aim::Merging(hot) = &self.aim {
+            if let Some(hot) = hot.upgrade() {
+                hot.cool_down();
+            }
             return;
         }
         self.state.adapters.settle(&self.wish, Err(fault));
@@ -99,12 +105,14 @@ impl Work {
     fn try_to_merge(&self) -> Result<()> {
         let Self { state, wish, .. } = self;
         let Some(maker) = wish.model.stack_maker() else { return Ok(()) };
-        // Up to as much as the model's own weights: found out before any of it is made.
-        if wish.model.weight_bytes() > state.adapters.free_bytes() {
-            let message = "there is no room for copies of the model's weights";
+        let read = wish.adapters.iter().map(|adapter| self.read(&adapter.place)).collect::<Result<Vec<_>>>()?;
+        // Found out before any of it is made.
+        let (bytes, room) = (maker.merged_bytes(&with_strengths(wish, &read))?, state.adapters.room_bytes());
+        if bytes > room {
+            let message =
+                format!("copies of the weights that they change take {bytes} bytes, and there is room for {room}");
             return Err(Error::new(ErrorKind::OutOfMemory, message, "raise --adapter-bytes"));
         }
-        let read = wish.adapters.iter().map(|adapter| self.read(&adapter.place)).collect::<Result<Vec<_>>>()?;
         let mut merged = make(&*maker, wish, AdapterMode::Merged, &read)?;
         merged.heat.is_merged = true;
         state.adapters.heat(&wish.stack_key(read.iter().map(|read| read.content)), merged);
@@ -157,11 +165,7 @@ pub(super) fn work(wishes: &Receiver<Work>) {
 
 fn make(maker: &dyn StackMaker, wish: &Wish, mode: AdapterMode, read: &[ReadAdapter]) -> Result<Stacked> {
     let began = Instant::now();
-    let adapters = read.iter().zip(&wish.adapters);
-    let adapters: Vec<_> = adapters
-        .map(|(read, WishedAdapter { strength, .. })| Adapter { file: &read.file, strength: *strength })
-        .collect();
-    let (stack, reports) = maker.make(&adapters, mode)?;
+    let (stack, reports) = maker.make(&with_strengths(wish, read), mode)?;
     let report = wish.model.report();
     tracing::info!(
         model = report.name,
@@ -179,6 +183,11 @@ fn make(maker: &dyn StackMaker, wish: &Wish, mode: AdapterMode, read: &[ReadAdap
         taken: taken.collect(),
         heat: Heat::default(),
     })
+}
+
+fn with_strengths<'a>(wish: &Wish, read: &'a [ReadAdapter]) -> Vec<Adapter<'a>> {
+    let adapters = read.iter().zip(&wish.adapters);
+    adapters.map(|(read, WishedAdapter { strength, .. })| Adapter { file: &read.file, strength: *strength }).collect()
 }
 
 fn taken(name: String, report: AdapterReport) -> AdapterTaken {

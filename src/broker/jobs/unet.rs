@@ -219,10 +219,11 @@ impl UnetExecutor {
                 if wants_time && done.iter().all(is_whole) {
                     self.note_time(likeness, together, time);
                 }
+                let share = time.div_f64(together.max(1) as f64);
                 let working_bytes = working_bytes(&model, likeness, together);
                 for (job, cache) in jobs.into_iter().zip(done) {
                     if let Some(cache) = cache {
-                        job.responder.metrics().block_cache(cache.verdict);
+                        job.responder.metrics().block_cache(cache.verdict, share);
                     }
                     let told = job.told(cache, together, working_bytes);
                     job.answer(stream, told);

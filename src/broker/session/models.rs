@@ -63,9 +63,6 @@ impl Session {
         let answer = Shared::new(responder, models.len());
         for model in models {
             let service = model.service();
-            if task == ModelTask::Unload {
-                self.state.adapters.forget(model.id());
-            }
             let job = ModelJob { task, model: InUse::by(session, model), answer: answer.clone() };
             match service {
                 Service::Vae => self.submit(session, request, deadline, VaeWork::Model(job)),

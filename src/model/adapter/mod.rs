@@ -19,4 +19,6 @@ pub(super) use change::{Change, Delta, Factor, Part};
 pub use file::AdapterFile;
 pub use names::LayerNames;
 pub use report::{AdapterKind, AdapterReport, UnknownKeys};
+#[cfg(feature = "torch")]
+pub(super) use stack::changed_elements;
 pub use stack::{Adapter, ReadyStack, StackMaker};

@@ -1,8 +1,12 @@
 use std::any::Any;
+#[cfg(feature = "torch")]
+use std::collections::BTreeSet;
 use std::fmt;
 use std::sync::Arc;
 
 use super::super::ModelError;
+#[cfg(feature = "torch")]
+use super::LayerNames;
 use super::{AdapterFile, AdapterReport};
 use crate::service::AdapterMode;
 
@@ -61,4 +65,25 @@ pub trait StackMaker: fmt::Debug + Send + Sync {
     /// one that was opened, [`ModelError::OutOfMemory`].
     fn make(&self, adapters: &[Adapter<'_>], mode: AdapterMode)
     -> Result<(ReadyStack, Vec<AdapterReport>), ModelError>;
+
+    /// Bytes of private copies of all weights that the adapters change. Makes none.
+    ///
+    /// # Errors
+    /// As [`AdapterFile::report`].
+    fn merged_bytes(&self, adapters: &[Adapter<'_>]) -> Result<u64, ModelError>;
+}
+
+/// Elements of all weights and biases that adapters change.
+#[cfg(feature = "torch")]
+pub(in crate::model) fn changed_elements(names: &LayerNames, adapters: &[Adapter<'_>]) -> Result<u64, ModelError> {
+    let mut changed = BTreeSet::new();
+    for adapter in adapters {
+        changed.extend(adapter.file.fit(names)?.changes.into_keys());
+    }
+    let elements = changed.into_iter().filter_map(|id| names.layer(id)).map(|layer| {
+        let weight = layer.weight.iter().fold(1, |all: u64, &extent| all.saturating_mul(extent));
+        let bias = if layer.biased { layer.weight.first().copied().unwrap_or(0) } else { 0 };
+        weight.saturating_add(bias)
+    });
+    Ok(elements.fold(0, u64::saturating_add))
 }

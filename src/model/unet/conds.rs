@@ -148,10 +148,7 @@ impl Conds {
         });
         let kept = others.chain(these).fold(0, u64::saturating_add);
         if kept > MAX_KEPT_BYTES {
-            return Err(refused(format!(
-                "the run would keep {kept} bytes of its conds, and may keep {MAX_KEPT_BYTES}; open another one, or send the \
-                 context of one row where all rows share it"
-            )));
+            return Err(ModelError::CondsTooLarge { path: facts.path.clone(), bytes: kept, limit: MAX_KEPT_BYTES });
         }
         let leaves_out = input.context.is_none() || (input.y.is_none() && facts.vector_width.is_some());
         let uses = conds.iter().map(|&cond| {

@@ -3,7 +3,7 @@ use std::sync::Arc;
 
 use tch::{Kind, TchError, Tensor};
 
-use super::super::super::adapter::Part;
+use super::super::super::adapter::{Part, changed_elements};
 use super::super::super::layout::Linear;
 use super::super::super::layout::unet::Layer;
 use super::super::super::{
@@ -17,6 +17,9 @@ use super::WHAT;
 use super::base::ClipBase;
 use super::linear::{Adapters, float};
 use crate::service::AdapterMode;
+
+/// Bytes of an element of what changes.
+const FLOAT_BYTES: u64 = 4;
 
 /// All that one request's adapters change in a set of text encoders: in float32, on their device, never changed.
 #[derive(Debug)]
@@ -66,6 +69,10 @@ impl StackMaker for ClipBase {
         let (stack, reports) = self.adapt(adapters, mode)?;
         let size_bytes = stack.size_bytes();
         Ok((ReadyStack::new(Arc::new(stack), size_bytes), reports))
+    }
+
+    fn merged_bytes(&self, adapters: &[Adapter<'_>]) -> Result<u64, ModelError> {
+        Ok(changed_elements(&self.names, adapters)?.saturating_mul(FLOAT_BYTES))
     }
 }
 
@@ -143,5 +150,5 @@ fn rows(layer: &Linear<Tensor>, share: usize) -> Result<Layer<Tensor>, TchError>
 fn size_bytes(patch: &LayerPatch) -> u64 {
     let side = patch.low_rank.iter().flat_map(|path| [&path.down, &path.up]);
     let own = patch.replaced.iter().flat_map(|own| std::iter::once(&own.weight).chain(&own.bias));
-    side.chain(own).map(|tensor| tensor.numel() as u64 * 4).sum()
+    side.chain(own).map(|tensor| tensor.numel() as u64 * FLOAT_BYTES).sum()
 }

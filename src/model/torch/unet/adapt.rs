@@ -3,7 +3,7 @@ use std::sync::Arc;
 
 use tch::{Kind, TchError, Tensor};
 
-use super::super::super::adapter::{Change, Delta, Part};
+use super::super::super::adapter::{Change, Delta, Part, changed_elements};
 use super::super::super::layout::unet::Layer;
 use super::super::super::{Adapter, AdapterFile, AdapterReport, LayerId, ModelError, ReadyStack, StackMaker};
 use super::super::adapter::{Narrow, merged, narrow, tensors};
@@ -48,6 +48,11 @@ impl StackMaker for Base {
         let Adapted { stack, reports } = self.adapt(adapters, mode)?;
         let size_bytes = stack.size_bytes();
         Ok((ReadyStack::new(Arc::new(stack), size_bytes), reports))
+    }
+
+    fn merged_bytes(&self, adapters: &[Adapter<'_>]) -> Result<u64, ModelError> {
+        let element_bytes = self.kind.elt_size_in_bytes() as u64;
+        Ok(changed_elements(&self.names, adapters)?.saturating_mul(element_bytes))
     }
 }
 
