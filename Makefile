@@ -64,6 +64,8 @@ test-examples: build extension $(VENV)/.test
 	$(CARGO) run --release --quiet --features $(FEATURES) --example embed_broker
 	$(CARGO) run --release --quiet --features $(FEATURES) --example decode
 	$(CARGO) run --release --quiet --features $(FEATURES) --example attach
+	$(CARGO) build --release --quiet --features $(FEATURES) --example txt2img
+	$(BIN)/python tests/txt2img_program.py target/release/examples/txt2img
 	$(BIN)/python examples/attach_diffusers.py
 	$(BIN)/python examples/attach_transformers.py
 

@@ -1,8 +1,11 @@
-//! What adapters call the layers of published UNets. Needs no libtorch.
+//! What adapters call the layers of published UNets and text encoders. Needs no libtorch.
 
+#[path = "support/clip_names.rs"]
+mod clip_names;
 #[path = "support/unet.rs"]
 mod unet;
 
+use clip_names::{G, H, L, Names, open_clip, transformers};
 use luna_broker::model::{LayerNames, ModelFile};
 use unet::{Numbers, write_sparse};
 
@@ -95,5 +98,98 @@ fn no_name_stands_for_two_layers() {
             stems.iter().map(|stem| count(stem)).sum::<usize>(),
             "{model}: a name is another layer's too"
         );
+    }
+}
+
+/// The names for encoders in files of their own.
+fn encoder_names(files: &[Names]) -> LayerNames {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let files: Vec<_> = (files.iter().enumerate())
+        .map(|(at, entries)| {
+            let path = folder.path().join(format!("{at}.safetensors"));
+            write_sparse(&path, entries, "F16", None);
+            ModelFile::open(&path).expect("a valid file")
+        })
+        .collect();
+    LayerNames::of_text_encoders(&files.iter().collect::<Vec<_>>()).unwrap_or_else(|error| panic!("{error}"))
+}
+
+/// Some layers; CLIP-L has no block 22.
+const LAYERS: [&str; 3] =
+    ["encoder.layers.0.mlp.fc1", "encoder.layers.22.mlp.fc2", "encoder.layers.1.self_attn.out_proj"];
+
+/// Of all ways to name a layer of the encoder `own`, these and no others find it.
+fn check(what: &str, names: &LayerNames, own: &str, short: &[&str], dotted: &[&str], bare: bool) {
+    for layer in LAYERS {
+        let stem = format!("text_model.{layer}");
+        let id = names.find(&format!("text_encoders.{own}.transformer.{stem}"));
+        if own == "clip_l" && layer.contains(".22.") {
+            assert_eq!(id, None, "{what}");
+            continue;
+        }
+        assert_eq!(id.and_then(|id| names.stem(id)), Some(stem.as_str()), "{what}");
+        let joined = stem.replace('.', "_");
+        let finds = |name: &str| names.find(name).is_some_and(|found| Some(found) == id);
+        for start in ["te", "te1", "te2", "te3"] {
+            for family in ["lora", "lycoris"] {
+                let name = format!("{family}_{start}_{joined}");
+                assert_eq!(finds(&name), short.contains(&start), "{what}: {name}");
+            }
+        }
+        for start in ["text_encoder", "text_encoder_2"] {
+            for name in [format!("{start}.{stem}"), format!("{start}.base_model.model.{stem}")] {
+                assert_eq!(finds(&name), dotted.contains(&start), "{what}: {name}");
+            }
+            // From when diffusers kept adapters in attention processors.
+            if let Some(attention) = stem.strip_suffix(".out_proj") {
+                let name = format!("{start}.{attention}.to_out");
+                assert_eq!(finds(&name), dotted.contains(&start), "{what}: {name}");
+            }
+        }
+        let name = format!("base_model.model.{stem}");
+        assert_eq!(finds(&name), bare, "{what}: {name}");
+    }
+}
+
+#[test]
+fn an_encoder_alone_goes_by_the_names_of_the_first_and_in_a_pair_each_by_its_own() {
+    let one: [&str; 2] = ["te", "te1"];
+    let alone = [
+        ("CLIP-L", transformers("text_model.", L), "clip_l", &one[..], &["text_encoder"][..]),
+        ("SD2's", open_clip("cond_stage_model.model.", H), "clip_h", &one, &["text_encoder"]),
+        ("CLIP-H", transformers("text_model.", H), "clip_h", &one, &["text_encoder"]),
+        (
+            "the refiner's",
+            open_clip("conditioner.embedders.0.model.", G),
+            "clip_g",
+            &["te", "te1", "te2"],
+            &["text_encoder", "text_encoder_2"],
+        ),
+        (
+            "CLIP-G",
+            transformers("text_model.", G),
+            "clip_g",
+            &["te", "te1", "te2"],
+            &["text_encoder", "text_encoder_2"],
+        ),
+    ];
+    for (what, entries, own, short, dotted) in alone {
+        check(what, &encoder_names(&[entries]), own, short, dotted, true);
+    }
+    let pair = encoder_names(&[transformers("text_model.", L), open_clip("", G)]);
+    check("SDXL's first", &pair, "clip_l", &one, &["text_encoder"], false);
+    check("SDXL's second", &pair, "clip_g", &["te2"], &["text_encoder_2"], false);
+}
+
+#[test]
+fn projections_that_are_stored_as_one_matrix_have_names_of_their_own() {
+    let names = encoder_names(&[open_clip("conditioner.embedders.0.model.", G)]);
+    let of = |layer: &str| names.find(&format!("lora_te1_text_model_encoder_layers_31_self_attn_{layer}"));
+    let ids: Vec<_> = ["q_proj", "k_proj", "v_proj", "out_proj"].into_iter().map(of).collect();
+    assert!(ids.iter().all(Option::is_some), "{ids:?}");
+    assert!(ids.iter().enumerate().all(|(at, id)| !ids[..at].contains(id)), "{ids:?}");
+    for (old, new) in [("to_q", "q_proj"), ("to_k", "k_proj"), ("to_v", "v_proj"), ("to_out", "out_proj")] {
+        let old = names.find(&format!("text_encoder_2.text_model.encoder.layers.31.self_attn.{old}"));
+        assert_eq!(old, of(new), "{new}");
     }
 }

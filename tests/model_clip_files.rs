@@ -1,98 +1,20 @@
 //! Text encoders are recognised by names and shapes. The files are all header: their data is a hole.
 
-use std::path::{Path, PathBuf};
+#[path = "support/clip_names.rs"]
+mod clip_names;
+#[path = "support/unet.rs"]
+mod sparse;
 
+use std::path::PathBuf;
+
+use clip_names::{G, H, L, Names, Size, named, open_clip, transformers};
 use luna_broker::ErrorKind;
 use luna_broker::model::clip::{ClipFacts, ClipKind, clip_facts, text_encoders};
 use luna_broker::model::{ModelError, ModelFile};
+use sparse::write_sparse;
 
-/// Names with their shapes.
-type Names = Vec<(String, Vec<usize>)>;
 /// Kind, width and blocks of an encoder.
 type Main = (ClipKind, u64, u64);
-
-#[derive(Clone, Copy)]
-struct Size {
-    vocabulary: usize,
-    width: usize,
-    layers: usize,
-    ff: usize,
-}
-
-const L: Size = Size { vocabulary: 49408, width: 768, layers: 12, ff: 3072 };
-const H: Size = Size { vocabulary: 49408, width: 1024, layers: 24, ff: 4096 };
-const G: Size = Size { vocabulary: 49408, width: 1280, layers: 32, ff: 5120 };
-
-fn named(prefix: &str, names: &[(&str, Vec<usize>)]) -> Names {
-    names.iter().map(|(name, shape)| (format!("{prefix}{name}"), shape.clone())).collect()
-}
-
-fn transformers(prefix: &str, size: Size) -> Names {
-    let Size { vocabulary, width, layers, ff } = size;
-    let mut all = named(
-        prefix,
-        &[
-            ("embeddings.token_embedding.weight", vec![vocabulary, width]),
-            ("embeddings.position_embedding.weight", vec![77, width]),
-            ("final_layer_norm.weight", vec![width]),
-            ("final_layer_norm.bias", vec![width]),
-        ],
-    );
-    for at in 0..layers {
-        let layers: [(&str, Vec<usize>); 8] = [
-            ("layer_norm1", vec![width]),
-            ("self_attn.q_proj", vec![width, width]),
-            ("self_attn.k_proj", vec![width, width]),
-            ("self_attn.v_proj", vec![width, width]),
-            ("self_attn.out_proj", vec![width, width]),
-            ("layer_norm2", vec![width]),
-            ("mlp.fc1", vec![ff, width]),
-            ("mlp.fc2", vec![width, ff]),
-        ];
-        for (layer, shape) in layers {
-            let stem = format!("{prefix}encoder.layers.{at}.{layer}");
-            all.push((format!("{stem}.bias"), shape[..1].to_vec()));
-            all.push((format!("{stem}.weight"), shape));
-        }
-    }
-    all
-}
-
-fn open_clip(prefix: &str, size: Size) -> Names {
-    let Size { vocabulary, width, layers, ff } = size;
-    let mut all = named(
-        prefix,
-        &[
-            ("token_embedding.weight", vec![vocabulary, width]),
-            ("positional_embedding", vec![77, width]),
-            ("ln_final.weight", vec![width]),
-            ("ln_final.bias", vec![width]),
-            ("text_projection", vec![width, width]),
-            ("logit_scale", vec![]),
-        ],
-    );
-    for at in 0..layers {
-        let block = format!("{prefix}transformer.resblocks.{at}.");
-        all.extend(named(
-            &block,
-            &[
-                ("ln_1.weight", vec![width]),
-                ("ln_1.bias", vec![width]),
-                ("attn.in_proj_weight", vec![3 * width, width]),
-                ("attn.in_proj_bias", vec![3 * width]),
-                ("attn.out_proj.weight", vec![width, width]),
-                ("attn.out_proj.bias", vec![width]),
-                ("ln_2.weight", vec![width]),
-                ("ln_2.bias", vec![width]),
-                ("mlp.c_fc.weight", vec![ff, width]),
-                ("mlp.c_fc.bias", vec![ff]),
-                ("mlp.c_proj.weight", vec![width, ff]),
-                ("mlp.c_proj.bias", vec![width]),
-            ],
-        ));
-    }
-    all
-}
 
 struct Folder(tempfile::TempDir);
 
@@ -111,7 +33,7 @@ impl Folder {
     }
 
     fn file_of(&self, names: &Names, dtype: &str) -> ModelFile {
-        write_header(&self.path(), names, dtype);
+        write_sparse(&self.path(), names, dtype, None);
         ModelFile::open(&self.path()).unwrap_or_else(|error| panic!("{error}"))
     }
 
@@ -124,23 +46,6 @@ impl Folder {
         assert!(matches!(error, ModelError::Unsupported { .. }), "{error:?}");
         error.to_string()
     }
-}
-
-/// Tensors of two-byte elements whose values are all zero without taking any room.
-fn write_header(path: &Path, names: &Names, dtype: &str) {
-    let mut header = serde_json::Map::new();
-    let mut at = 0;
-    for (name, shape) in names {
-        let end = at + 2 * shape.iter().product::<usize>();
-        let stored = serde_json::json!({"dtype": dtype, "shape": shape, "data_offsets": [at, end]});
-        assert!(header.insert(name.clone(), stored).is_none(), "{name} twice");
-        at = end;
-    }
-    let header = serde_json::Value::Object(header).to_string();
-    let bytes = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes()].concat();
-    std::fs::write(path, &bytes).expect("a header");
-    let file = std::fs::OpenOptions::new().write(true).open(path).expect("the file");
-    file.set_len((bytes.len() + at) as u64).expect("a hole");
 }
 
 /// A U-Net's first tensor, as in every checkpoint.

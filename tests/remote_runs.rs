@@ -8,6 +8,9 @@ mod cache;
 #[path = "remote_runs/crew.rs"]
 mod crew;
 #[cfg(all(feature = "cli", target_os = "linux"))]
+#[path = "remote_runs/folders.rs"]
+mod folders;
+#[cfg(all(feature = "cli", target_os = "linux"))]
 #[path = "remote_runs/memory.rs"]
 mod memory;
 #[cfg(all(feature = "cli", target_os = "linux"))]

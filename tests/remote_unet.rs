@@ -4,6 +4,8 @@
 #[path = "support/raw.rs"]
 mod raw;
 mod support;
+#[path = "support/unet.rs"]
+mod unet_file;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -17,6 +19,7 @@ use luna_broker::tensor::{DType, Dims, TensorMeta};
 use raw::Raw;
 use safetensors::SafeTensors;
 use support::{Place, broker_at, client_at, config, connect, local_client};
+use unet_file::{Numbers, write_sparse};
 
 /// Largest difference that differently ordered sums explain, for results of a size around one.
 const TOLERANCE: f32 = 2e-5;
@@ -154,6 +157,7 @@ fn what_does_not_fit_the_model_is_refused_by_name_and_harms_nobody() {
     let of = |shape: &[u64]| Input::new(TensorMeta::contiguous(DType::F32, Dims::new(shape).unwrap()), &bytes).unwrap();
     let rows = good.x.meta().shape.as_slice()[0];
     let wrong = Control { input: Vec::new(), middle: vec![Some(of(&[rows, 3, 1, 1]))], output: Vec::new() };
+    let flat = Control { input: Vec::new(), middle: vec![Some(of(&[rows, 3]))], output: Vec::new() };
     let cases = [
         ("context", &sd15, UnetInput { context: of(&[rows, 77, 7]), ..good.clone() }),
         ("y", &sdxl, UnetInput { y: None, ..with_y.clone() }),
@@ -161,6 +165,13 @@ fn what_does_not_fit_the_model_is_refused_by_name_and_harms_nobody() {
         ("control.middle", &sd15, UnetInput { control: Some(wrong), ..good.clone() }),
         ("x", &sd15, UnetInput { x: of(&[rows, 3, 8, 8]), ..good.clone() }),
         ("timesteps", &sd15, UnetInput { timesteps: of(&[rows + 1]), ..good.clone() }),
+        ("x", &sd15, UnetInput { x: of(&[rows, 4, 64]), ..good.clone() }),
+        ("x", &sd15, UnetInput { x: of(&[rows, 4, 1, 8, 8]), ..good.clone() }),
+        ("timesteps", &sd15, UnetInput { timesteps: of(&[rows, 1]), ..good.clone() }),
+        ("timesteps", &sd15, UnetInput { timesteps: of(&[]), ..good.clone() }),
+        ("context", &sd15, UnetInput { context: of(&[rows, 40]), ..good.clone() }),
+        ("y", &sdxl, UnetInput { y: Some(of(&[rows])), ..with_y.clone() }),
+        ("control.middle", &sd15, UnetInput { control: Some(flat), ..good.clone() }),
     ];
     for (tensor, unet, input) in cases {
         let error = unet.step(&input).unwrap_err();
@@ -172,6 +183,46 @@ fn what_does_not_fit_the_model_is_refused_by_name_and_harms_nobody() {
     assert_eq!(values(&unet(&bystander, &folder, "sd15").step(&good).unwrap()), expected);
     let error = client.vae(&file(&folder, "sdxl")).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::InvalidModel, "{error}");
+}
+
+#[test]
+fn files_that_hold_no_unet_that_can_be_run_are_refused_by_name_and_nothing_is_lost() {
+    let Some(folder) = golden() else { return };
+    let place = Place::new();
+    let _broker = broker_at(&place, config());
+    let client = client_at(&place);
+    let cases = Cases::of(&folder, "sd15");
+    let input = cases.input(cases.names()[0]);
+    let good = unet(&client, &folder, "sd15");
+    let expected = values(&good.step(&input).unwrap());
+    let whole = std::fs::read(file(&folder, "sd15")).unwrap();
+    std::fs::write(place.file("half.safetensors"), &whole[..whole.len() / 2]).unwrap();
+    let mut upscaler = Numbers::SMALL.entries();
+    upscaler.push(("label_emb.weight".to_owned(), vec![1000, 256]));
+    write_sparse(&place.file("upscaler.safetensors"), &upscaler, "F16", None);
+    // Cut along its tensors, so that the file itself is a valid one.
+    let mut part = Numbers::SMALL.entries();
+    part.truncate(part.len() / 2);
+    write_sparse(&place.file("part.safetensors"), &part, "F16", None);
+    write_sparse(&place.file("integers.safetensors"), &Numbers::SMALL.entries(), "I16", None);
+    for (name, kind, says) in [
+        ("upscaler", ErrorKind::Unsupported, "x4 upscaler"),
+        ("half", ErrorKind::InvalidModel, "half.safetensors"),
+        ("part", ErrorKind::Unsupported, "part.safetensors"),
+        ("integers", ErrorKind::Unsupported, "element type I16"),
+    ] {
+        let path = place.file(&format!("{name}.safetensors")).to_string_lossy().into_owned();
+        let loaded = client.load_with(Some(Service::Unet), &path, &CallOptions::default()).map(drop);
+        for error in [client.unet(&path).unwrap_err(), loaded.unwrap_err()] {
+            eprintln!("{name}: {error} ({})", error.remedy());
+            assert_eq!(error.kind(), kind, "{name}: {error}");
+            assert!(error.message().contains(says) && error.message().contains(name), "{name}: {error}");
+            assert!(!error.remedy().is_empty(), "{name}");
+            assert_eq!(values(&good.step(&input).unwrap()), expected, "after {name}");
+        }
+    }
+    assert_eq!(client.status().unwrap().models.iter().filter(|model| model.loaded).count(), 1);
+    assert_eq!(client.status().unwrap().sessions_lost, 0);
 }
 
 #[test]

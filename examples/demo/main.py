@@ -79,7 +79,7 @@ def _run(arguments: argparse.Namespace, scratch: Path) -> int:
     verdicts = _verdicts(picture, outputs)
     painted = paintings.paint(arguments.broker, scratch, _say)
     print(f"\n{paintings.table(painted)}\n")
-    verdicts.append(painted.verdict())
+    verdicts.extend(painted.verdicts())
     sheet = Path(arguments.out) / "contact-sheet.png"
     pictures.write_contact_sheet(sheet, [_decoded_tiles(picture, outputs), painted.tiles])
     _say(f"wrote {sheet}")

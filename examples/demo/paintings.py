@@ -50,7 +50,10 @@ class Paintings:
     def tiles(self) -> list[tuple[str, np.ndarray]]:
         return list(zip(self.captions, self.pixels, strict=True))
 
-    def verdict(self) -> tuple[bool, str]:
+    def verdicts(self) -> list[tuple[bool, str]]:
+        return [self._pictures_differ(), self._counters_add_up()]
+
+    def _pictures_differ(self) -> tuple[bool, str]:
         """Whether every stack made a picture of its own."""
         pairs = combinations(self.pixels, 2)
         least = min(float(np.abs(one - other).mean()) for one, other in pairs)
@@ -59,6 +62,18 @@ class Paintings:
         return (
             differ,
             f"the pictures of {len(self.pixels)} stacks of adapters {relation}: by {least:.2f} or more on average",
+        )
+
+    def _counters_add_up(self) -> tuple[bool, str]:
+        """Whether the broker counted every step, and left some of every worker's out."""
+        asked, hits = STEPS * len(self.replies), [reply["hits"] for reply in self.replies]
+        completed, batches = self.lane["completed"], self.lane["batches"]
+        holds = completed >= asked and 0 < batches <= completed and 0 < min(hits) <= max(hits) < STEPS
+        relation = "add up" if holds else "do NOT add up"
+        return (
+            holds,
+            f"the counters {relation}: {completed} requests for {asked} steps in {batches} batches; "
+            f"of {STEPS} steps, between {min(hits)} and {max(hits)} were left out for each worker",
         )
 
 

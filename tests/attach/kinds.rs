@@ -1,12 +1,13 @@
 //! Files of every element type, and files that are none.
 
 use luna_broker::ErrorKind;
+use luna_broker::protocol::Rung;
 use luna_broker::tensor::DType;
 use safetensors::tensor::Dtype;
 
 use crate::file::{counted, write};
 use crate::scene::Scene;
-use crate::support::client_at;
+use crate::support::{client_at, connect};
 
 #[test]
 fn every_element_type_scalars_and_empty_tensors_are_as_stored() {
@@ -37,6 +38,8 @@ fn every_element_type_scalars_and_empty_tensors_are_as_stored() {
     write(&path, &tensors);
     let client = client_at(&scene.place);
     let header = client.header(path.to_str().unwrap()).unwrap();
+    let inline = connect(&scene.place, |config| config.rung = Some(Rung::Inline));
+    assert_eq!(inline.header(path.to_str().unwrap()).unwrap(), header, "it takes no memory that is shared");
     assert!(client.status().unwrap().weights.is_empty(), "a header loads nothing");
     let weights = client.attach(path.to_str().unwrap()).unwrap();
     assert_eq!((weights.len(), header.len()), (tensors.len(), tensors.len()));

@@ -15,8 +15,10 @@ fn a_service_that_runs_elsewhere_takes_host_tensors_and_says_so_of_others() {
         let path = place.file("vae.safetensors");
         tiny::write(&path, 8);
         let client = guest.connect();
-        let devices: Vec<_> = client.status().unwrap().lanes.into_iter().map(|lane| lane.device).collect();
-        assert!(devices.contains(&"cpu".to_owned()) && devices.contains(&gpu(0).to_string()), "{devices:?}");
+        let lanes = client.status().unwrap().lanes;
+        let devices: Vec<_> = lanes.into_iter().map(|lane| (lane.service, lane.device)).collect();
+        let expected = [(Service::Vae, "cpu".to_owned()), (Service::Unet, gpu(0).to_string())];
+        assert_eq!(devices, [&expected[..], &[(Service::Clip, gpu(0).to_string())]].concat());
         let vae = client.vae(path.to_str().unwrap()).unwrap();
         assert_eq!(vae.info().device, "cpu");
         let (batch, latent) = (Batch::new(1, 8, 1), OwnLatent::new(0, 8));

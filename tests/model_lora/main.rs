@@ -1,6 +1,7 @@
 //! Adapters against the reference with changed weights, which `tests/golden/make_lora.py` wrote.
 #![cfg(feature = "torch")]
 
+mod interleaved;
 mod refusals;
 
 use std::collections::BTreeMap;

@@ -1,6 +1,11 @@
 //! What models are found by which names, how long they are kept, and what else can be run.
 #![cfg(all(target_os = "linux", feature = "cli"))]
 
+#[path = "../support/clip_names.rs"]
+mod clip_names;
+#[cfg(feature = "cuda")]
+#[path = "../support/cuda.rs"]
+mod cuda;
 #[path = "../support/process.rs"]
 mod process;
 #[path = "../support/mod.rs"]

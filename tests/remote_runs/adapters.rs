@@ -1,8 +1,11 @@
 //! Adapters of single steps: results, what is kept and read again, and what is refused.
 
+use std::path::Path;
+
 use luna_broker::client::{CallOptions, Client};
 use luna_broker::service::{AdapterMode, AdapterStack, AdapterTaken, AdapterUse};
 use luna_broker::{ErrorKind, Result};
+use safetensors::tensor::{Dtype, TensorView};
 
 use crate::config;
 use crate::support::{Place, broker_at, client_at};
@@ -11,6 +14,57 @@ use crate::{MERGED, Scene, TOLERANCE, copied, difference, values};
 fn with(scene: &Scene, client: &Client, stack: &AdapterStack) -> Result<(Vec<f32>, Vec<AdapterTaken>)> {
     let output = scene.unet(client).call(&scene.input(), stack, &client.default_options())?;
     Ok((values(&output.tensor), output.step.adapters))
+}
+
+/// The layer whose two matrices [`write_pair`] writes.
+const PAIR: &str = "lora_unet_input_blocks_1_0_in_layers_2";
+
+/// One matrix pair that fits, from the model's own adapter, and other tensors of one element beside it.
+fn write_pair(scene: &Scene, path: &Path, others: &[(&str, f32)]) {
+    let bytes = std::fs::read(scene.file("layout-kohya-single")).unwrap();
+    let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let mut views: Vec<_> = ["lora_up", "lora_down"]
+        .map(|part| format!("{PAIR}.{part}.weight"))
+        .map(|name| (name.clone(), tensors.tensor(&name).unwrap()))
+        .into();
+    let values: Vec<_> = others.iter().map(|(_, value)| value.to_le_bytes()).collect();
+    let one = |bytes| TensorView::new(Dtype::F32, vec![], bytes).unwrap();
+    views.extend(others.iter().zip(&values).map(|((name, _), bytes)| ((*name).to_owned(), one(&bytes[..]))));
+    safetensors::serialize_to_file(views, None, path).unwrap();
+}
+
+fn named(path: &Path) -> AdapterStack {
+    let name = path.to_string_lossy().into_owned();
+    AdapterStack { adapters: vec![AdapterUse { name, strength: 1.0 }], mode: AdapterMode::Auto }
+}
+
+#[test]
+fn what_of_a_file_is_not_taken_up_is_told_with_every_reply() {
+    let Some(scene) = Scene::of("sd15") else { return };
+    let place = Place::new();
+    let _broker = broker_at(&place, config());
+    let client = client_at(&place);
+    let folder = tempfile::tempdir().unwrap();
+    let [pair, stray] = ["pair", "stray"].map(|name| folder.path().join(format!("{name}.safetensors")));
+    let (unknown, encoders) =
+        ("lora_unet_of_another_family.alpha", "lora_te_text_model_encoder_layers_0_mlp_fc1.alpha");
+    write_pair(&scene, &pair, &[]);
+    write_pair(&scene, &stray, &[(unknown, 1.0), (encoders, 1.0)]);
+    let (expected, taken) = with(&scene, &client, &named(&pair)).unwrap();
+    assert_eq!((taken[0].layers, taken[0].unknown_keys, taken[0].other_keys), (1, 0, 0), "{taken:?}");
+    let plain = values(&scene.unet(&client).step(&scene.input()).unwrap());
+    assert!(difference(&plain, &expected) > 1e-3, "the pair does something");
+    let run = luna_broker::service::RunSettings { adapters: named(&stray), ..Default::default() };
+    let run = scene.unet(&client).run(run).unwrap();
+    let prefetched = scene.unet(&client).prefetch(&named(&stray), &CallOptions::default()).unwrap();
+    // The second time, the stack is there already.
+    for _ in 0..2 {
+        let (got, taken) = with(&scene, &client, &named(&stray)).unwrap();
+        assert_eq!(got, expected);
+        assert_eq!((taken[0].layers, taken[0].unknown_keys, taken[0].other_keys), (1, 1, 1), "{taken:?}");
+        assert_eq!(taken[0].unknown, [format!("{unknown:?}")]);
+        assert_eq!((&run.adapters(), &prefetched), (&taken, &taken));
+    }
 }
 
 #[test]
@@ -100,9 +154,14 @@ fn what_cannot_be_applied_is_refused_by_name_and_harms_nobody() {
         adapters: vec![AdapterUse { name: name.to_owned(), strength }],
         mode: AdapterMode::Auto,
     };
+    let alphas = [("nan", f32::NAN), ("endless", f32::INFINITY)].map(|(name, alpha)| {
+        let path = folder.path().join(format!("{name}.safetensors"));
+        write_pair(&scene, &path, &[(&format!("{PAIR}.alpha"), alpha)]);
+        path.to_string_lossy().into_owned()
+    });
     let lora = scene.file("lora").to_string_lossy().into_owned();
     let foreign = folder.path().join("foreign.safetensors");
-    let tensor = safetensors::tensor::TensorView::new(safetensors::Dtype::F32, vec![1], &[0; 4]).unwrap();
+    let tensor = TensorView::new(Dtype::F32, vec![1], &[0; 4]).unwrap();
     safetensors::serialize_to_file([("lora_unet_of_another_family.lora_up.weight", tensor)], None, &foreign).unwrap();
     let cases = [
         (named("nowhere", 1.0), ErrorKind::ModelNotFound, "nowhere"),
@@ -110,6 +169,8 @@ fn what_cannot_be_applied_is_refused_by_name_and_harms_nobody() {
         (named(&lora, f64::NAN), ErrorKind::Configuration, "NaN"),
         (named(&half.to_string_lossy(), 1.0), ErrorKind::InvalidModel, "half.safetensors"),
         (named(&foreign.to_string_lossy(), 1.0), ErrorKind::InvalidModel, "lora_unet_of_another_family"),
+        (named(&alphas[0], 1.0), ErrorKind::InvalidModel, "nan.safetensors"),
+        (named(&alphas[1], 1.0), ErrorKind::InvalidModel, "alpha"),
         (
             AdapterStack {
                 adapters: vec![AdapterUse { name: lora.clone(), strength: 1.0 }; 65],
@@ -127,11 +188,11 @@ fn what_cannot_be_applied_is_refused_by_name_and_harms_nobody() {
         assert!(error.message().contains(says) && !error.remedy().is_empty(), "{error}");
         assert_eq!(values(&scene.unet(&client).step(&scene.input()).unwrap()), plain);
     }
-    // Some keys of the one mean something to the other, or none does: never a crash, and told.
-    match with(&scene, &client, &other.stack("lora@1", AdapterMode::Auto)) {
-        Ok((_, taken)) => assert!(taken[0].unknown_keys > 0, "{taken:?}"),
-        Err(error) => assert_eq!(error.kind(), ErrorKind::InvalidModel, "{error}"),
-    }
+    // Some layers of the one are called as some of the other, and are of another shape.
+    let error = with(&scene, &client, &other.stack("lora@1", AdapterMode::Auto)).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::InvalidModel, "{error}");
+    assert!(error.message().contains("sdxl.lora.safetensors") && error.message().contains("lora_unet_"), "{error}");
+    assert_eq!(values(&scene.unet(&client).step(&scene.input()).unwrap()), plain);
 }
 
 #[test]

@@ -25,13 +25,24 @@ impl Walk {
     }
 
     fn go(&self, run: &Run, timestep: f32, shift: f32, conds: &[u32]) -> (Vec<f32>, Option<CacheVerdict>) {
-        let x = made(&[2, 4, 8, 8], |at| (at as f32 * 0.37).sin() + shift);
+        self.step(run, timestep, conds, &made(&[2, 4, 8, 8], |at| (at as f32 * 0.37).sin() + shift), None)
+    }
+
+    /// The same with a latent and a `y` of one's own.
+    fn step(
+        &self,
+        run: &Run,
+        timestep: f32,
+        conds: &[u32],
+        x: &(TensorMeta, Vec<u8>),
+        y: Option<&(TensorMeta, Vec<u8>)>,
+    ) -> (Vec<f32>, Option<CacheVerdict>) {
         let timesteps = made(&[2], |_| timestep);
         let input = StepInput {
-            x: given(&x),
+            x: given(x),
             timesteps: given(&timesteps),
             context: Some(given(&self.context)),
-            y: None,
+            y: y.map(given),
             control: None,
         };
         let output = run.call(&input, conds, &Default::default()).unwrap();
@@ -171,6 +182,66 @@ fn conds_contexts_control_and_sizes_have_states_of_their_own() {
     assert_eq!(controlled(1.01), Hit);
     assert_eq!(controlled(3.0), ControlChanged, "it changed");
     assert_eq!(verdict(&walk, 850.0, &[2, 3]), ControlChanged, "it went");
+}
+
+#[test]
+fn what_was_kept_for_a_latent_of_another_size_is_not_compared_with() {
+    use CacheVerdict::{Empty, Hit};
+    let Some(scene) = Scene::of("sd15") else { return };
+    let place = Place::new();
+    let _broker = broker_at(&place, config());
+    let client = client_at(&place);
+    let unet = scene.unet(&client);
+    let walk = Walk::of(unet.info().unet.as_ref().unwrap().context_width);
+    let run = |cache| unet.run(RunSettings { cache, ..RunSettings::default() }).unwrap();
+    let (cached, plain) = (run(Some(BlockCache::new(1e6))), run(None));
+    let steps =
+        [(10, 8, Empty), (10, 8, Hit), (8, 8, Empty), (8, 8, Hit), (8, 10, Empty), (10, 8, Empty), (10, 8, Hit)];
+    for (at, (height, width, expected)) in steps.into_iter().enumerate() {
+        let x = made(&[2, 4, height, width], |at| (at as f32 * 0.37).sin());
+        let timestep = 900.0 - at as f32;
+        let (out, verdict) = walk.step(&cached, timestep, &[0, 1], &x, None);
+        assert_eq!(verdict, Some(expected), "step {at} of {height} x {width}");
+        let computed = walk.step(&plain, timestep, &[0, 1], &x, None).0;
+        assert_eq!(out.len(), computed.len());
+        assert!(expected == Hit || out == computed, "step {at} was computed");
+    }
+}
+
+#[test]
+fn what_was_computed_with_another_y_is_not_compared_with() {
+    use CacheVerdict::{Empty, Hit};
+    let Some(scene) = Scene::of("sdxl") else { return };
+    let place = Place::new();
+    let _broker = broker_at(&place, config());
+    let client = client_at(&place);
+    let unet = scene.unet(&client);
+    let facts = unet.info().unet.clone().unwrap();
+    let walk = Walk::of(facts.context_width);
+    let run = |cache| unet.run(RunSettings { cache, ..RunSettings::default() }).unwrap();
+    let (cached, plain) = (run(Some(BlockCache::new(1e6))), run(None));
+    let x = made(&[2, 4, 8, 8], |at| (at as f32 * 0.37).sin());
+    let y = |pace: f32| made(&[2, facts.vector_width.unwrap()], |at| (at as f32 * pace).cos());
+    let (one, other) = (y(0.3), y(0.7));
+    // One of the two rows is as before.
+    let mut half = other.clone();
+    let middle = half.1.len() / 2;
+    half.1[middle..].copy_from_slice(&one.1[middle..]);
+    let steps = [
+        (Some(&one), Empty, "the first"),
+        (Some(&one), Hit, "the same again"),
+        (None, Hit, "that of before"),
+        (Some(&other), Empty, "another"),
+        (None, Hit, "that of before"),
+        (Some(&half), Empty, "one row's is another"),
+    ];
+    for (at, (y, expected, what)) in steps.into_iter().enumerate() {
+        let timestep = 900.0 - at as f32;
+        let (out, verdict) = walk.step(&cached, timestep, &[0, 1], &x, y);
+        assert_eq!(verdict, Some(expected), "{what}");
+        let computed = walk.step(&plain, timestep, &[0, 1], &x, y).0;
+        assert!(expected == Hit || out == computed, "{what}: it was computed");
+    }
 }
 
 #[test]
