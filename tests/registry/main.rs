@@ -1,6 +1,9 @@
 //! What models are found by which names, how long they are kept, and what else can be run.
 #![cfg(all(target_os = "linux", feature = "cli"))]
 
+#[cfg(feature = "torch")]
+#[path = "../support/clip.rs"]
+mod clip;
 #[path = "../support/process.rs"]
 mod process;
 #[path = "../support/mod.rs"]
@@ -14,6 +17,10 @@ mod unet;
 mod eviction;
 mod folders;
 #[cfg(feature = "torch")]
+mod golden;
+#[cfg(feature = "torch")]
 mod published;
+#[cfg(feature = "torch")]
+mod published_parts;
 mod registered;
 mod services;
