@@ -19,6 +19,8 @@ mod folders;
 #[cfg(feature = "torch")]
 mod golden;
 #[cfg(feature = "torch")]
+mod peft;
+#[cfg(feature = "torch")]
 mod published;
 #[cfg(feature = "torch")]
 mod published_parts;
