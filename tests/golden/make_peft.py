@@ -32,11 +32,13 @@ ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 UNET = [*ATTENTION, "ff.net.0.proj", "ff.net.2", "proj_in", "conv1", "conv2", "conv_shortcut", "time_emb_proj"]
 TEXT = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 
-# Names, parts of names and an expression; whichever comes first of those that fit a layer counts.
+# Names, parts of names and an expression; whichever comes first of those that fit a layer counts. peft sorts them when
+# it saves them: they are in that order here too, or it would load another adapter than it has saved.
 PATTERNS = {
-    "rank_pattern": {"to_k": 2, "down_blocks.0.resnets.0.conv1": 6},
-    "alpha_pattern": {"attn2.to_k": 3, "down_blocks.0.resnets.0.conv1": 8.5, r"up_blocks\.\d\..*\.to_v": 2, "to_v": 9},
+    "rank_pattern": {"down_blocks.0.resnets.0.conv1": 6, "to_k": 2},
+    "alpha_pattern": {"attn2.to_k": 3, "down_blocks.0.resnets.0.conv1": 8.5, r"mid_b.*\.attn\d\.to_v": 2, "to_v": 9},
 }
+assert all(list(pattern) == sorted(pattern) for pattern in PATTERNS.values())
 UNET_ADAPTERS = {
     "lora": lambda: LoraConfig(r=4, lora_alpha=10, target_modules=UNET),
     "patterns": lambda: LoraConfig(r=4, lora_alpha=10, target_modules=UNET, **PATTERNS),
