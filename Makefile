@@ -98,6 +98,7 @@ golden: $(VENV)/.test
 	@$(BIN)/python tests/golden/make_clip.py $(LUNA_BROKER_GOLDEN)/clip
 	@$(BIN)/python tests/golden/make_clip_lora.py $(LUNA_BROKER_GOLDEN)/clip
 	@$(BIN)/python tests/golden/make_lora.py $(LUNA_BROKER_GOLDEN)
+	@$(BIN)/python tests/golden/make_peft.py $(LUNA_BROKER_GOLDEN)
 	@$(BIN)/python tests/golden/make_pipeline.py $(LUNA_BROKER_GOLDEN)
 
 lint: $(VENV)/.test

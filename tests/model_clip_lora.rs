@@ -1,4 +1,5 @@
-//! Adapters of text encoders against the reference with changed weights, which `tests/golden/make_clip_lora.py` wrote.
+//! Adapters of text encoders against the reference with changed weights, which `tests/golden/make_clip_lora.py` wrote, and
+//! against peft, by `tests/golden/make_peft.py`.
 #![cfg(feature = "torch")]
 
 use std::collections::BTreeMap;
@@ -47,8 +48,12 @@ impl Scene {
         };
         // Layers this small take longer to be shared out than to be computed, and other tests run beside.
         set_threads(1);
-        let (clip, file) = load(&folder.join(format!("{file}.safetensors")));
-        let folder = folder.join("lora");
+        Some(Self::new(folder.join("lora"), name, &folder.join(format!("{file}.safetensors"))))
+    }
+
+    /// The encoders in `file` with the cases in `folder`.
+    fn new(folder: PathBuf, name: &'static str, file: &Path) -> Self {
+        let (clip, file) = load(file);
         let io = Tensor::read_safetensors(folder.join(format!("{name}.io.safetensors"))).expect("a file of cases");
         let tensors: BTreeMap<_, _> = io.into_iter().collect();
         let prompts = tensors.iter().filter_map(|(name, ids)| {
@@ -56,7 +61,7 @@ impl Scene {
             Some(ClipPrompt { kind, chunks: chunks(ids) })
         });
         let call = ClipCall { prompts: prompts.collect(), from_end: None, project: true };
-        Some(Self { folder, name, clip, file, call, tensors })
+        Self { folder, name, clip, file, call, tensors }
     }
 
     fn all() -> impl Iterator<Item = Self> {
@@ -196,6 +201,37 @@ fn one_adapter_means_the_same_in_every_way_of_writing_its_keys() {
                 scene.clip.base().adapt(&[Adapter { file: &file, strength: 1.0 }], MODES[0]).unwrap();
             assert_eq!((reports[0].unknown.count, reports[0].unet_keys), (0, 0), "{layout}: {reports:?}");
             check(&format!("{} {layout}", scene.name), &scene.run(Some(&stack)), &expected);
+        }
+    }
+}
+
+#[test]
+fn what_peft_and_diffusers_save_does_what_it_does_in_peft() {
+    let golden = std::env::var_os("LUNA_BROKER_GOLDEN").map(PathBuf::from);
+    let Some(golden) = golden.filter(|golden| golden.join("peft").is_dir()) else {
+        return eprintln!("skipped: set LUNA_BROKER_GOLDEN to FOLDER after `python tests/golden/make_peft.py FOLDER`");
+    };
+    set_threads(1);
+    let (saved, by_pipelines) = ("adapter_model", "pytorch_lora_weights");
+    let cases = [
+        ("clip_l", "clip_l.transformers", "lora", "clip_l.lora", saved),
+        ("clip_l", "clip_l.transformers", "lora", "clip_l.lora-inner", saved),
+        ("clip_l", "clip_l.transformers", "lora", "clip_l.lora", by_pipelines),
+        ("clip_l", "clip_l.transformers", "dora", "clip_l.dora", saved),
+        ("clip_l", "clip_l.transformers", "loha", "clip_l.loha", saved),
+        // The UNet's adapter is in the same file, and each part has an alpha of its own.
+        ("sdxl-text", "sdxl.checkpoint", "lora", "sdxl.lora", by_pipelines),
+    ];
+    for (name, model, label, folder, file) in cases {
+        let model = golden.join("clip").join(format!("{model}.safetensors"));
+        let scene = Scene::new(golden.join("peft"), name, &model);
+        check("plain", &scene.run(None), &scene.expected("plain"));
+        let file = read(&scene.folder.join(folder).join(format!("{file}.safetensors")));
+        for mode in MODES {
+            let (stack, reports) = scene.clip.base().adapt(&[Adapter { file: &file, strength: 1.0 }], mode).unwrap();
+            let what = format!("{} {mode:?}", file.path().display());
+            assert_eq!((reports[0].unknown.count, reports[0].layers > 15), (0, true), "{what}: {reports:?}");
+            println!("{what}: {:.1e}", check(&what, &scene.run(Some(&stack)), &scene.expected(label)));
         }
     }
 }

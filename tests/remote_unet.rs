@@ -103,7 +103,7 @@ fn difference(left: &[f32], right: &[f32]) -> f32 {
 fn file(folder: &Path, model: &str) -> String {
     let way = match model {
         "sd15" => "checkpoint",
-        "sdxl" => "bare",
+        "sdxl" | "koala" => "bare",
         _ => "diffusers",
     };
     folder.join(format!("{model}.{way}.safetensors")).to_string_lossy().into_owned()
@@ -122,7 +122,7 @@ fn every_rung_brings_the_references_results() {
     let shared = client_at(&place);
     let inline = connect(&place, |config| config.rung = Some(Rung::Inline));
     let local = local_client(&broker);
-    for model in ["sd15", "sdxl", "ssd"] {
+    for model in ["sd15", "sdxl", "ssd", "sd2", "koala"] {
         let cases = Cases::of(&folder, model);
         for case in cases.names() {
             let input = cases.input(case);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,12 @@ import pytest
 import torch
 from conftest import eventually
 from safetensors.torch import load_file
+
+GOLDEN = Path(os.environ.get("LUNA_BROKER_GOLDEN", ""))
+
+golden = pytest.mark.skipif(
+    not (GOLDEN / "unet").is_dir(), reason="LUNA_BROKER_GOLDEN names no folder with what `make golden` makes"
+)
 
 
 def listed(client: Any, name: str) -> list[dict[str, Any]]:
@@ -26,6 +33,36 @@ def test_a_published_set_is_run_as_its_file_is(broker: Any, client: Any, constru
     client.unload("a merged vae")
     with pytest.raises(luna_broker.ModelNotFound):
         client.vae("a merged vae")
+
+
+@golden
+def test_a_published_unet_takes_the_step_that_its_file_takes(broker: Any, client: Any) -> None:
+    path = GOLDEN / "unet" / "sdxl.bare.safetensors"
+    with luna_broker.connect(broker.address) as publisher:
+        publisher.publish("a merged unet", load_file(path))
+    case = load_file(GOLDEN / "unet" / "sdxl.io.safetensors")
+    inputs = {name: case[f"plain.{name}"] for name in ("x", "timesteps", "context", "y")}
+    step = client.unet("a merged unet")(**inputs)
+    assert torch.equal(step, client.unet(path)(**inputs))
+    assert (step - case["plain.out"]).abs().max() <= 2e-5
+    client.unload("a merged unet")
+
+
+@golden
+def test_text_encoders_published_one_by_one_are_a_set(broker: Any, client: Any) -> None:
+    paths = [GOLDEN / "clip" / f"words.{kind}.safetensors" for kind in "lg"]
+    with luna_broker.connect(broker.address) as publisher:
+        for name, path in zip(("an own l", "an own g"), paths, strict=True):
+            publisher.publish(name, load_file(path))
+    cond, pooled = client.clip("an own g", "an own l").encode("a photo of a cat")
+    expected = client.clip(*paths).encode("a photo of a cat")
+    assert torch.equal(cond, expected[0])
+    assert torch.equal(pooled, expected[1])
+    assert [model["loaded"] for model in listed(client, "an own g + an own l")] == [True]
+    client.unload("an own l")
+    with pytest.raises(luna_broker.ModelNotFound, match="an own l"):
+        client.clip("an own l", "an own g")
+    client.unload("an own g")
 
 
 def test_a_registered_model_is_listed_until_its_session_ends(broker: Any, client: Any) -> None:

@@ -72,8 +72,14 @@ impl Facts {
 #[derive(Debug)]
 pub(super) enum Source {
     HandOff,
-    /// One file, or several that are used together, by path.
-    Files(Vec<Arc<ModelFile>>),
+    /// One, or several that are used together, in the order of their names.
+    Parts(Vec<Part>),
+}
+
+/// A file, or a set of tensors that a client published.
+#[derive(Debug)]
+pub(super) enum Part {
+    File(Arc<ModelFile>),
     Published(PublishedModel),
 }
 
@@ -84,53 +90,98 @@ pub(super) enum AdapterPlace {
     Published(PublishedModel),
 }
 
-impl Source {
-    /// The files it is in; none for a built-in model.
-    pub(super) fn files(&self) -> &[Arc<ModelFile>] {
+impl Part {
+    /// The path of a file, or the name that a set was published under.
+    pub(super) fn place(&self) -> &Path {
         match self {
-            Self::HandOff | Self::Published(_) => &[],
-            Self::Files(files) => files,
+            Self::File(file) => file.path(),
+            Self::Published(set) => Path::new(set.name()),
         }
-    }
-
-    pub(super) fn path(&self) -> Option<&Path> {
-        self.files().first().map(|file| file.path())
     }
 
     pub(super) fn is_same(&self, other: &Self) -> bool {
         match (self, other) {
-            (Self::Files(one), Self::Files(two)) => {
-                one.len() == two.len() && one.iter().zip(two).all(|(one, two)| one.path() == two.path())
-            }
+            (Self::File(one), Self::File(two)) => one.path() == two.path(),
             (Self::Published(one), Self::Published(two)) => one.is_same(two),
+            (Self::File(_), Self::Published(_)) | (Self::Published(_), Self::File(_)) => false,
+        }
+    }
+
+    /// Its tensors. A published set is held from here on until the value goes.
+    ///
+    /// # Errors
+    /// As [`PublishedModel::open`].
+    pub(super) fn open(&self) -> Result<Arc<ModelFile>, ModelError> {
+        match self {
+            Self::File(file) => Ok(Arc::clone(file)),
+            Self::Published(set) => set.open(),
+        }
+    }
+
+    fn is_outdated(&self) -> bool {
+        match self {
+            Self::File(file) => file.check_unchanged().is_err(),
+            Self::Published(set) => set.is_outdated(),
+        }
+    }
+
+    fn path(&self) -> Option<&Path> {
+        match self {
+            Self::File(file) => Some(file.path()),
+            Self::Published(_) => None,
+        }
+    }
+
+    fn shown(&self) -> Option<String> {
+        match self {
+            Self::File(file) => Some(file.path().file_name()?.to_string_lossy().into_owned()),
+            Self::Published(set) => Some(set.name().to_owned()),
+        }
+    }
+}
+
+impl Source {
+    /// What it is put together from; nothing for a built-in model.
+    pub(super) fn parts(&self) -> &[Part] {
+        match self {
+            Self::HandOff => &[],
+            Self::Parts(parts) => parts,
+        }
+    }
+
+    /// The paths of what of it is in files.
+    pub(super) fn paths(&self) -> impl Iterator<Item = &Path> {
+        self.parts().iter().filter_map(Part::path)
+    }
+
+    pub(super) fn is_same(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Parts(one), Self::Parts(two)) => {
+                one.len() == two.len() && one.iter().zip(two).all(|(one, two)| one.is_same(two))
+            }
             _ => false,
         }
     }
 
-    /// The tensors, by file; none of a built-in model. A published set is held from here on until the value goes.
+    /// The tensors, by part; none of a built-in model. Published sets are held from here on until the value goes.
     ///
     /// # Errors
     /// As [`PublishedModel::open`].
     pub(super) fn open(&self) -> Result<Option<Vec<Arc<ModelFile>>>, ModelError> {
         match self {
             Self::HandOff => Ok(None),
-            Self::Files(files) => Ok(Some(files.clone())),
-            Self::Published(set) => Ok(Some(vec![set.open()?])),
+            Self::Parts(parts) => parts.iter().map(Part::open).collect::<Result<_, _>>().map(Some),
         }
     }
 
     /// Whether the model is no longer what was recognised.
     pub(super) fn is_outdated(&self) -> bool {
-        match self {
-            Self::Published(set) => set.is_outdated(),
-            Self::HandOff | Self::Files(_) => self.files().iter().any(|file| file.check_unchanged().is_err()),
-        }
+        self.parts().iter().any(Part::is_outdated)
     }
 
-    /// What users see: the files' names, or the name of a built-in model.
+    /// What users see: the names of files and published sets, or the name of a built-in model.
     pub(super) fn shown(&self, asked_for: &str) -> String {
-        let name = |file: &Arc<ModelFile>| Some(file.path().file_name()?.to_string_lossy().into_owned());
-        let names: Option<Vec<String>> = self.files().iter().map(name).collect();
+        let names: Option<Vec<String>> = self.parts().iter().map(Part::shown).collect();
         names.filter(|names| !names.is_empty()).map_or_else(|| asked_for.to_owned(), |names| names.join(" + "))
     }
 }
@@ -228,19 +279,16 @@ impl ModelEntry {
 
     /// The error for a request that was accepted for a model which has been given up since.
     pub(super) fn changed(&self) -> ModelError {
-        let path = match &self.source {
-            Source::Published(set) => PathBuf::from(set.name()),
-            source => source.path().map_or_else(|| PathBuf::from(&self.name), Path::to_owned),
-        };
-        ModelError::Changed { path }
+        let first = self.source.parts().first();
+        ModelError::Changed { path: first.map_or_else(|| PathBuf::from(&self.name), |part| part.place().to_owned()) }
     }
 
     pub(super) fn report(&self) -> ModelReport {
-        let path = self.source.path().map_or_else(String::new, |path| path.to_string_lossy().into_owned());
+        let path = self.source.paths().next().map_or_else(String::new, |path| path.to_string_lossy().into_owned());
         let (latent_channels, ratio, unet, clip) = match &self.facts {
             Facts::Vae(facts) => (facts.latent_channels, facts.ratio, None, None),
             Facts::Unet(facts, _) => (facts.out_channels, 0, Some(unet_report(facts)), None),
-            Facts::Clip(set) => (0, 0, None, Some(clip_report(set, self.source.files()))),
+            Facts::Clip(set) => (0, 0, None, Some(clip_report(set, &self.source))),
         };
         ModelReport {
             name: self.name.clone(),
@@ -261,7 +309,7 @@ impl ModelEntry {
     }
 }
 
-fn clip_report(set: &TextEncoders, files: &[Arc<ModelFile>]) -> ClipReport {
+fn clip_report(set: &TextEncoders, source: &Source) -> ClipReport {
     let encoder = |facts: &ClipFacts| EncoderReport {
         kind: facts.kind,
         width: facts.width,
@@ -270,7 +318,7 @@ fn clip_report(set: &TextEncoders, files: &[Arc<ModelFile>]) -> ClipReport {
         projection: facts.projection,
     };
     ClipReport {
-        files: files.iter().map(|file| file.path().to_string_lossy().into_owned()).collect(),
+        files: source.paths().map(|path| path.to_string_lossy().into_owned()).collect(),
         encoders: set.encoders().iter().map(encoder).collect(),
     }
 }

@@ -13,15 +13,17 @@ pub(super) struct Folders {
     what: &'static str,
     /// The setting that names them.
     flag: &'static str,
+    /// What a path is known by.
+    resolve: fn(PathBuf) -> PathBuf,
 }
 
 impl Folders {
     pub(super) fn of_models(folders: Vec<PathBuf>) -> Self {
-        Self { folders, what: "model", flag: "--models" }
+        Self { folders, what: "model", flag: "--models", resolve: canonical }
     }
 
     pub(super) fn of_adapters(folders: Vec<PathBuf>) -> Self {
-        Self { folders, what: "adapter", flag: "--loras" }
+        Self { folders, what: "adapter", flag: "--loras", resolve: place }
     }
 
     /// Every file of that name, the one that goes before the others first; of a path, the file itself, whether it is there
@@ -29,7 +31,7 @@ impl Folders {
     pub(super) fn all(&self, name: &str) -> Vec<PathBuf> {
         let given = Path::new(name);
         if given.is_absolute() {
-            return vec![canonical(given.to_owned())];
+            return vec![(self.resolve)(given.to_owned())];
         }
         // A name must stay inside the folders.
         if name.is_empty() || !given.components().all(|part| matches!(part, Component::Normal(_))) {
@@ -37,7 +39,7 @@ impl Folders {
         }
         let with_extension = format!("{name}.safetensors");
         let candidates = self.folders.iter().flat_map(|folder| [folder.join(given), folder.join(&with_extension)]);
-        candidates.filter(|path| path.is_file()).map(canonical).collect()
+        candidates.filter(|path| path.is_file()).map(self.resolve).collect()
     }
 
     /// The file of that name or path.
@@ -104,6 +106,15 @@ fn canonical(path: PathBuf) -> PathBuf {
     std::fs::canonicalize(&path).unwrap_or(path)
 }
 
+/// The folder is looked up, and a link to a file in it is left alone: settings belong beside the link. Two names of one
+/// adapter are told by what they contain.
+fn place(path: PathBuf) -> PathBuf {
+    match (path.parent().map(std::fs::canonicalize), path.file_name()) {
+        (Some(Ok(folder)), Some(name)) => folder.join(name),
+        _ => path,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use crate::error::ErrorKind;
@@ -134,6 +145,22 @@ mod tests {
         assert_eq!(folders.first("one").unwrap(), root.join("a/one.safetensors"));
         let path = root.join("outside.safetensors");
         assert_eq!(folders.first(path.to_str().unwrap()).unwrap(), path, "a path needs no folder");
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_link_to_a_model_is_the_model_and_a_link_to_an_adapter_is_at_its_own_place() {
+        let (place, adapters) = two_folders();
+        let root = place.path().canonicalize().unwrap();
+        let link = root.join("a/link.safetensors");
+        std::os::unix::fs::symlink(root.join("outside.safetensors"), &link).unwrap();
+        std::os::unix::fs::symlink(root.join("a"), root.join("linked")).unwrap();
+        let by_path = root.join("linked/link.safetensors");
+        for name in ["link", by_path.to_str().unwrap()] {
+            assert_eq!(adapters.first(name).unwrap(), link, "settings beside it are in its folder");
+            let models = Folders::of_models(adapters.folders.clone());
+            assert_eq!(models.first(name).unwrap(), root.join("outside.safetensors"));
+        }
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use parking_lot::Mutex;
 
 use super::adapters::Adapters;
-use super::entry::{AdapterPlace, Facts, ModelEntry, Source, UnetSizes};
+use super::entry::{AdapterPlace, Facts, ModelEntry, Part, Source, UnetSizes};
 use super::folders::Folders;
 use super::loader::{CPU, Placement, Placements};
 use super::registered::Registered;
@@ -126,7 +126,7 @@ impl Registry {
         self.find(Asked { service, name: name.to_owned(), beside: Vec::new() })
     }
 
-    /// The text encoders in the files of these names or paths as one set, in whatever order they are named.
+    /// The text encoders in the files and published sets of these names or paths as one set, in whatever order they are named.
     ///
     /// # Errors
     /// As [`Registry::resolve`]; [`ModelError::Unsupported`] for encoders that do not go together.
@@ -161,29 +161,41 @@ impl Registry {
             let paths = self.models.all(name);
             // A file goes before a set of its name, which could not be published while the file was there.
             if let Some(set) = self.published(&paths, name) {
-                let facts = self.recognise(asked.service, &[set.open()?])?;
-                return Ok(self.add(asked, Source::Published(set), facts));
+                return self.put_together(asked, vec![Part::Published(set)]);
             }
             let mut refused = None;
             for path in paths {
-                let files = vec![Arc::new(ModelFile::open(&path)?)];
-                match self.recognise(asked.service, &files) {
-                    Ok(facts) => return Ok(self.add(asked, Source::Files(files), facts)),
+                let part = Part::File(Arc::new(ModelFile::open(&path)?));
+                match self.put_together(asked.clone(), vec![part]) {
                     // Folders by kind may each have a file of this name, with a part of their kind in it.
                     Err(error @ ModelError::MissingPart { .. }) => _ = refused.get_or_insert(error),
-                    Err(error) => return Err(error),
+                    found => return found,
                 }
             }
             return Err(refused.unwrap_or_else(|| self.models.not_found(name)));
         }
-        let mut paths = asked.names().map(|name| self.locate(name)).collect::<Result<Vec<_>, _>>()?;
-        paths.sort();
+        let mut parts = asked.names().map(|name| self.part(name)).collect::<Result<Vec<_>, _>>()?;
+        parts.sort_by(|one, other| one.place().cmp(other.place()));
         // Two names of one file.
-        paths.dedup();
-        let files = paths.iter().map(|path| Ok(Arc::new(ModelFile::open(path)?)));
-        let files = files.collect::<Result<Vec<_>, ModelError>>()?;
+        parts.dedup_by(|one, other| one.is_same(other));
+        self.put_together(asked, parts)
+    }
+
+    /// What is run under a name as part of a set: the first file of that name, or else what was published under it.
+    fn part(&self, name: &str) -> Result<Part, ModelError> {
+        let paths = self.models.all(name);
+        if let Some(set) = self.published(&paths, name) {
+            return Ok(Part::Published(set));
+        }
+        let path = paths.first().ok_or_else(|| self.models.not_found(name))?;
+        Ok(Part::File(Arc::new(ModelFile::open(path)?)))
+    }
+
+    /// Recognises a model in its parts, and remembers it.
+    fn put_together(&self, asked: Asked, parts: Vec<Part>) -> Result<Arc<ModelEntry>, ModelError> {
+        let files = parts.iter().map(Part::open).collect::<Result<Vec<_>, _>>()?;
         let facts = self.recognise(asked.service, &files)?;
-        Ok(self.add(asked, Source::Files(files), facts))
+        Ok(self.add(asked, Source::Parts(parts), facts))
     }
 
     /// The set published under a name that no file has.
@@ -239,11 +251,10 @@ impl Registry {
     pub(super) fn holding(&self, name: &str) -> Result<Vec<Arc<ModelEntry>>, ModelError> {
         let path = self.locate(name).ok();
         let holds = |asked: &Asked, entry: &ModelEntry| {
-            let mut files = entry.source.files().iter();
-            asked.names().any(|one| one == name) || files.any(|file| Some(file.path()) == path.as_deref())
+            asked.names().any(|one| one == name) || entry.source.paths().any(|own| Some(own) == path.as_deref())
         };
         let known = self.known.lock();
-        let in_sets = known.iter().filter(|(asked, entry)| entry.source.files().len() > 1 && holds(asked, entry));
+        let in_sets = known.iter().filter(|(asked, entry)| entry.source.parts().len() > 1 && holds(asked, entry));
         let mut sets: Vec<_> = in_sets.map(|(_, entry)| Arc::clone(entry)).collect();
         drop(known);
         sets.sort_by_key(|entry| entry.id);
@@ -274,7 +285,7 @@ impl Registry {
         let id = ModelId(self.next.fetch_add(1, Ordering::Relaxed));
         let device = match source {
             Source::HandOff => CPU.to_owned(),
-            Source::Files(_) | Source::Published(_) => self.device(key.service).unwrap_or(CPU).to_owned(),
+            Source::Parts(_) => self.device(key.service).unwrap_or(CPU).to_owned(),
         };
         let entry = ModelEntry {
             id,

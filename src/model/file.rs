@@ -10,6 +10,7 @@ use std::time::SystemTime;
 use memmap2::Mmap;
 
 use super::ModelError;
+use super::companion::Companion;
 use super::header::{Header, quote, read_header};
 use super::weights::WeightPlan;
 use crate::device::Span;
@@ -18,6 +19,9 @@ use crate::tensor::DType;
 
 /// Bytes read at once for a digest.
 const DIGESTED_BYTES: usize = 1 << 20;
+
+/// Under which name diffusers has peft's settings in the header of what it saves.
+pub(super) const ADAPTER_NOTES: &str = "lora_adapter_metadata";
 
 /// Element type as a file stores it; wider than [`DType`], which lists what can be computed with.
 pub type StoredDType = safetensors::Dtype;
@@ -98,6 +102,16 @@ pub struct ModelFile {
     state: FileState,
     source: Source,
     tensors: BTreeMap<String, StoredTensor>,
+    notes: Notes,
+}
+
+/// What is said about an adapter's tensors apart from them: two ways of the same trainers.
+#[derive(Debug, Default)]
+pub(super) struct Notes {
+    /// In the file's header.
+    pub(super) header: Option<String>,
+    /// In a file beside it.
+    pub(super) beside: Option<String>,
 }
 
 /// Where the tensors are.
@@ -120,6 +134,7 @@ pub struct FileState {
     path: PathBuf,
     /// Absent for memory, which does not change.
     identity: Option<Identity>,
+    companion: Option<Companion>,
 }
 
 impl FileState {
@@ -129,12 +144,16 @@ impl FileState {
         &self.path
     }
 
-    /// Checks that the path still names the same file, in the same state. One `stat`.
+    /// Checks that the path still names the same file, in the same state, and that so do the settings beside it. A `stat`
+    /// for each.
     ///
     /// # Errors
     /// [`ModelError::Changed`] where it does not or is gone, [`ModelError::Unreadable`] where it cannot be told.
     pub fn check_unchanged(&self) -> Result<(), ModelError> {
         let Some(identity) = self.identity else { return Ok(()) };
+        if let Some(companion) = self.companion.as_ref().filter(|companion| !companion.is_unchanged()) {
+            return Err(ModelError::Changed { path: companion.path().to_owned() });
+        }
         match std::fs::metadata(&self.path) {
             Ok(metadata) if Identity::of(&metadata) == identity => Ok(()),
             Ok(_) => Err(ModelError::Changed { path: self.path.clone() }),
@@ -148,7 +167,7 @@ impl FileState {
 
 /// What tells one state of a file from another without reading it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Identity {
+pub(super) struct Identity {
     #[cfg(unix)]
     device: u64,
     #[cfg(unix)]
@@ -158,7 +177,7 @@ struct Identity {
 }
 
 impl Identity {
-    fn of(metadata: &Metadata) -> Self {
+    pub(super) fn of(metadata: &Metadata) -> Self {
         #[cfg(unix)]
         use std::os::unix::fs::MetadataExt;
         Self {
@@ -173,7 +192,7 @@ impl Identity {
 }
 
 impl ModelFile {
-    /// Opens and checks the file at `path`. Reads the header only, and maps nothing.
+    /// Opens and checks the file at `path`. Reads the header only, and what peft saves beside an adapter; maps nothing.
     ///
     /// # Errors
     /// [`ModelError::Unreadable`] for a missing or forbidden file and for what is no regular file,
@@ -183,6 +202,9 @@ impl ModelFile {
         let (file, metadata) = open_regular(path)?;
         let read = |at, target: &mut [u8]| read_exact_at(&file, path, at, target);
         let Header { metadata: header, data_start } = read_header(path, metadata.len(), read)?;
+        let (companion, beside) = Companion::of(path)?.unzip();
+        let said = header.metadata().as_ref().and_then(|said| said.get(ADAPTER_NOTES));
+        let notes = Notes { header: said.cloned(), beside: beside.flatten() };
         let tensors = header
             .tensors()
             .into_iter()
@@ -192,8 +214,8 @@ impl ModelFile {
                 (name, StoredTensor { dtype: stored.dtype, shape: stored.shape.clone(), bytes })
             })
             .collect();
-        let state = FileState { path: path.to_owned(), identity: Some(Identity::of(&metadata)) };
-        Ok(Self { state, source: Source::Disk { file, mapping: OnceLock::new() }, tensors })
+        let state = FileState { path: path.to_owned(), identity: Some(Identity::of(&metadata)), companion };
+        Ok(Self { state, source: Source::Disk { file, mapping: OnceLock::new() }, tensors, notes })
     }
 
     /// The tensors of a set that lie in memory as `plan` says and are called `name` together. `keeper` is kept as long as the
@@ -220,8 +242,9 @@ impl ModelFile {
             let dtype = StoredTensor::stored(tensor.meta.dtype);
             tensors.insert(tensor.key.clone(), StoredTensor { dtype, shape, bytes: start..end });
         }
-        let state = FileState { path: name.into(), identity: None };
-        Ok(Self { state, source: Source::Memory { span, _keeper: keeper }, tensors })
+        let state = FileState { path: name.into(), identity: None, companion: None };
+        let source = Source::Memory { span, _keeper: keeper };
+        Ok(Self { state, source, tensors, notes: Notes::default() })
     }
 
     /// The path the file was opened by.
@@ -310,7 +333,8 @@ impl ModelFile {
         Ok(bytes)
     }
 
-    /// The digest of all that is in the file, header included, or of the memory. Reads it once.
+    /// The digest of all that is in the file, header included, and in the settings beside it; or of the memory. Reads it
+    /// once.
     ///
     /// # Errors
     /// As [`ModelFile::read_exact_at`].
@@ -326,7 +350,20 @@ impl ModelFile {
             hasher.update(piece);
             at += length as u64;
         }
+        if let Some(settings) = &self.notes.beside {
+            hasher.update(settings.as_bytes());
+        }
         Ok(ContentDigest(*hasher.finalize().as_bytes()))
+    }
+
+    /// What is said about an adapter's tensors apart from them.
+    pub(super) fn notes(&self) -> &Notes {
+        &self.notes
+    }
+
+    /// Where the settings beside it are, or would be.
+    pub(super) fn settings_path(&self) -> Option<&Path> {
+        self.state.companion.as_ref().map(Companion::path)
     }
 
     /// The open file, for questions about how it is stored; absent for memory.
@@ -338,7 +375,7 @@ impl ModelFile {
         }
     }
 
-    /// Checks that the path still names the file that was opened, in the same state. One `stat`.
+    /// As [`FileState::check_unchanged`].
     ///
     /// # Errors
     /// [`ModelError::Changed`] where it does not or is gone, [`ModelError::Unreadable`] where it cannot be told.
@@ -382,7 +419,7 @@ fn read_at(file: &File, target: &mut [u8], at: u64) -> io::Result<usize> {
 }
 
 /// Opens what must be a regular file, without ever waiting for a writer at the other end of a pipe.
-fn open_regular(path: &Path) -> Result<(File, Metadata), ModelError> {
+pub(super) fn open_regular(path: &Path) -> Result<(File, Metadata), ModelError> {
     let unreadable = |cause| ModelError::Unreadable { path: path.to_owned(), cause };
     let mut options = OpenOptions::new();
     options.read(true);

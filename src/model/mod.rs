@@ -4,6 +4,7 @@
 
 mod adapter;
 pub mod clip;
+mod companion;
 mod detect;
 mod detect_unet;
 mod error;

@@ -225,7 +225,7 @@ def late(
     pooled=24,
     waves=8,
 ):
-    """As SDXL: linear layers around attention, 64 channels per head, a vector beside the context."""
+    """As SDXL: linear layers around attention, 64 channels per head, a vector of sizes beside the context or none."""
     attends = [depth != 0 for depth in depths]
     model = UNet2DConditionModel(
         block_out_channels=channels,
@@ -238,7 +238,7 @@ def late(
         cross_attention_dim=context,
         attention_head_dim=tuple(width // 64 for width in channels),
         use_linear_projection=True,
-        addition_embed_type="text_time",
+        addition_embed_type="text_time" if sizes else None,
         addition_time_embed_dim=waves,
         projection_class_embeddings_input_dim=pooled + waves * sizes,
     )
@@ -294,6 +294,24 @@ def write_late(folder: Path) -> None:
     model = late(6, (0, 1, 0), (64, 64, 64), sizes=5)
     write(folder, "refiner.io", Case(model, 61, 2, 18, 18, [200.0, 13.37]).finished("plain"))
     write(folder, "refiner.bare", half(single_file(model)))
+
+    # SD2: as SDXL within the blocks, as SD1.x around them, and nothing beside the context.
+    model = late(7, (1, 1, 0), (64, 128, 128), sizes=0, context=56)
+    plain = Case(model, 71, 2, 13, 10, [999.0, 13.37]).finished("plain")
+    controlled = Case(model, 72, 2, 8, 12, [720.0, 10.0])
+    controlled.add_residuals(2)
+    write(folder, "sd2.io", plain | controlled.finished("controlled"))
+    write(folder, "sd2.checkpoint", under("model.diffusion_model.", half(single_file(model))))
+    write(folder, "sd2.diffusers", half(model.state_dict()))
+
+    # KOALA: nothing between the ways down and up.
+    model = late(8, (0, 1, 2), (64, 64, 128), middle=None)
+    plain = Case(model, 81, 2, 11, 8, [981.0, 13.37]).finished("plain")
+    controlled = Case(model, 82, 2, 8, 9, [720.0, 10.0])
+    controlled.add_residuals(2)
+    write(folder, "koala.io", plain | controlled.finished("controlled"))
+    write(folder, "koala.bare", half(single_file(model)))
+    write(folder, "koala.diffusers", half(model.state_dict()))
 
 
 def main() -> None:

@@ -1,7 +1,9 @@
-//! Adapters against the reference with changed weights, which `tests/golden/make_lora.py` wrote.
+//! Adapters against the reference with changed weights, which `tests/golden/make_lora.py` wrote, and against peft, by
+//! `tests/golden/make_peft.py`.
 #![cfg(feature = "torch")]
 
 mod interleaved;
+mod peft;
 mod refusals;
 
 use std::collections::BTreeMap;
@@ -29,11 +31,16 @@ struct Scene {
 impl Scene {
     /// `None` with a word about how to get the files.
     fn of(name: &'static str) -> Option<Self> {
+        Self::by("lora", name)
+    }
+
+    /// What one of the generators of adapters made.
+    fn by(generator: &str, name: &'static str) -> Option<Self> {
         let folder = std::env::var_os("LUNA_BROKER_GOLDEN").map(PathBuf::from);
-        let Some(folder) = folder.filter(|folder| folder.join("lora").is_dir()) else {
+        let Some(folder) = folder.filter(|folder| folder.join(generator).is_dir()) else {
             eprintln!(
                 "skipped: set LUNA_BROKER_GOLDEN to a folder made by `python tests/golden/make_unet.py FOLDER` and \
-                 `python tests/golden/make_lora.py FOLDER`"
+                 `python tests/golden/make_{generator}.py FOLDER`"
             );
             return None;
         };
@@ -41,7 +48,7 @@ impl Scene {
         set_threads(1);
         let model = if name == "sd15" { "sd15.checkpoint" } else { "sdxl.bare" };
         let unet = load(&folder.join("unet").join(format!("{model}.safetensors")));
-        let folder = folder.join("lora");
+        let folder = folder.join(generator);
         let io = Tensor::read_safetensors(folder.join(format!("{name}.io.safetensors"))).expect("a file of cases");
         Some(Self { folder, name, unet, tensors: io.into_iter().collect() })
     }

@@ -168,7 +168,7 @@ fn what_is_left_over_is_reported() {
     entries.push(f32(CONV, "diff", &[64, 64, 3, 3]));
     entries.extend((0..4).map(|at| f32(&format!("lora_unet_elsewhere_{at}"), "lora_up.weight", &[1, 1])));
     // Names that nothing ends with, an alpha of nothing, the bias of a layer that has none.
-    entries.push(f32(KEY, "lora_magnitude_vector", &[64]));
+    entries.push(f32(KEY, "lora_embedding_A", &[64]));
     entries.push(f32(CONV.trim_end_matches('2'), "alpha", &[]));
     entries.push(f32(NORM, "alpha", &[]));
     entries.push(f32(KEY, "diff_b", &[64]));

@@ -105,7 +105,8 @@ fn side_paths_are_the_same_as_merged_weights() {
     let Some(folder) = golden() else { return };
     tch::manual_seed(1);
     let apart = tempfile::tempdir().expect("a temporary folder");
-    for (model, file) in [("sd15", "sd15.checkpoint"), ("sdxl", "sdxl.bare"), ("ssd", "ssd.diffusers")] {
+    let others = [("ssd", "ssd.diffusers"), ("sd2", "sd2.checkpoint"), ("koala", "koala.bare")];
+    for (model, file) in [("sd15", "sd15.checkpoint"), ("sdxl", "sdxl.bare")].into_iter().chain(others) {
         let (unet, cases) = (load(&folder, file), Cases::of(&folder, model));
         let paths = everywhere(&unet);
         write_merged(&unet, &paths, &apart.path().join(format!("{model}.safetensors")));

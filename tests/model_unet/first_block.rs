@@ -9,7 +9,8 @@ use crate::{Cases, TOLERANCE, difference, forward, golden, load};
 #[test]
 fn the_parts_together_are_the_whole_bit_by_bit() {
     let Some(folder) = golden() else { return };
-    for (model, file) in [("sd15", "sd15.checkpoint"), ("sdxl", "sdxl.bare"), ("ssd", "ssd.diffusers")] {
+    let others = [("ssd", "ssd.diffusers"), ("sd2", "sd2.checkpoint"), ("koala", "koala.bare")];
+    for (model, file) in [("sd15", "sd15.checkpoint"), ("sdxl", "sdxl.bare")].into_iter().chain(others) {
         let (unet, cases) = (load(&folder, file), Cases::of(&folder, model));
         for case in cases.names() {
             let input = cases.input(case);

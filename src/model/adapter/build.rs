@@ -3,10 +3,19 @@ use std::path::Path;
 
 use super::super::ModelError;
 use super::super::header::quote;
-use super::change::{Change, Delta, Factor, Part};
+use super::change::{Change, Delta, Factor, Lengths, Part};
 use super::names::LayerFacts;
 use super::piece::{Family, Piece};
+use super::settings::Said;
 use crate::tensor::DType;
+
+/// What is known of a layer's alpha.
+pub(super) struct Alpha {
+    /// From a tensor of its own, which goes before the rest.
+    pub(super) stored: Option<f64>,
+    /// From settings.
+    pub(super) said: Option<Said>,
+}
 
 /// Puts the pieces that a file has for one layer together, and checks them against it.
 pub(super) struct Builder<'a> {
@@ -14,7 +23,7 @@ pub(super) struct Builder<'a> {
     layer: &'a LayerFacts,
     /// What is not used yet.
     pieces: BTreeMap<Piece, Part>,
-    alpha: Option<f64>,
+    alpha: Alpha,
     /// The first of all keys, to tell by it what is incomplete.
     first: String,
 }
@@ -23,12 +32,7 @@ pub(super) struct Builder<'a> {
 type Sides = (u64, u64);
 
 impl<'a> Builder<'a> {
-    pub(super) fn new(
-        path: &'a Path,
-        layer: &'a LayerFacts,
-        pieces: BTreeMap<Piece, Part>,
-        alpha: Option<f64>,
-    ) -> Self {
+    pub(super) fn new(path: &'a Path, layer: &'a LayerFacts, pieces: BTreeMap<Piece, Part>, alpha: Alpha) -> Self {
         let first = pieces.values().next().map_or_else(String::new, |part| quote(&part.key));
         Self { path, layer, pieces, alpha, first }
     }
@@ -49,18 +53,11 @@ impl<'a> Builder<'a> {
         let (weight, scale) = match family {
             Some(family) => {
                 let (delta, rank) = self.delta(family)?;
-                (Some(delta), self.alpha.zip(rank).map_or(1.0, |(alpha, rank)| alpha / rank as f64))
+                (Some(delta), self.scale(family, rank))
             }
             None => (None, 1.0),
         };
-        let dora = self.pieces.remove(&Piece::DoraScale);
-        if let Some(part) = &dora {
-            let scaled = matches!(family, Some(Family::LowRank | Family::Hada | Family::Kron | Family::Glora));
-            if !scaled {
-                return Err(self.wrong(part, "has nothing beside it that it could scale"));
-            }
-            self.check_dora(part)?;
-        }
+        let dora = self.dora(family)?;
         let bias = self.pieces.remove(&Piece::BiasDifference);
         if let Some(part) = &bias
             && part.stored.elements() != self.rows()
@@ -71,6 +68,30 @@ impl<'a> Builder<'a> {
             Some(part) => Err(self.wrong(part, "belongs to nothing else that the file has for this layer")),
             None => Ok(Change { weight, scale, dora, bias }),
         }
+    }
+
+    /// What the change is multiplied by, but for the strength.
+    fn scale(&self, family: Family, rank: Option<u64>) -> f64 {
+        match (&self.alpha, rank) {
+            (Alpha { stored: Some(alpha), .. }, Some(rank)) => alpha / rank as f64,
+            (Alpha { stored: None, said: Some(said) }, _) if family.has_rank() => said.scale(rank),
+            _ => 1.0,
+        }
+    }
+
+    /// Lengths that the weight has after a change of this family.
+    fn dora(&mut self, family: Option<Family>) -> Result<Option<Lengths<Part>>, ModelError> {
+        let magnitude = self.pieces.remove(&Piece::Magnitude);
+        let Some(part) = self.pieces.remove(&Piece::DoraScale).or_else(|| magnitude.clone()) else { return Ok(None) };
+        if !family.is_some_and(|family| family.has_rank() || family == Family::Glora) {
+            return Err(self.wrong(&part, "has nothing beside it that it could scale"));
+        }
+        let Some(magnitude) = magnitude else { return self.lengths(part).map(Some) };
+        if magnitude.key != part.key {
+            return Err(self.wrong(&part, format!("says again what {} says", quote(&magnitude.key))));
+        }
+        self.must(&magnitude, magnitude.stored.elements() == self.rows())?;
+        Ok(Some(Lengths::ChangedRows(magnitude)))
     }
 
     /// A change of the weight, and the rank that alpha is divided by.
@@ -201,17 +222,18 @@ impl<'a> Builder<'a> {
         if let Some(part) = &rescale {
             self.must(part, part.stored.elements() == self.rows())?;
         }
-        Ok(Delta::Oft { blocks, rescale, rounds, limit: self.alpha.unwrap_or(0.0) })
+        Ok(Delta::Oft { blocks, rescale, rounds, limit: self.alpha.stored.unwrap_or(0.0) })
     }
 
-    /// Checks lengths of rows or of columns.
-    fn check_dora(&self, part: &Part) -> Result<(), ModelError> {
-        let shape = extents(part);
+    /// Lengths of rows or of columns.
+    fn lengths(&self, part: Part) -> Result<Lengths<Part>, ModelError> {
+        let shape = extents(&part);
         let of_rows = shape.first() == Some(&self.rows()) && part.stored.elements() == self.rows();
         let of_columns = shape.first() == Some(&1)
             && shape.get(1) == Some(&self.columns())
             && part.stored.elements() == self.columns();
-        self.must(part, of_rows || of_columns)
+        self.must(&part, of_rows || of_columns)?;
+        Ok(if of_rows { Lengths::Rows(part) } else { Lengths::Columns(part) })
     }
 
     fn check_whole(&self, part: &Part) -> Result<(), ModelError> {

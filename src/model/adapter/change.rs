@@ -14,10 +14,22 @@ pub(in crate::model) struct Change<T> {
     pub(in crate::model) weight: Option<Delta<T>>,
     /// What a difference is multiplied by beside the strength: alpha over rank.
     pub(in crate::model) scale: f64,
-    /// Lengths that rows (`[out, 1, …]`) or columns (`[1, in, …]`) have after the change.
-    pub(in crate::model) dora: Option<T>,
+    /// Lengths that rows or columns have after the change.
+    pub(in crate::model) dora: Option<Lengths<T>>,
     /// Added to the bias, times the strength.
     pub(in crate::model) bias: Option<T>,
+}
+
+/// Lengths set apart from directions; by what the changed weight is divided before they are given to it.
+#[derive(Debug)]
+pub(in crate::model) enum Lengths<T> {
+    /// `[out, 1, …]`. The lengths that rows had before the change: not what the method's authors wrote, but what ComfyUI
+    /// computes for files of the trainers that store them so.
+    Rows(T),
+    /// `[1, in, …]`. The lengths of the changed columns.
+    Columns(T),
+    /// As many as rows. Their lengths with the change, as peft does it.
+    ChangedRows(T),
 }
 
 /// A change of a weight `[out, in]` or `[out, in, k, k]`. Trailing extents of one are there or not, as trainers like.
@@ -84,7 +96,7 @@ impl<T> Change<T> {
         Ok(Change {
             weight: self.weight.as_ref().map(|delta| delta.try_map(f)).transpose()?,
             scale: self.scale,
-            dora: self.dora.as_ref().map(&mut *f).transpose()?,
+            dora: self.dora.as_ref().map(|lengths| lengths.try_map(f)).transpose()?,
             bias: self.bias.as_ref().map(&mut *f).transpose()?,
         })
     }
@@ -98,6 +110,17 @@ impl<T> Change<T> {
     /// Whether it can run beside the layer.
     pub(in crate::model) fn is_low_rank(&self) -> bool {
         matches!(self.weight, Some(Delta::LowRank { .. })) && self.dora.is_none()
+    }
+}
+
+#[cfg(feature = "torch")]
+impl<T> Lengths<T> {
+    fn try_map<U, E, F: FnMut(&T) -> Result<U, E>>(&self, f: &mut F) -> Result<Lengths<U>, E> {
+        Ok(match self {
+            Self::Rows(lengths) => Lengths::Rows(f(lengths)?),
+            Self::Columns(lengths) => Lengths::Columns(f(lengths)?),
+            Self::ChangedRows(lengths) => Lengths::ChangedRows(f(lengths)?),
+        })
     }
 }
 

@@ -4,12 +4,13 @@ use std::sync::Arc;
 
 use super::super::header::quote;
 use super::super::{FileState, LayerId, ModelError, ModelFile, StoredTensor};
-use super::build::Builder;
+use super::build::{Alpha, Builder};
 use super::change::{Change, Part};
 use super::names::{LayerNames, Subject};
 use super::number;
 use super::piece::{Piece, is_of_text_encoder, split};
 use super::report::{AdapterReport, UnknownKeys};
+use super::settings::Settings;
 
 /// An adapter's file: its keys taken apart, its data still on the disk.
 #[derive(Debug)]
@@ -18,6 +19,7 @@ pub struct AdapterFile {
     /// In the order of their keys.
     groups: Vec<Group>,
     unknown: Vec<(Subject, String)>,
+    settings: Settings,
 }
 
 /// All that a file has for one layer.
@@ -42,10 +44,15 @@ pub(in crate::model) struct Fitted {
 impl AdapterFile {
     /// Takes the keys of `file` apart. Reads the header and the single numbers called alpha.
     ///
+    /// A layer that has no such number has the alpha that diffusers wrote into the header or peft into `adapter_config.json`
+    /// beside `adapter_model.safetensors`. Where none of them says one, the change is taken as it is, by a factor of one.
+    ///
     /// # Errors
-    /// [`ModelError::AdapterFile`] for a key that is there in two spellings and for an alpha that is no finite number;
+    /// [`ModelError::AdapterFile`] for a key that is there in two spellings, for an alpha that is no finite number, and for
+    /// settings in the header that cannot be understood; [`ModelError::Malformed`] for such settings beside it;
     /// [`ModelError::Changed`], [`ModelError::Unreadable`].
     pub fn read(file: Arc<ModelFile>) -> Result<Self, ModelError> {
+        let settings = Settings::of(&file)?;
         let mut groups: BTreeMap<&str, Group> = BTreeMap::new();
         let mut unknown = Vec::new();
         for (key, stored) in file.tensors() {
@@ -64,7 +71,7 @@ impl AdapterFile {
             }
         }
         let groups = groups.into_values().collect();
-        Ok(Self { file, groups, unknown })
+        Ok(Self { file, groups, unknown, settings })
     }
 
     /// The path the file was opened by.
@@ -150,7 +157,8 @@ impl AdapterFile {
             alpha.iter().for_each(|part| unknown.add(&part.key));
             return Ok(None);
         }
-        Builder::new(self.file.path(), layer, pieces, group.alpha).build().map(Some)
+        let alpha = Alpha { stored: group.alpha, said: self.settings.find(&group.name) };
+        Builder::new(self.file.path(), layer, pieces, alpha).build().map(Some)
     }
 
     /// The open file.

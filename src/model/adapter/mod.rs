@@ -11,11 +11,12 @@ mod names;
 mod number;
 mod piece;
 mod report;
+mod settings;
 mod stack;
 mod text_names;
 
 #[cfg(feature = "torch")]
-pub(super) use change::{Change, Delta, Factor, Part};
+pub(super) use change::{Change, Delta, Factor, Lengths, Part};
 pub use file::AdapterFile;
 pub use names::LayerNames;
 pub use report::{AdapterKind, AdapterReport, UnknownKeys};

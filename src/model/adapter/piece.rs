@@ -28,6 +28,7 @@ pub(super) enum Piece {
     BiasDifference,
     Alpha,
     DoraScale,
+    Magnitude,
 }
 
 /// Pieces that make one change of a weight together.
@@ -40,6 +41,13 @@ pub(super) enum Family {
     Oft,
     Difference,
     Set,
+}
+
+impl Family {
+    /// Whether it is a product whose rank an alpha is divided by.
+    pub(super) fn has_rank(self) -> bool {
+        matches!(self, Self::LowRank | Self::Hada | Self::Kron)
+    }
 }
 
 impl Piece {
@@ -59,7 +67,7 @@ impl Piece {
             Self::OftBlocks | Self::Rescale => Family::Oft,
             Self::Difference => Family::Difference,
             Self::Set => Family::Set,
-            Self::BiasDifference | Self::Alpha | Self::DoraScale => return None,
+            Self::BiasDifference | Self::Alpha | Self::DoraScale | Self::Magnitude => return None,
         })
     }
 
@@ -70,7 +78,7 @@ impl Piece {
 }
 
 /// What keys end with. No suffix is the end of another.
-const SUFFIXES: [(&str, Piece); 41] = [
+const SUFFIXES: [(&str, Piece); 43] = [
     (".lora_up.weight", Piece::Up),
     (".lora_down.weight", Piece::Down),
     (".lora_mid.weight", Piece::Mid),
@@ -111,12 +119,21 @@ const SUFFIXES: [(&str, Piece); 41] = [
     (".b_norm", Piece::BiasDifference),
     (".set_weight", Piece::Set),
     (".dora_scale", Piece::DoraScale),
+    (".lora_magnitude_vector", Piece::Magnitude),
+    (".lora_magnitude_vector.default.weight", Piece::Magnitude),
     (".alpha", Piece::Alpha),
 ];
 
 /// What keys of text encoders start with, whichever trainer wrote them.
-const TEXT_ENCODERS: [&str; 5] =
-    ["lora_te", "text_encoder", "lycoris_te", "base_model.model.text_model.", "base_model.model.text_projection."];
+const TEXT_ENCODERS: [&str; 6] = [
+    "lora_te",
+    "text_encoder",
+    "lycoris_te",
+    "base_model.model.text_model.",
+    "base_model.model.text_projection.",
+    // As transformers calls the layers of a model without projection since its version 5.
+    "base_model.model.encoder.layers.",
+];
 
 /// The layer a key is about, as the file calls it, and what the tensor is to it; `None` for a suffix that is not known.
 pub(super) fn split(key: &str) -> Option<(&str, Piece)> {

@@ -59,6 +59,8 @@ fn spellings(kind: ClipKind, alone: bool, stem: &str) -> Vec<String> {
         (ClipKind::L | ClipKind::H, _) => (&["te", "te1"], &["text_encoder"]),
     };
     let mut names = vec![format!("text_encoders.{}.transformer.{stem}", kind.name())];
+    // Without projection, since transformers 5.
+    let inner = stem.strip_prefix("text_model.");
     let underscored = stem.replace('.', "_");
     for start in joined {
         names.extend([format!("lora_{start}_{underscored}"), format!("lycoris_{start}_{underscored}")]);
@@ -66,12 +68,14 @@ fn spellings(kind: ClipKind, alone: bool, stem: &str) -> Vec<String> {
     for start in dotted {
         names.push(format!("{start}.{stem}"));
         names.push(format!("{start}.base_model.model.{stem}"));
+        names.extend(inner.map(|inner| format!("{start}.{inner}")));
         if let Some(old) = before_projections(stem) {
             names.push(format!("{start}.{old}"));
         }
     }
     if alone {
         names.push(format!("base_model.model.{stem}"));
+        names.extend(inner.map(|inner| format!("base_model.model.{inner}")));
     }
     names
 }

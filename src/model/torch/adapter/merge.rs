@@ -1,6 +1,6 @@
 use tch::{Kind, TchError, Tensor};
 
-use super::super::super::adapter::{Change, Delta};
+use super::super::super::adapter::{Change, Delta, Lengths};
 use super::delta::difference;
 
 /// Keeps a norm of zero from being divided by.
@@ -53,11 +53,13 @@ fn towards(from: &Tensor, to: &Tensor, strength: f64) -> Result<Tensor, TchError
     from.f_add(&to.f_sub(from)?.f_mul_scalar(strength)?)
 }
 
-/// `changed` with other lengths. Columns are measured after the change, rows before it: not what the method's authors
-/// wrote, but what ComfyUI computes.
-fn with_lengths(weight: &Tensor, changed: &Tensor, lengths: &Tensor) -> Result<Tensor, TchError> {
-    let of_rows = lengths.size().first() == weight.size().first();
-    let (measured, along) = if of_rows { (weight, 0) } else { (changed, 1) };
+/// `changed` with other lengths.
+fn with_lengths(weight: &Tensor, changed: &Tensor, lengths: &Lengths<Tensor>) -> Result<Tensor, TchError> {
+    let (measured, along, lengths) = match lengths {
+        Lengths::Rows(lengths) => (weight, 0, lengths),
+        Lengths::Columns(lengths) => (changed, 1, lengths),
+        Lengths::ChangedRows(lengths) => (changed, 0, lengths),
+    };
     let mut shape = vec![1; weight.dim()];
     if let Some(extent) = shape.get_mut(along) {
         *extent = -1;
