@@ -281,6 +281,7 @@ STEPS = [
     Step("remote_call", "A decode through the broker and in-process", 60, _remote_call),
     Step("numerics", "VAE numerics against float32 on the CPU", 150, _numerics),
     Step("sdxl", "SDXL at 1024 x 1024: a forward beside eager PyTorch", 90, _sdxl("sdxl_forward.py")),
+    Step("sdxl_workers", "SDXL at 1024 x 1024: workers in 32 GB", 180, _sdxl("sdxl_workers.py")),
     Step("sdxl_memory", "SDXL at 1024 x 1024: GPU memory by part", 60, _sdxl("sdxl_memory.py")),
     Step("sdxl_lora", "SDXL at 1024 x 1024: adapters and block cache", 75, _sdxl("sdxl_lora.py")),
     Step("sdxl_batches", "SDXL at 512 and 1024: requests together", 75, _sdxl("sdxl_batches.py")),
