@@ -87,8 +87,8 @@ gpu-check:
 	$(PYTHON) tests/gpu_check/main.py --artifacts target/gpu-artifacts --out benches/results
 
 # The check itself, as far as it goes without a GPU.
-test-gpu-check: extension $(VENV)/.test
-	$(BIN)/python -m pytest -q tests/gpu_check
+test-gpu-check: build extension $(VENV)/.test
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q tests/gpu_check
 	$(BIN)/python tests/gpu_check/artifacts.py --in-place --out target/gpu-trial/artifacts
 	$(BIN)/python tests/gpu_check/main.py --substitute --artifacts target/gpu-trial/artifacts --out target/gpu-trial
 

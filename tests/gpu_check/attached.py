@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import struct
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import weight_file
 from hand_offs import arguments, said, synchronize
 from programs import Broker, python, tell
 
@@ -27,21 +27,11 @@ ROUNDS = 30
 
 
 def write(path: Path, layers: int) -> None:
-    """A safetensors file, layer by layer: the machine that this runs on may not have the library."""
-    size = WIDTH * WIDTH * 2
-    header = {
-        f"layers.{at}.weight": {"dtype": "F16", "shape": [WIDTH, WIDTH], "data_offsets": [at * size, (at + 1) * size]}
-        for at in range(layers)
-    }
-    words = json.dumps(header).encode()
-    words += b" " * (-len(words) % 8)
     generator = torch.Generator().manual_seed(1)
     # Varied by layer without the time that new random numbers take.
     base = torch.randn(WIDTH, WIDTH, generator=generator) / WIDTH**0.5
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(words)) + words)
-        for at in range(layers):
-            file.write(base.roll(at, 0).half().numpy().tobytes())
+    shapes = {f"layers.{at}.weight": (WIDTH, WIDTH) for at in range(layers)}
+    weight_file.write(path, shapes, lambda key, _: base.roll(int(key.split(".")[1]), 0))
 
 
 def forward(weights: dict[str, torch.Tensor], given: torch.Tensor) -> torch.Tensor:
@@ -70,8 +60,7 @@ def work(kind: str, chosen) -> None:
         if kind == "attached":
             _client, weights = attach(chosen.socket, chosen.model, chosen.place)
         else:
-            mapped = torch.from_file(chosen.model, size=Path(chosen.model).stat().st_size, dtype=torch.uint8)
-            weights = private(mapped, chosen.place)
+            weights = weight_file.read(chosen.model, chosen.place)
         synchronize(chosen.place)
         seconds = time.perf_counter() - began
         out = forward(weights, given(chosen.place)).float().cpu()
@@ -79,19 +68,6 @@ def work(kind: str, chosen) -> None:
     except Exception as error:
         print(json.dumps({"error": said(error)}), flush=True)
     sys.stdin.read()
-
-
-def private(mapped: torch.Tensor, place: str) -> dict[str, torch.Tensor]:
-    """What a worker loads for itself."""
-    (length,) = struct.unpack("<Q", mapped[:8].numpy().tobytes())
-    header = json.loads(mapped[8 : 8 + length].numpy().tobytes())
-    data = mapped[8 + length :]
-
-    def one(entry: dict) -> torch.Tensor:
-        start, end = entry["data_offsets"]
-        return data[start:end].view(torch.float16).view(entry["shape"]).clone().to(place)
-
-    return {key: one(entry) for key, entry in header.items()}
 
 
 def start(kind: str, chosen, socket: str, model: str) -> subprocess.Popen:

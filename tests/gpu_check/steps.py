@@ -79,10 +79,11 @@ class Bench:
     def torch(self, program: str, deadline: Deadline, *arguments: str, **settings: str) -> dict:
         """A program of this folder, with the wheel's package where one was collected."""
         paths = [str(HERE), *([str(self.site())] if self.site() else [])]
+        paths += [os.environ["PYTHONPATH"]] if "PYTHONPATH" in os.environ else []
         environment = dict(os.environ) | settings | {"PYTHONPATH": ":".join(paths), "PYTHONUNBUFFERED": "1"}
         broker = self.manifest.path("luna-broker")
         end = run([python(), HERE / program, "--broker", broker, *arguments], deadline, environment)
-        found = {"parts": results(end)}
+        found = by_table(results(end))
         first = next((part for part in found["parts"] if part.get("part") == "first"), {})
         if "error" in first:
             raise NotAvailable(f"torch tensors of this place do not pass: {first['error']}")
@@ -97,6 +98,15 @@ class Bench:
             # A wheel of this kind only has to be unpacked; pip may be missing.
             zipfile.ZipFile(self.manifest.path(wheels[0].name)).extractall(site)
         return site if wheels else None
+
+
+def by_table(told: list[dict]) -> dict:
+    """Rows under the names of their tables, and what belongs to none."""
+    found: dict = {}
+    for one in told:
+        if "table" in one:
+            found.setdefault(one["table"], []).append({key: one[key] for key in one if key != "table"})
+    return found | {"parts": [one for one in told if "table" not in one]}
 
 
 @dataclass(frozen=True)
@@ -171,6 +181,35 @@ def _attached(bench: Bench, deadline: Deadline) -> dict:
     return bench.torch("attached.py", deadline, *place)
 
 
+def _sdxl(program: str, *arguments: str, **settings: str) -> Callable[[Bench, Deadline], dict]:
+    def play(bench: Bench, deadline: Deadline) -> dict:
+        # The first of them makes the weights, for all of them.
+        words = ["--folder", str(bench.folder), *arguments]
+        words += [] if bench.real else ["--place", "cpu", "--rounds", "3"]
+        return bench.torch(program, deadline, *words, **settings)
+
+    return play
+
+
+def _sdxl_compile(bench: Bench, deadline: Deadline) -> dict:
+    cold = str(bench.folder / "compiled")
+    # Without a compiler nothing but the way there can be tried.
+    backend = "inductor" if bench.real else "eager"
+    settings = {"TORCHINDUCTOR_CACHE_DIR": cold, "TRITON_CACHE_DIR": cold}
+    try:
+        found = _sdxl("sdxl_compile.py", "--backend", backend, **settings)(bench, deadline)
+    except Unfinished as error:
+        if str(error) != "timed out":
+            raise
+        found = error.result | {"left_out": "what was not compiled when the time of the step was over"}
+    if "torch.compile" not in found:
+        # What it said is of interest all the same.
+        bench.tell(found)
+        told = [part["left_out"] for part in found["parts"] if "left_out" in part]
+        raise NotAvailable(f"nothing was compiled: {told[0] if told else 'the time of the step was over'}")
+    return found
+
+
 def _broker_stress(bench: Bench, deadline: Deadline) -> dict:
     rounds = "1000" if bench.real else "5"
     test = "order::many_rounds_of_fresh_data_are_all_right_by_events"
@@ -241,5 +280,11 @@ STEPS = [
     Step("device", "Regions, fences and streams on this driver", 120, _suite("cuda_device"), DRIVER),
     Step("remote_call", "A decode through the broker and in-process", 60, _remote_call),
     Step("numerics", "VAE numerics against float32 on the CPU", 150, _numerics),
+    Step("sdxl", "SDXL at 1024 x 1024: a forward beside eager PyTorch", 90, _sdxl("sdxl_forward.py")),
+    Step("sdxl_workers", "SDXL at 1024 x 1024: workers in 32 GB", 180, _sdxl("sdxl_workers.py")),
+    Step("sdxl_memory", "SDXL at 1024 x 1024: GPU memory by part", 60, _sdxl("sdxl_memory.py")),
+    Step("sdxl_lora", "SDXL at 1024 x 1024: adapters and block cache", 75, _sdxl("sdxl_lora.py")),
+    Step("sdxl_batches", "SDXL at 512 and 1024: requests together", 75, _sdxl("sdxl_batches.py")),
+    Step("sdxl_compile", "SDXL at 1024 x 1024: torch.compile", 120, _sdxl_compile),
     Step("sanitizer", "compute-sanitizer memcheck", 150, _sanitizer),
 ]
