@@ -5,7 +5,7 @@
     <lora:NAME:0.8:0.6>     at 0.8 on the diffusion model, at 0.6 on the text encoders
 
 NAME is a file of the folder of LoRAs: with or without its ending, with or without its subfolder (`/` or `\\`), spaces
-and all. `\\:`, `\\<`, `\\>` and `\\\\` stand for the sign itself. `\\<lora:…>` is text, and stays without its backslash.
+and all. `\\:`, `\\<`, `\\>` and `\\\\` stand for the sign itself. `\\<lora:…>` is text, and loses its backslash.
 """
 
 from __future__ import annotations
