@@ -1,0 +1,148 @@
+"""What the tests share: models, a broker, a ComfyUI without the pack and what it paints, one with the pack."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(REPOSITORY / "examples" / "demo"))
+
+import checkpoints  # noqa: E402
+import picture  # noqa: E402
+from broker_process import BrokerProcess  # noqa: E402
+from comfy import ComfyUI, Result  # noqa: E402
+from workflows import STOCK, Graph, Loaders  # noqa: E402
+
+import broker as brokers  # noqa: E402
+
+Build = Callable[[Loaders], Graph]
+
+# Beside what else is built: making the models takes a minute and 5 GB.
+MODELS = REPOSITORY / "target" / "comfyui-models"
+PACK = REPOSITORY / "python" / "luna_broker" / "comfyui"
+TEST_NODES = Path(__file__).parent / "nodes"
+
+
+@pytest.fixture(scope="session")
+def checkout() -> Path:
+    named = os.environ.get("COMFYUI_PATH")
+    if not named:
+        pytest.skip("COMFYUI_PATH is not set: it names a checkout of ComfyUI to test with; see CONTRIBUTING.md")
+    path = Path(named).resolve()
+    if not (path / "main.py").is_file():
+        pytest.fail(f"COMFYUI_PATH names {path}, which is no checkout of ComfyUI: it has no main.py")
+    return path
+
+
+@pytest.fixture(scope="session")
+def binary() -> Path:
+    named = os.environ.get("LUNA_BROKER_BIN")
+    if not named:
+        pytest.skip("LUNA_BROKER_BIN is not set: it names the luna-broker binary to test with")
+    return Path(named).resolve()
+
+
+@pytest.fixture(scope="session")
+def models() -> Path:
+    tools = Path(os.environ.get("LUNA_BROKER_SHARED", REPOSITORY.parent / "shared")) / "tools"
+    if not (tools / "tinyckpt.py").is_file():
+        pytest.skip(f"{tools} is absent, which has the generators of the models; LUNA_BROKER_SHARED names its parent")
+    checkpoints.make(MODELS, tools)
+    return MODELS
+
+
+@pytest.fixture(scope="session")
+def scratch() -> Iterator[Path]:
+    # Not pytest's folder: a socket's path must stay below about 100 bytes.
+    with tempfile.TemporaryDirectory(prefix="luna-") as folder:
+        yield Path(folder)
+
+
+StartComfyUI = Callable[..., ComfyUI]
+
+
+@pytest.fixture(scope="session")
+def comfyui(checkout: Path, models: Path, scratch: Path) -> Iterator[StartComfyUI]:
+    """Starts a ComfyUI: `comfyui("name", pack=True)`; all of them are stopped in the end."""
+    started: list[ComfyUI] = []
+    python = os.environ.get("COMFYUI_PYTHON", sys.executable)
+
+    def start(name: str, pack: bool, *options: str) -> ComfyUI:
+        packs = {"tests": TEST_NODES, **({"luna-broker": PACK} if pack else {})}
+        environment = {
+            "PYTHONPATH": str(REPOSITORY / "python"),
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "OMP_NUM_THREADS": "2",
+            # A worker that was told of no broker finds none.
+            "LUNA_BROKER": str(scratch / "nobody.sock"),
+        }
+        process = ComfyUI(checkout, python, scratch / name, models, packs, options, environment)
+        started.append(process)
+        picture.write(process.base / "input")
+        return process.start()
+
+    yield start
+    for process in started:
+        process.kill()
+
+
+@pytest.fixture(scope="session")
+def stock(comfyui: StartComfyUI) -> ComfyUI:
+    """A ComfyUI without the pack."""
+    return comfyui("stock", False)
+
+
+@pytest.fixture(scope="session")
+def worker(comfyui: StartComfyUI) -> ComfyUI:
+    """A ComfyUI with the pack, for all tests that leave it as they found it."""
+    return comfyui("worker", True)
+
+
+@pytest.fixture(scope="session")
+def broker(binary: Path, models: Path, scratch: Path) -> Iterator[BrokerProcess]:
+    """A broker for all tests that leave it as they found it."""
+    with brokers.start(binary, scratch / "shared.sock", models) as process:
+        yield process
+
+
+@pytest.fixture
+def start_broker(binary: Path, models: Path) -> Iterator[Callable[..., BrokerProcess]]:
+    """Starts brokers of the test's own: `start_broker("--vae-budget", "1000000")`."""
+    started: list[BrokerProcess] = []
+    with tempfile.TemporaryDirectory(prefix="luna-") as folder:
+
+        def start(*options: str) -> BrokerProcess:
+            process = brokers.start(binary, Path(folder) / f"{len(started)}.sock", models, *options)
+            started.append(process)
+            return process
+
+        yield start
+        for process in started:
+            process.kill()
+
+
+@pytest.fixture(scope="session")
+def reference(stock: ComfyUI) -> Callable[[Build], Result]:
+    """What stock loaders make of a workflow, computed once: `reference(build)` with a builder of `workflows`."""
+    known: dict[str, Result] = {}
+
+    def paint(build: Build) -> Result:
+        graph = build(STOCK)
+        key = repr(graph)
+        if key not in known:
+            known[key] = stock.run(graph).ok()
+        return known[key]
+
+    return paint
+
+
+@pytest.fixture
+def loaders(broker: BrokerProcess) -> Callable[[str], Loaders]:
+    """The pack's loaders in a mode, on the shared broker."""
+    return lambda mode: Loaders(mode, broker.address)

@@ -1,0 +1,53 @@
+"""What patches the UNet from inside works attached, bit for bit, and is refused in plain words when remote."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+from compare import assert_different, assert_equal, assert_near
+from workflows import patched, txt2img
+
+import broker as brokers
+
+# Tiles of four latent elements: the smallest that the node makes, so that these latents have several of them.
+HYPERTILE = {"tile_size": 32, "swap_size": 1, "max_depth": 0, "scale_depth": False}
+PATCHES = {
+    "freeu": partial(patched, patch="FreeU_V2", b1=1.3, b2=1.4, s1=0.9, s2=0.2),
+    "pag": partial(patched, patch="PerturbedAttentionGuidance", scale=3.0),
+    "hypertile": partial(patched, patch="HyperTile", **HYPERTILE),
+    "attention-of-a-custom-node": partial(patched, patch="LunaBrokerTestsReplaceAttention"),
+}
+UNPATCHED = partial(patched, patch=None)
+# What the refusal must name, so that the user finds the node.
+NAMED = {
+    "freeu": "output_block_patch",
+    "pag": "attn1",
+    "hypertile": "attn1",
+    "attention-of-a-custom-node": "attn1",
+}
+
+
+@pytest.mark.parametrize("name", PATCHES)
+def test_works_attached(name, worker, broker, reference, loaders):
+    patch = PATCHES[name]
+    assert_different(reference(patch), reference(UNPATCHED))
+    result = worker.run(patch(loaders("attached"))).ok()
+    assert brokers.holds_weights(broker, worker.pid), "the worker has attached nothing"
+    assert_equal(result, reference(patch))
+
+
+def test_attached_models_are_as_before_without_the_patch(worker, reference, loaders):
+    for patch in PATCHES.values():
+        worker.run(patch(loaders("attached"))).ok()
+    assert_equal(worker.run(UNPATCHED(loaders("attached"))).ok(), reference(UNPATCHED))
+
+
+@pytest.mark.parametrize("name", PATCHES)
+def test_refused_remote_in_plain_words(name, worker, reference, loaders):
+    result = worker.run(PATCHES[name](loaders("remote")))
+    assert result.error is not None, "a patch that the broker cannot run was left out without a word"
+    said = result.error["exception_message"]
+    assert NAMED[name] in said, said
+    assert "attached" in said, f"no way out is named: {said}"
+    assert_near(worker.run(txt2img(loaders("remote"))).ok(), reference(txt2img))
