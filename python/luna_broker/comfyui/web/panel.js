@@ -9,13 +9,13 @@ export function size(bytes) {
   return `${unit ? bytes.toFixed(1) : bytes} ${UNITS[unit]}`;
 }
 
-export function absent({ message, remedy }) {
+export function absent({ kind, message, remedy }) {
   return h(
     "section",
     { className: "luna-absent" },
     h("i", { className: "pi pi-exclamation-circle" }),
-    h("strong", {}, "No broker"),
-    h("p", {}, message),
+    h("strong", {}, kind === "ConnectionLost" ? "No broker" : "No answer"),
+    h("p", {}, sentence(message)),
     h("p", {}, sentence(remedy)),
     h("p", { className: "luna-faint" }, "Loaders with mode auto load models themselves meanwhile."),
   );

@@ -10,12 +10,12 @@ export const STYLE = `
 .luna-broker footer { margin-top: 12px; overflow-wrap: anywhere; }
 .luna-broker footer + footer { margin-top: 2px; }
 .luna-faint { color: var(--descrip-text); font-size: 12px; overflow-wrap: anywhere; }
-.luna-figures { display: grid; grid-template-columns: repeat(3, 1fr); gap: 8px; }
+.luna-figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(80px, 1fr)); gap: 8px; }
 .luna-figures div { padding: 8px; border-radius: 8px; background: var(--comfy-input-bg); }
 .luna-figures b { display: block; font-size: 16px; white-space: nowrap; }
 .luna-figures span { color: var(--descrip-text); font-size: 11px; }
 .luna-row { padding: 6px 0 6px 8px; border-bottom: 1px solid var(--border-color); border-left: 3px solid transparent; }
-.luna-head { display: flex; justify-content: space-between; gap: 8px; }
+.luna-head { display: flex; flex-wrap: wrap; justify-content: space-between; column-gap: 8px; }
 .luna-head span:first-child { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 .luna-head span:last-child { flex: none; }
 .luna-busy { border-left-color: #4caf50; }
