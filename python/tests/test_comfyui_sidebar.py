@@ -13,7 +13,7 @@ import luna_broker
 import pytest
 import torch
 from conftest import StartBroker, eventually, hold_still
-from luna_broker.comfyui import server
+from luna_broker.comfyui import brokers, server
 from luna_broker.comfyui.overview import as_text, reason, size
 
 WORKER = f"comfyui-{os.getpid()}"
@@ -124,7 +124,7 @@ def test_a_broker_that_is_not_there_is_an_answer_with_a_remedy(tmp_path: Any) ->
 def test_a_broker_that_hangs_holds_up_neither_the_loop_nor_further_questions(
     own_broker: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server, "TIMEOUT_S", 0.5)
+    monkeypatch.setattr(brokers, "QUICK_TIMEOUT_S", 0.5)
     looks: list[str] = []
 
     def look(address: str, really: Any = server.look) -> dict[str, Any]:

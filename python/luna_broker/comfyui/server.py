@@ -10,8 +10,8 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-import luna_broker
-from luna_broker import LunaBrokerError, Unsupported
+from luna_broker import LunaBrokerError
+from luna_broker.comfyui import brokers
 from luna_broker.comfyui.overview import overview
 
 if TYPE_CHECKING:
@@ -19,10 +19,8 @@ if TYPE_CHECKING:
 
 PATH = "/luna_broker/status"
 
-SERVICES = ("unet", "clip", "vae")
-
-# Of connecting and of each question. A broker that works answers within milliseconds, however busy its lanes are.
-TIMEOUT_S = 2.0
+# What sessions are called that only ask, of this ComfyUI and of others: they are nobody's work.
+ASKS = "-asks"
 
 HANGS = "look at the broker's log, and whether the machine is overloaded"
 
@@ -51,19 +49,15 @@ def look(address: str) -> dict[str, Any]:
 
 
 def overviews(address: str) -> list[dict[str, Any]]:
-    """What the brokers at an address do: one, or one for each service."""
-    # A session for this question alone. The worker's own must not be used: what has ComfyUI's interrupts end its calls
-    # would take an interrupt for the sidebar's and withhold it from the workflow.
-    asker = f"comfyui-{os.getpid()}-sidebar"
-    with luna_broker.connect(address or None, timeout=TIMEOUT_S, name=asker) as client:
-        found: dict[str, dict[str, Any]] = {}
-        for service in SERVICES:
-            try:
-                status = client.of(service).status()
-            except Unsupported:
-                continue
-            status["sessions"] = [session for session in status["sessions"] if session["name"] != asker]
-            found.setdefault(status["address"], overview(status, f"comfyui-{os.getpid()}"))
+    """What the brokers at an address do: one, or one for each service. Raises as `brokers.quick`."""
+    # Not the worker's own client: with it Cancel would be taken for the sidebar's, and withheld from the workflow.
+    client = brokers.quick(address)
+    clients = [client.of(service) for service in brokers.split(address)] or [client]
+    found: dict[str, dict[str, Any]] = {}
+    for each in clients:
+        status = each.status()
+        status["sessions"] = [session for session in status["sessions"] if not session["name"].endswith(ASKS)]
+        found.setdefault(status["address"], overview(status, f"comfyui-{os.getpid()}"))
     return list(found.values())
 
 

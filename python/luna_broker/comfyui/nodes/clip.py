@@ -1,0 +1,157 @@
+"""Prompts that the broker tokenizes and encodes; this process has no text encoders for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from luna_broker import Clip
+from luna_broker.comfyui import brokers, notices
+from luna_broker.comfyui.nodes.inputs import BROKER, CATEGORY, CLIP_SKIP, NONE, Input, number, part, source, text
+
+Inputs = dict[str, dict[str, Any]]
+Conditioning = list[list[Any]]
+
+POSITIVE = "What the picture is to show. (word:1.2) weighs, embedding:name is a file of the broker's folders."
+NEGATIVE = "What the picture is led away from."
+
+
+class _Shared:
+    """What the nodes have in common."""
+
+    CATEGORY = CATEGORY
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, clip_name1: str, clip_name2: str) -> bool:
+        # Which files there are changes with brokers; one that is not there is an error that says more.
+        return True
+
+
+class CLIPTextEncode(_Shared):
+    DESCRIPTION = "Encodes a prompt in the broker."
+    RETURN_TYPES = ("CONDITIONING",)
+    OUTPUT_TOOLTIPS = ("The encoded prompt.",)
+    FUNCTION = "encode"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        return _inputs(text=text(POSITIVE))
+
+    def encode(
+        self, text: str, clip_name1: str, clip_name2: str, clip_skip: int, node: str, broker: str = ""
+    ) -> tuple[Conditioning]:
+        return (_conditioning(_clip(broker, clip_name1, clip_name2), node, text, skip=clip_skip),)
+
+
+class CLIPTextEncodeDual(_Shared):
+    DESCRIPTION = "Encodes the positive and the negative prompt in the broker."
+    RETURN_TYPES = ("CONDITIONING", "CONDITIONING")
+    RETURN_NAMES = ("positive", "negative")
+    OUTPUT_TOOLTIPS = ("The encoded positive prompt.", "The encoded negative prompt.")
+    FUNCTION = "encode"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        return _inputs(positive=text(POSITIVE), negative=text(NEGATIVE))
+
+    def encode(
+        self,
+        positive: str,
+        negative: str,
+        clip_name1: str,
+        clip_name2: str,
+        clip_skip: int,
+        node: str,
+        broker: str = "",
+    ) -> tuple[Conditioning, Conditioning]:
+        clip = _clip(broker, clip_name1, clip_name2)
+        return tuple(_conditioning(clip, node, prompt, skip=clip_skip) for prompt in (positive, negative))
+
+
+class CLIPTextEncodeSDXL(_Shared):
+    DESCRIPTION = "Encodes both prompts for SDXL in the broker, with the sizes that SDXL is told."
+    RETURN_TYPES = ("CONDITIONING", "CONDITIONING")
+    RETURN_NAMES = ("positive", "negative")
+    OUTPUT_TOOLTIPS = ("The encoded positive prompt, with sizes.", "The encoded negative prompt, with sizes.")
+    FUNCTION = "encode"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        inputs = _inputs(
+            positive=text(POSITIVE),
+            negative=text(NEGATIVE),
+            width=_pixels(1024, "Width of the picture that the training picture was made of."),
+            height=_pixels(1024, "Height of the picture that the training picture was made of."),
+            crop_w=_pixels(0, "What was cut off it on the left."),
+            crop_h=_pixels(0, "What was cut off it at the top."),
+            target_width=_pixels(1024, "Width of the picture asked for."),
+            target_height=_pixels(1024, "Height of the picture asked for."),
+        )
+        inputs["optional"]["positive_g"] = text("Other words of the positive prompt for CLIP-G; empty for the same.")
+        inputs["optional"]["negative_g"] = text("Other words of the negative prompt for CLIP-G; empty for the same.")
+        return inputs
+
+    def encode(
+        self,
+        positive: str,
+        negative: str,
+        clip_name1: str,
+        clip_name2: str,
+        clip_skip: int,
+        node: str,
+        broker: str = "",
+        positive_g: str = "",
+        negative_g: str = "",
+        **sizes: int,
+    ) -> tuple[Conditioning, Conditioning]:
+        clip = _clip(broker, clip_name1, clip_name2)
+        prompts = ((positive, positive_g), (negative, negative_g))
+        return tuple(_conditioning(clip, node, prompt, other, clip_skip, sizes) for prompt, other in prompts)
+
+
+def _inputs(**own: Input) -> Inputs:
+    return {
+        "required": {
+            **own,
+            "clip_name1": part("clip", "Text encoders: a file of the broker's or of ComfyUI's, or a checkpoint."),
+            "clip_name2": part("clip", "The second file, where CLIP-L and CLIP-G are in files of their own.", True),
+            "clip_skip": CLIP_SKIP,
+        },
+        "optional": {"broker": BROKER},
+        "hidden": {"node": "UNIQUE_ID"},
+    }
+
+
+def _pixels(default: int, tooltip: str) -> Input:
+    return number("INT", default, 0, 16384, 1, f"{tooltip} In pixels.")
+
+
+def _clip(broker: str, *names: str) -> Clip:
+    client = brokers.client(broker)
+    # One after the other: of several files, the broker may know some by another path than this process.
+    known = [source("clip", name).ask(lambda file: (client.header(file), file)[1]) for name in names if name != NONE]
+    return client.clip(*known)
+
+
+def _conditioning(
+    clip: Clip, node: str, prompt: str, other: str = "", skip: int = 0, sizes: dict[str, int] | None = None
+) -> Conditioning:
+    """One prompt, encoded. `other`: words for CLIP-G; what embeddings it names in vain, the node says."""
+    # Without its projection, as stock nodes take SD1's, whose UNet looks at neither.
+    is_projected = clip.info["family"] != "clip-l"
+    context, pooled = clip.encode(prompt, text_g=other or None, skip=skip or None, project=is_projected)
+    for name, reason in clip.last.ignored:
+        notices.tell(node, f"the embedding {name!r} was left out: {reason}", warning=True)
+    return [[context, {"pooled_output": pooled, **(sizes or {})}]]
+
+
+NODES: dict[str, type] = {
+    "LunaBrokerCLIPTextEncode": CLIPTextEncode,
+    "LunaBrokerCLIPTextEncodeDual": CLIPTextEncodeDual,
+    "LunaBrokerCLIPTextEncodeSDXL": CLIPTextEncodeSDXL,
+}
+
+NAMES: dict[str, str] = {
+    "LunaBrokerCLIPTextEncode": "Shared CLIP Encode (Luna Broker)",
+    "LunaBrokerCLIPTextEncodeDual": "CLIP Encode, Dual (Luna Broker)",
+    "LunaBrokerCLIPTextEncodeSDXL": "CLIP Encode, SDXL (Luna Broker)",
+}
