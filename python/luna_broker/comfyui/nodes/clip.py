@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from luna_broker import Clip
@@ -38,8 +39,8 @@ class CLIPTextEncode(_Shared):
 
     def encode(
         self, text: str, clip_name1: str, clip_name2: str, clip_skip: int, node: str, broker: str = ""
-    ) -> tuple[Conditioning]:
-        return (_conditioning(_clip(broker, clip_name1, clip_name2), node, text, skip=clip_skip),)
+    ) -> tuple[Conditioning, ...]:
+        return _conditionings(_clip(broker, clip_name1, clip_name2), node, [(text, "")], clip_skip)
 
 
 class CLIPTextEncodeDual(_Shared):
@@ -62,9 +63,9 @@ class CLIPTextEncodeDual(_Shared):
         clip_skip: int,
         node: str,
         broker: str = "",
-    ) -> tuple[Conditioning, Conditioning]:
+    ) -> tuple[Conditioning, ...]:
         clip = _clip(broker, clip_name1, clip_name2)
-        return tuple(_conditioning(clip, node, prompt, skip=clip_skip) for prompt in (positive, negative))
+        return _conditionings(clip, node, [(positive, ""), (negative, "")], clip_skip)
 
 
 class CLIPTextEncodeSDXL(_Shared):
@@ -102,10 +103,10 @@ class CLIPTextEncodeSDXL(_Shared):
         positive_g: str = "",
         negative_g: str = "",
         **sizes: int,
-    ) -> tuple[Conditioning, Conditioning]:
+    ) -> tuple[Conditioning, ...]:
         clip = _clip(broker, clip_name1, clip_name2)
         prompts = ((positive, positive_g), (negative, negative_g))
-        return tuple(_conditioning(clip, node, prompt, other, clip_skip, sizes) for prompt, other in prompts)
+        return _conditionings(clip, node, prompts, clip_skip, sizes)
 
 
 def _inputs(**own: Input) -> Inputs:
@@ -132,25 +133,29 @@ def _clip(broker: str, *names: str) -> Clip:
     return client.clip(*known)
 
 
-def _conditioning(
-    clip: Clip, node: str, prompt: str, other: str = "", skip: int = 0, sizes: dict[str, int] | None = None
-) -> Conditioning:
-    """One prompt, encoded. `other`: words for CLIP-G; what embeddings it names in vain, the node says."""
+def _conditionings(
+    clip: Clip, node: str, prompts: Sequence[tuple[str, str]], skip: int, sizes: Mapping[str, int] | None = None
+) -> tuple[Conditioning, ...]:
+    """Prompts, each with other words for CLIP-G or none, encoded. What they name in vain, the node says."""
     # Without its projection, as stock nodes take SD1's, whose UNet looks at neither.
     is_projected = clip.info["family"] != "clip-l"
-    context, pooled = clip.encode(prompt, text_g=other or None, skip=skip or None, project=is_projected)
-    for name, reason in clip.last.ignored:
-        notices.tell(node, f"the embedding {name!r} was left out: {reason}", warning=True)
-    return [[context, {"pooled_output": pooled, **(sizes or {})}]]
+    encoded, ignored = [], []
+    for prompt, other in prompts:
+        context, pooled = clip.encode(prompt, text_g=other or None, skip=skip or None, project=is_projected)
+        ignored += [f"the embedding {name!r} was left out: {reason}" for name, reason in clip.last.ignored]
+        encoded.append([[context, {"pooled_output": pooled, **(sizes or {})}]])
+    if ignored:
+        notices.tell(node, "\n".join(ignored), warning=True)
+    return tuple(encoded)
 
 
-NODES: dict[str, type] = {
+NODE_CLASS_MAPPINGS: dict[str, type] = {
     "LunaBrokerCLIPTextEncode": CLIPTextEncode,
     "LunaBrokerCLIPTextEncodeDual": CLIPTextEncodeDual,
     "LunaBrokerCLIPTextEncodeSDXL": CLIPTextEncodeSDXL,
 }
 
-NAMES: dict[str, str] = {
+NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {
     "LunaBrokerCLIPTextEncode": "Shared CLIP Encode (Luna Broker)",
     "LunaBrokerCLIPTextEncodeDual": "CLIP Encode, Dual (Luna Broker)",
     "LunaBrokerCLIPTextEncodeSDXL": "CLIP Encode, SDXL (Luna Broker)",

@@ -49,6 +49,6 @@ class BrokerStatus:
         return {"ui": {"text": [text]}, "result": (text, sum(each["saved_bytes"] for each in told))}
 
 
-NODES: dict[str, type] = {"LunaBrokerStatus": BrokerStatus}
+NODE_CLASS_MAPPINGS: dict[str, type] = {"LunaBrokerStatus": BrokerStatus}
 
-NAMES: dict[str, str] = {"LunaBrokerStatus": "Broker Status (Luna Broker)"}
+NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {"LunaBrokerStatus": "Broker Status (Luna Broker)"}

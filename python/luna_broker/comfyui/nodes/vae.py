@@ -107,14 +107,14 @@ def _colours(pixels: Any) -> Any:
     return pixels[..., :3]
 
 
-NODES: dict[str, type] = {
+NODE_CLASS_MAPPINGS: dict[str, type] = {
     "LunaBrokerVAEDecode": VAEDecode,
     "LunaBrokerVAEDecodeTiled": VAEDecodeTiled,
     "LunaBrokerVAEEncode": VAEEncode,
     "LunaBrokerVAEEncodeTiled": VAEEncodeTiled,
 }
 
-NAMES: dict[str, str] = {
+NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {
     "LunaBrokerVAEDecode": "Shared VAE Decode (Luna Broker)",
     "LunaBrokerVAEDecodeTiled": "Shared VAE Decode, Tiled (Luna Broker)",
     "LunaBrokerVAEEncode": "Shared VAE Encode (Luna Broker)",
