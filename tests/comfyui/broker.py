@@ -32,10 +32,10 @@ def completed(process: BrokerProcess) -> dict[str, int]:
 
 
 def digests(process: BrokerProcess) -> dict[str, list[str]]:
-    """What the attached weights of each name contain now, as the broker reads it from the memory they lie in."""
+    """What the attached weights of each file contain now, as the broker reads it from the memory they lie in."""
     with luna_broker.connect(process.address) as client:
-        names = {name for weights in client.status()["weights"] for name in weights["names"]}
-        return {name: sorted(found["found"] for found in client.verify(name)) for name in names}
+        files = {weights["path"] for weights in client.status()["weights"] if weights["path"] is not None}
+        return {file: sorted(found["found"] for found in client.verify(file)) for file in files}
 
 
 def weights_mib(process: BrokerProcess, name: str) -> float:

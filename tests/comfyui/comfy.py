@@ -61,6 +61,11 @@ class Result:
         return self._data("execution_interrupted") is not None
 
     @property
+    def ran(self) -> set[str]:
+        """Ids of the nodes that were run; what others gave was kept from an earlier workflow."""
+        return {str(message["data"]["node"]) for message in self.messages if message["type"] == "executing"}
+
+    @property
     def text(self) -> str:
         """Everything that nodes told the user."""
         told = [line for _, line in self.lines]
@@ -186,10 +191,6 @@ class ComfyUI:
 
     def interrupt(self) -> None:
         self._post("/interrupt", {})
-
-    def free(self) -> None:
-        """Has ComfyUI forget its models and what it keeps of earlier workflows, before the next one."""
-        self._post("/free", {"unload_models": True, "free_memory": True})
 
     def nodes(self) -> dict[str, Any]:
         """The nodes it has, with their inputs."""

@@ -15,8 +15,10 @@ sys.path.insert(0, str(REPOSITORY / "examples" / "demo"))
 
 import checkpoints  # noqa: E402
 import picture  # noqa: E402
+import workers  # noqa: E402
 from broker_process import BrokerProcess  # noqa: E402
 from comfy import ComfyUI, Result  # noqa: E402
+from workers import StartComfyUI  # noqa: E402
 from workflows import STOCK, Graph, Loaders  # noqa: E402
 
 import broker as brokers  # noqa: E402
@@ -64,9 +66,6 @@ def scratch() -> Iterator[Path]:
         yield Path(folder)
 
 
-StartComfyUI = Callable[..., ComfyUI]
-
-
 @pytest.fixture(scope="session")
 def comfyui(checkout: Path, models: Path, scratch: Path) -> Iterator[StartComfyUI]:
     """Starts a ComfyUI: `comfyui("name", pack=True)`; all of them are stopped in the end."""
@@ -109,6 +108,22 @@ def broker(binary: Path, models: Path, scratch: Path) -> Iterator[BrokerProcess]
     """A broker for all tests that leave it as they found it."""
     with brokers.start(binary, scratch / "shared.sock", models) as process:
         yield process
+
+
+@pytest.fixture(scope="session")
+def four(comfyui: StartComfyUI) -> dict[str, ComfyUI]:
+    """Four more with the pack, by the names of their LoRA stacks."""
+    return {name: comfyui(name, True) for name in workers.STACKS}
+
+
+@pytest.fixture(scope="session")
+def grown(comfyui: StartComfyUI, binary: Path, models: Path, scratch: Path) -> dict[str, workers.Growth]:
+    """What workers cost, the more the more, by mode; of stock ones as many as leave room for other tests."""
+    found = {"stock": workers.grow(comfyui, "stock", 2, None)}
+    for mode in ("attached", "remote"):
+        with brokers.start(binary, scratch / f"{mode}.sock", models) as process:
+            found[mode] = workers.grow(comfyui, mode, 4, process)
+    return found
 
 
 @pytest.fixture

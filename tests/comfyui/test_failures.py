@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 from compare import assert_equal, assert_near
-from conftest import StartComfyUI
+from workers import StartComfyUI
 from workflows import Loaders, txt2img
 
 import broker as brokers
@@ -87,7 +87,6 @@ def test_an_absent_broker_is_a_clean_error(mode, alone, scratch):
 @pytest.mark.parametrize("mode", ["auto", "attached", "remote"])
 def test_without_a_broker_workflows_run_locally_and_say_so(mode, alone, scratch, reference):
     nobody = str(scratch / "nobody.sock")
-    alone.free()
     result = alone.run(SHORT(Loaders(mode, nobody, on_failure="local"))).ok()
     assert_equal(result, reference(SHORT))
     assert "local" in result.text and nobody in result.text, f"nothing told the user: {result.text!r}"
