@@ -1,0 +1,177 @@
+"""Loads a model the way that was asked for, or the way that suits, and says which that was.
+
+Whatever fails on the way to the broker ends in a model of this process's own, unless the user wants an error.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from luna_broker import Busy, Client, LunaBrokerError, ModelNotFound, OutOfMemory, Timeout
+from luna_broker.comfyui import brokers, compat, files, notices
+from luna_broker.comfyui.choice import Choice, Mode, OnFailure, Worker, choose
+from luna_broker.comfyui.files import Source
+from luna_broker.errors import refusal
+
+# What may be over by the next prompt.
+PASSING = (Busy, Timeout, OutOfMemory)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a loader is asked for."""
+
+    kind: str
+    """ "checkpoint", "unet", "clip" or "vae"."""
+    names: tuple[str, ...]
+    mode: Mode = Mode.AUTO
+    on_failure: OnFailure = OnFailure.LOCAL
+    address: str = ""
+    precision: str = "auto"
+    """Of the diffusion model."""
+    type: str = "stable_diffusion"
+    """Of text encoders, as in ComfyUI's own loaders."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What came of it; `None` for what the kind does not have."""
+
+    choice: Choice
+    model: Any = None
+    clip: Any = None
+    vae: Any = None
+
+    @property
+    def line(self) -> str:
+        """Which mode it is, and why."""
+        return str(self.choice)
+
+
+# What had to be loaded locally for a reason that may have passed: a loader that is asked for it again runs again.
+_PASSED_BY: set[Wanted] = set()
+
+
+def load(
+    kind: str,
+    names: Sequence[str],
+    mode: str = "auto",
+    on_failure: str = "local",
+    address: str = "",
+    precision: str = "auto",
+    type: str = "stable_diffusion",
+    node: str | None = None,
+) -> Loaded:
+    """Loads the files of these names as one model, and tells the user, on the node, in which mode and why.
+
+    `kind`: "checkpoint", "unet", "clip" or "vae". Raises `LunaBrokerError` where there is no such file anywhere, and
+    with `on_failure` "error" where `mode` cannot be had; "auto" ends in a local model rather than in an error.
+    """
+    wanted = Wanted(kind, tuple(names), Mode(mode), OnFailure(on_failure), address.strip(), precision, type)
+    sources = [files.resolve(kind, name) for name in names]
+    _PASSED_BY.discard(wanted)
+    loaded = _from_broker(wanted, sources)
+    if loaded is None or isinstance(loaded, Choice):
+        choice = loaded or Choice(Mode.LOCAL, "as asked for")
+        loaded = replace(_local(wanted, sources, choice), choice=choice)
+    is_fallback = wanted.mode is not Mode.LOCAL and loaded.choice.mode is Mode.LOCAL
+    notices.tell(node, f"{', '.join(names)} is {loaded.line}", warning=is_fallback)
+    return loaded
+
+
+def changed(
+    kind: str,
+    names: Sequence[str],
+    mode: str = "auto",
+    on_failure: str = "local",
+    address: str = "",
+    precision: str = "auto",
+    type: str = "stable_diffusion",
+) -> str | float:
+    """What a loader's IS_CHANGED returns: it runs again after a restart of its broker, and where a broker was busy."""
+    wanted = Wanted(kind, tuple(names), Mode(mode), OnFailure(on_failure), address.strip(), precision, type)
+    if wanted.mode is Mode.LOCAL:
+        return ""
+    # Not equal to itself: what ComfyUI remembers of the loader does not count.
+    return math.nan if wanted in _PASSED_BY else brokers.generation(wanted.address)
+
+
+def _from_broker(wanted: Wanted, sources: Sequence[Source]) -> Loaded | Choice | None:
+    """The model, or why it is to be local; `None` where that is what was asked for."""
+    if wanted.mode is Mode.LOCAL:
+        return None
+    mode = wanted.mode
+    try:
+        client = brokers.client(wanted.address)
+        choice = choose(wanted.mode, _worker(client, wanted.kind))
+        if choice.mode is Mode.LOCAL:
+            return choice
+        mode = choice.mode
+        return _by_broker(client, wanted, sources, choice)
+    except LunaBrokerError as error:
+        if wanted.mode is not Mode.AUTO and wanted.on_failure is OnFailure.ERROR:
+            raise
+        if isinstance(error, PASSING):
+            _PASSED_BY.add(wanted)
+        tried = "there is no broker" if mode is Mode.AUTO else f"{mode.value} could not be had"
+        return Choice(Mode.LOCAL, f"{tried}: {error}")
+
+
+def _by_broker(client: Client, wanted: Wanted, sources: Sequence[Source], choice: Choice) -> Loaded:
+    # Imported here, as both rely on a ComfyUI that may be another than they are made for.
+    if choice.mode is Mode.ATTACHED:
+        from luna_broker.comfyui import attached as way
+    else:
+        from luna_broker.comfyui import remote as way
+    if wanted.kind == "checkpoint":
+        if choice.mode is Mode.ATTACHED:
+            model, clip, vae = way.checkpoint(client, sources[0], wanted.precision)
+        else:
+            model, clip, vae = way.checkpoint(client, sources[0])
+        return Loaded(choice, model, clip, vae)
+    if wanted.kind == "unet":
+        return Loaded(choice, model=way.diffusion_model(client, sources[0], wanted.precision))
+    if wanted.kind == "clip":
+        return Loaded(choice, clip=way.text_encoders(client, sources, wanted.type))
+    return Loaded(choice, vae=way.vae(client, sources[0]))
+
+
+def _local(wanted: Wanted, sources: Sequence[Source], choice: Choice) -> Loaded:
+    from luna_broker.comfyui import local
+
+    for source in sources:
+        if source.path is None:
+            message = f"there is no file {source.name} in ComfyUI's folders; {choice}"
+            raise refusal(ModelNotFound, message, "choose a file that is there, or start a broker that has it")
+    paths = [str(source.path) for source in sources]
+    if wanted.kind == "checkpoint":
+        model, clip, vae = local.checkpoint(paths[0], wanted.precision)
+        return Loaded(choice, model, clip, vae)
+    if wanted.kind == "unet":
+        return Loaded(choice, model=local.diffusion_model(paths[0], wanted.precision))
+    if wanted.kind == "clip":
+        return Loaded(choice, clip=local.text_encoders(paths, wanted.type))
+    return Loaded(choice, vae=local.vae(paths[0]))
+
+
+def _worker(client: Client, kind: str) -> Worker:
+    """What there is to know about this process before anything is loaded."""
+    import comfy.model_management as mm
+    import torch
+
+    service = files.SERVICES[kind]
+    broker = client.of(service)
+    device = mm.vae_device() if kind == "vae" else mm.get_torch_device()
+    is_on_gpu = device.type == "cuda"
+    where = f"GPU-{torch.cuda.get_device_properties(device).uuid}" if is_on_gpu else "cpu"
+    rungs = {rung.device.lower(): rung.rung for rung in broker.session.rungs}
+    lanes = [lane["device"] for lane in broker.status()["lanes"] if lane["service"] == service]
+    return Worker(
+        is_on_gpu=is_on_gpu,
+        rung=rungs.get(where.lower(), rungs.get("cpu")),
+        broker_is_on_gpu=any(lane != "cpu" for lane in lanes),
+        missing=compat.missing("attached"),
+    )
