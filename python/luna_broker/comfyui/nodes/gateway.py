@@ -6,8 +6,9 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from luna_broker.comfyui import notices, remote
-from luna_broker.comfyui.nodes.inputs import CATEGORY, number, text
+from luna_broker.comfyui import notices
+from luna_broker.comfyui.nodes.inputs import number, text
+from luna_broker.comfyui.nodes.loaders import CATEGORY
 from luna_broker.comfyui.prompt import Lora, Prompt, parse
 from luna_broker.comfyui.stack import Stack, gather
 
@@ -95,6 +96,9 @@ class ConfigGateway:
         model, clip = self._with_loras(model, clip, stack.loras)
         cache = _cache(cache_threshold, cache_start, cache_end, cache_max_hits)
         if cache is not None and where(model) == "remote":
+            # Not above: it relies on a ComfyUI that may be another than it is made for.
+            from luna_broker.comfyui import remote
+
             model = remote.with_block_cache(model, **cache)
         elif cache is not None:
             warnings.append(NO_CACHE)

@@ -1,26 +1,13 @@
-"""Inputs that several nodes have, each said once."""
+"""Inputs that several nodes have besides those of loaders, each said once."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from luna_broker.comfyui import files
+from luna_broker.comfyui.nodes.loaders import NONE
 
 Input = tuple[Any, dict[str, Any]]
-
-CATEGORY = "Luna Broker"
-
-# Of a choice that may be left out.
-NONE = "none"
-
-BROKER: Input = (
-    "STRING",
-    {
-        "default": "",
-        "tooltip": "The broker's socket, or one for each service: vae=PATH,unet=PATH,clip=PATH."
-        " Empty for $LUNA_BROKER, else this user's default.",
-    },
-)
 
 CLIP_SKIP: Input = (
     "INT",

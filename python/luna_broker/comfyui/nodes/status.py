@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from luna_broker.comfyui import notices, server
-from luna_broker.comfyui.nodes.inputs import BROKER, CATEGORY
+from luna_broker.comfyui.nodes.loaders import BROKER, CATEGORY
 from luna_broker.comfyui.overview import as_text
 
 
