@@ -7,7 +7,7 @@ from typing import Any
 
 from luna_broker import Clip
 from luna_broker.comfyui import brokers, notices
-from luna_broker.comfyui.nodes.inputs import CLIP_SKIP, Input, number, part, source, text
+from luna_broker.comfyui.inputs import CLIP_SKIP, Input, number, part, source, text
 from luna_broker.comfyui.nodes.loaders import BROKER, CATEGORY, NONE
 
 Inputs = dict[str, dict[str, Any]]

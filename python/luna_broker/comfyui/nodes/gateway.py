@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from luna_broker.comfyui import notices
-from luna_broker.comfyui.nodes.inputs import number, text
+from luna_broker.comfyui.inputs import number, text
 from luna_broker.comfyui.nodes.loaders import CATEGORY
 from luna_broker.comfyui.prompt import Lora, Prompt, parse
 from luna_broker.comfyui.stack import Stack, gather

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from luna_broker import Vae
 from luna_broker.comfyui import brokers
-from luna_broker.comfyui.nodes.inputs import number, part, source
+from luna_broker.comfyui.inputs import number, part, source
 from luna_broker.comfyui.nodes.loaders import BROKER, CATEGORY
 
 Inputs = dict[str, dict[str, Any]]
