@@ -28,8 +28,9 @@ def _collect() -> None:
         return
     for file in sorted((_PACK / "nodes").glob("[a-z]*.py")):
         module = importlib.import_module(f"luna_broker.comfyui.nodes.{file.stem}")
-        classes.update(module.NODE_CLASS_MAPPINGS)
-        titles.update(module.NODE_DISPLAY_NAME_MAPPINGS)
+        # What nodes share has none of its own.
+        classes.update(getattr(module, "NODE_CLASS_MAPPINGS", {}))
+        titles.update(getattr(module, "NODE_DISPLAY_NAME_MAPPINGS", {}))
     _serve_the_sidebar()
     _warn_of_versions()
 
