@@ -31,11 +31,11 @@ def completed(process: BrokerProcess) -> dict[str, int]:
     return {lane["service"]: int(lane["completed"]) for lane in status(process)["lanes"]}
 
 
-def digests(process: BrokerProcess) -> dict[str, list[str]]:
-    """What the attached weights of each file contain now, as the broker reads it from the memory they lie in."""
+def verified(process: BrokerProcess) -> list[dict[str, Any]]:
+    """Of the attached weights of every file, the digest they were loaded with and that of what they contain now."""
     with luna_broker.connect(process.address) as client:
         files = {weights["path"] for weights in client.status()["weights"] if weights["path"] is not None}
-        return {file: sorted(found["found"] for found in client.verify(file)) for file in files}
+        return [found for file in sorted(files) for found in client.verify(file)]
 
 
 def weights_mib(process: BrokerProcess, name: str) -> float:

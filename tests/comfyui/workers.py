@@ -41,11 +41,6 @@ def stacked(name: str, address: str, **sampler: Any) -> Graph:
     return txt2img(Loaders(name.partition("-")[0], address), loras=STACKS[name], **sampler)
 
 
-def sampler_of(graph: Graph) -> str:
-    """Id of a workflow's sampler."""
-    return next(name for name, node in graph.items() if node["class_type"] == "KSampler")
-
-
 def grow(start: StartComfyUI, mode: str, count: int, broker: BrokerProcess | None) -> Growth:
     """Starts workers one after the other, has each paint, and stops them all. Stock ones need no broker."""
     loaders = STOCK if broker is None else Loaders(mode, broker.address)

@@ -26,6 +26,11 @@ class Graph(dict[str, Any]):
         self[name] = {"class_type": kind, "inputs": inputs}
         return Node(name)
 
+    def only(self, kind: str) -> str:
+        """Id of the only node of a kind."""
+        (name,) = (name for name, node in self.items() if node["class_type"] == kind)
+        return name
+
 
 class Node(NamedTuple):
     """A node of a workflow; `node.out(1)` is its second output."""
@@ -56,13 +61,13 @@ class Loaders:
         if self.mode is None:
             loader = graph.add("CheckpointLoaderSimple", ckpt_name=name)
         else:
-            loader = graph.add("LunaBrokerCheckpointLoader", ckpt_name=name, **self._choices())
+            loader = graph.add("LunaBrokerCheckpointLoader", ckpt_name=name, precision="auto", **self._choices())
         return Models(loader.out(0), loader.out(1), loader.out(2))
 
     def unet(self, graph: Graph, name: str) -> Link:
         if self.mode is None:
             return graph.add("UNETLoader", unet_name=name, weight_dtype="default").out()
-        return graph.add("LunaBrokerUNETLoader", unet_name=name, **self._choices()).out()
+        return graph.add("LunaBrokerUNETLoader", unet_name=name, precision="auto", **self._choices()).out()
 
     def clip(self, graph: Graph, name: str) -> Link:
         if self.mode is None:
@@ -75,7 +80,7 @@ class Loaders:
         return graph.add("LunaBrokerVAELoader", vae_name=name, **self._choices()).out()
 
     def _choices(self) -> dict[str, str]:
-        return {"mode": self.mode or "", "on_failure": self.on_failure, "broker": self.broker, "precision": "auto"}
+        return {"mode": self.mode or "", "on_failure": self.on_failure, "broker": self.broker}
 
 
 STOCK = Loaders()
@@ -317,3 +322,18 @@ def patched(loaders: Loaders, patch: str | None, checkpoint: str = "wide.safeten
         node = paint.graph.add(patch, model=paint.models.model, **inputs)
         paint.models = paint.models._replace(model=node.out())
     return paint.finish()
+
+
+def through_gateway(on_model: Loaders, on_clip: Loaders, positive: str, **cache: float) -> Graph:
+    """LoRAs and prompts by the pack's gateway, with MODEL and CLIP from loaders of their own."""
+    graph = Graph()
+    models = on_model.checkpoint(graph, "small.safetensors")
+    clip = models.clip if on_clip == on_model else on_clip.checkpoint(graph, "small.safetensors").clip
+    settings = {"cache_threshold": 0.0, "cache_start": 0.0, "cache_end": 1.0, "cache_max_hits": -1, **cache}
+    gateway = graph.add(
+        "LunaBrokerConfigGateway", model=models.model, clip=clip, positive=positive, negative=NEGATIVE, **settings
+    )
+    graph.add("PreviewAny", source=gateway.out(7))
+    latent = graph.add("EmptyLatentImage", width=WIDTH, height=HEIGHT, batch_size=1).out()
+    models = Models(gateway.out(0), gateway.out(1), models.vae)
+    return Painting(graph, models, gateway.out(2), gateway.out(3), latent).finish()
