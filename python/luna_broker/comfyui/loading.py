@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
-from luna_broker import Busy, Client, LunaBrokerError, ModelNotFound, OutOfMemory, Timeout
+import luna_broker
+from luna_broker import Busy, Client, LunaBrokerError, ModelNotFound, Timeout
 from luna_broker.comfyui import brokers, compat, files, notices
 from luna_broker.comfyui.choice import Choice, Mode, OnFailure, Worker, choose
 from luna_broker.comfyui.files import Source
+from luna_broker.comfyui.loaded import Loaded
 from luna_broker.errors import refusal
-
-# What may be over by the next prompt.
-PASSING = (Busy, Timeout, OutOfMemory)
 
 
 @dataclass(frozen=True)
@@ -34,21 +32,6 @@ class Wanted:
     """Of the diffusion model."""
     type: str = "stable_diffusion"
     """Of text encoders, as in ComfyUI's own loaders."""
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """What came of it; `None` for what the kind does not have."""
-
-    choice: Choice
-    model: Any = None
-    clip: Any = None
-    vae: Any = None
-
-    @property
-    def line(self) -> str:
-        """Which mode it is, and why."""
-        return str(self.choice)
 
 
 # What had to be loaded locally for a reason that may have passed: a loader that is asked for it again runs again.
@@ -76,7 +59,7 @@ def load(
     loaded = _from_broker(wanted, sources)
     if loaded is None or isinstance(loaded, Choice):
         choice = loaded or Choice(Mode.LOCAL, "as asked for")
-        loaded = replace(_local(wanted, sources, choice), choice=choice)
+        loaded = _local(wanted, sources, choice)
     is_fallback = wanted.mode is not Mode.LOCAL and loaded.choice.mode is Mode.LOCAL
     notices.tell(node, f"{', '.join(names)} is {loaded.line}", warning=is_fallback)
     return loaded
@@ -110,14 +93,20 @@ def _from_broker(wanted: Wanted, sources: Sequence[Source]) -> Loaded | Choice |
         if choice.mode is Mode.LOCAL:
             return choice
         mode = choice.mode
-        return _by_broker(client, wanted, sources, choice)
+        loaded = _by_broker(client, wanted, sources, choice)
     except LunaBrokerError as error:
         if wanted.mode is not Mode.AUTO and wanted.on_failure is OnFailure.ERROR:
             raise
-        if isinstance(error, PASSING):
+        if _may_pass(error):
             _PASSED_BY.add(wanted)
         tried = "there is no broker" if mode is Mode.AUTO else f"{mode.value} could not be had"
         return Choice(Mode.LOCAL, f"{tried}: {error}")
+    if mode is Mode.REMOTE and wanted.on_failure is OnFailure.LOCAL:
+        from luna_broker.comfyui import rescue
+
+        name = ", ".join(wanted.names)
+        return rescue.protect(loaded, rescue.Rescue(name, lambda: _local(wanted, sources, choice)))
+    return loaded
 
 
 def _by_broker(client: Client, wanted: Wanted, sources: Sequence[Source], choice: Choice) -> Loaded:
@@ -155,6 +144,12 @@ def _local(wanted: Wanted, sources: Sequence[Source], choice: Choice) -> Loaded:
     if wanted.kind == "clip":
         return Loaded(choice, clip=local.text_encoders(paths, wanted.type))
     return Loaded(choice, vae=local.vae(paths[0]))
+
+
+def _may_pass(error: LunaBrokerError) -> bool:
+    """Whether the next prompt may have more luck; of an absent broker, `brokers.generation` tells."""
+    # That class is made when torch is loaded, which may be after this module.
+    return isinstance(error, (Busy, Timeout, luna_broker.OutOfMemory))
 
 
 def _worker(client: Client, kind: str) -> Worker:
