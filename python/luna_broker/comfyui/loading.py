@@ -129,12 +129,12 @@ def _by_broker(client: Client, wanted: Wanted, sources: Sequence[Source], choice
 
 
 def _local(wanted: Wanted, sources: Sequence[Source], choice: Choice) -> Loaded:
-    from luna_broker.comfyui import local
-
     for source in sources:
         if source.path is None:
             message = f"there is no file {source.name} in ComfyUI's folders; {choice}"
             raise refusal(ModelNotFound, message, "choose a file that is there, or start a broker that has it")
+    from luna_broker.comfyui import local
+
     paths = [str(source.path) for source in sources]
     if wanted.kind == "checkpoint":
         model, clip, vae = local.checkpoint(paths[0], wanted.precision)
