@@ -34,7 +34,7 @@ def completed(process: BrokerProcess) -> dict[str, int]:
 def verified(process: BrokerProcess) -> list[dict[str, Any]]:
     """Of the attached weights of every file, the digest they were loaded with and that of what they contain now."""
     with luna_broker.connect(process.address) as client:
-        files = {weights["path"] for weights in client.status()["weights"] if weights["path"] is not None}
+        files = {weights["path"] for weights in client.status()["weights"] if weights["path"]}
         return [found for file in sorted(files) for found in client.verify(file)]
 
 

@@ -61,25 +61,26 @@ class Loaders:
         if self.mode is None:
             loader = graph.add("CheckpointLoaderSimple", ckpt_name=name)
         else:
-            loader = graph.add("LunaBrokerCheckpointLoader", ckpt_name=name, precision="auto", **self._choices())
+            loader = graph.add("LunaBrokerCheckpointLoader", ckpt_name=name, precision="auto", **self.choices())
         return Models(loader.out(0), loader.out(1), loader.out(2))
 
     def unet(self, graph: Graph, name: str) -> Link:
         if self.mode is None:
             return graph.add("UNETLoader", unet_name=name, weight_dtype="default").out()
-        return graph.add("LunaBrokerUNETLoader", unet_name=name, precision="auto", **self._choices()).out()
+        return graph.add("LunaBrokerUNETLoader", unet_name=name, precision="auto", **self.choices()).out()
 
     def clip(self, graph: Graph, name: str) -> Link:
         if self.mode is None:
             return graph.add("CLIPLoader", clip_name=name, type="stable_diffusion").out()
-        return graph.add("LunaBrokerCLIPLoader", clip_name=name, type="stable_diffusion", **self._choices()).out()
+        return graph.add("LunaBrokerCLIPLoader", clip_name=name, type="stable_diffusion", **self.choices()).out()
 
     def vae(self, graph: Graph, name: str) -> Link:
         if self.mode is None:
             return graph.add("VAELoader", vae_name=name).out()
-        return graph.add("LunaBrokerVAELoader", vae_name=name, **self._choices()).out()
+        return graph.add("LunaBrokerVAELoader", vae_name=name, **self.choices()).out()
 
-    def _choices(self) -> dict[str, str]:
+    def choices(self) -> dict[str, str]:
+        """The inputs that all of the pack's loaders have."""
         return {"mode": self.mode or "", "on_failure": self.on_failure, "broker": self.broker}
 
 
@@ -322,6 +323,30 @@ def patched(loaders: Loaders, patch: str | None, checkpoint: str = "wide.safeten
         node = paint.graph.add(patch, model=paint.models.model, **inputs)
         paint.models = paint.models._replace(model=node.out())
     return paint.finish()
+
+
+def routed(loaders: Loaders, source: str) -> Graph:
+    """A checkpoint, or a diffusion model with its parts, by the pack's router."""
+    graph = Graph()
+    names = {"ckpt_name": "none", "unet_name": "none", "clip_name1": "none", "clip_name2": "none", "vae_name": "none"}
+    if source == "checkpoint":
+        names["ckpt_name"] = "small.safetensors"
+    else:
+        names |= {"unet_name": "bare.safetensors", "clip_name1": "clip_l.safetensors", "vae_name": "kl.safetensors"}
+    if loaders.mode is not None:
+        router = graph.add(
+            "LunaBrokerModelRouter", source=source, type="stable_diffusion", **names, **loaders.choices()
+        )
+        models = Models(router.out(0), router.out(1), router.out(2))
+    elif source == "checkpoint":
+        models = loaders.checkpoint(graph, names["ckpt_name"])
+    else:
+        clip, vae = loaders.clip(graph, names["clip_name1"]), loaders.vae(graph, names["vae_name"])
+        models = Models(loaders.unet(graph, names["unet_name"]), clip, vae)
+    positive = graph.add("CLIPTextEncode", clip=models.clip, text=POSITIVE).out()
+    negative = graph.add("CLIPTextEncode", clip=models.clip, text=NEGATIVE).out()
+    latent = graph.add("EmptyLatentImage", width=WIDTH, height=HEIGHT, batch_size=1).out()
+    return Painting(graph, models, positive, negative, latent).finish()
 
 
 def through_gateway(on_model: Loaders, on_clip: Loaders, positive: str, **cache: float) -> Graph:
