@@ -26,6 +26,8 @@ PRECISIONS = {
     "fp8_e4m3fn": torch.float8_e4m3fn,
 }
 
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
 # What KL VAEs and TAESD may be computed in, in ComfyUI's order.
 VAE_TYPES = [torch.bfloat16, torch.float32]
 
@@ -41,8 +43,13 @@ class Part:
 
     prefixes: tuple[str, ...]
     dtype: torch.dtype | None
-    """`None` for as it is stored."""
+    """What ComfyUI computes with, or has it cast from; `None` for as it is stored."""
     device: torch.device
+
+    @property
+    def converted_to(self) -> torch.dtype | None:
+        """What to ask the broker for: what is to be in float8 is so in the file."""
+        return None if self.dtype in FLOAT8 else self.dtype
 
 
 @dataclass(frozen=True)
@@ -99,6 +106,9 @@ def _unet(name: str, tensors: dict[str, torch.Tensor], prefix: str, precision: s
     if dtype is None:
         supported = list(config.supported_inference_dtypes)
         dtype = mm.unet_dtype(model_params=parameters, supported_dtypes=supported, weight_dtype=stored)
+    if dtype in FLOAT8 and stored != dtype:
+        message = f"{name} is stored as {stored}, and the broker converts nothing to {dtype}; nothing was loaded"
+        raise refusal(Unsupported, message, "choose another precision or mode local, or a file that is in float8")
     return Part((prefix,), dtype, mm.get_torch_device()), config
 
 

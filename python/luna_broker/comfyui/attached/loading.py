@@ -108,7 +108,7 @@ def _attach(broker: Client, source: Source, parts: Sequence[Part]) -> tuple[Tens
     types: dict[str, torch.dtype | str | None] = {"": None}
     devices: dict[str, torch.device] = {"": parts[0].device}
     for part in parts:
-        types.update(dict.fromkeys(part.prefixes, part.dtype))
+        types.update(dict.fromkeys(part.prefixes, part.converted_to))
         devices.update(dict.fromkeys(part.prefixes, part.device))
 
     def belongs_on(key: str) -> torch.device:
