@@ -7,7 +7,7 @@ from typing import Any
 
 import luna_broker
 import pytest
-from luna_broker.comfyui import brokers, loading, notices
+from luna_broker.comfyui import brokers, compat, loading, notices
 from luna_broker.comfyui.choice import Mode, Worker
 from luna_broker.comfyui.loaded import Loaded
 
@@ -24,6 +24,10 @@ class World:
         self.worker = ATTACHED_WORKER
         self.tried: list[str] = []
         self.lines: list[str] = []
+        self.lacks: list[str] = []
+        self.is_known = True
+        monkeypatch.setattr(compat, "missing", lambda kind: self.lacks)
+        monkeypatch.setattr(compat, "is_known", lambda: self.is_known)
         monkeypatch.setattr(brokers, "client", self._client)
         monkeypatch.setattr(brokers, "generation", lambda address: f"life of {address}")
         monkeypatch.setattr(loading, "_worker", lambda client, kind: self.worker)
@@ -92,6 +96,26 @@ def test_an_unknown_comfyui_makes_auto_local_with_the_reason(world: World) -> No
     assert world.load("auto").choice.mode is Mode.LOCAL
     assert world.tried == ["local"]
     assert "ModelPatcher.load" in world.lines[0]
+
+
+@pytest.mark.parametrize("mode", ["attached", "remote"])
+def test_what_this_comfyui_has_otherwise_is_named_before_anything_is_tried(world: World, mode: str) -> None:
+    world.lacks = ["ModelPatcher.load", "VAE.decode"]
+    assert world.load(mode, "local").choice.mode is Mode.LOCAL
+    assert "ModelPatcher.load, VAE.decode" in world.lines[0]
+    assert world.tried == ["local"]
+    with pytest.raises(luna_broker.Unsupported, match="ModelPatcher.load"):
+        world.load(mode)
+
+
+@pytest.mark.parametrize("trouble", [AttributeError("no patches"), TypeError("an argument"), ImportError("comfy.x")])
+def test_what_fails_in_another_comfyui_is_refused_and_in_this_one_a_fault(world: World, trouble: Exception) -> None:
+    world.refused = trouble
+    with pytest.raises(type(trouble)):
+        world.load("auto")
+    world.is_known = False
+    assert world.load("auto").choice.mode is Mode.LOCAL
+    assert str(trouble) in world.lines[0]
 
 
 @pytest.mark.parametrize("mode", ["attached", "remote"])

@@ -48,7 +48,7 @@ def _serve_the_sidebar() -> None:
 def _warn_of_versions() -> None:
     from luna_broker.comfyui import compat
 
-    if compat.version() != compat.SUPPORTED:
+    if not compat.is_known():
         logging.getLogger("luna_broker").warning(
             "luna-broker: ComfyUI %s is untested; this pack is made for %s", compat.version(), compat.SUPPORTED
         )

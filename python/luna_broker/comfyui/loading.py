@@ -10,12 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import luna_broker
-from luna_broker import Busy, Client, LunaBrokerError, ModelNotFound, Timeout
+from luna_broker import Busy, Client, LunaBrokerError, ModelNotFound, Timeout, Unsupported
 from luna_broker.comfyui import brokers, compat, files, notices
 from luna_broker.comfyui.choice import Choice, Mode, OnFailure, Worker, choose
 from luna_broker.comfyui.files import Source
 from luna_broker.comfyui.loaded import Loaded
 from luna_broker.errors import refusal
+
+LOCALLY = "load it with mode local"
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,8 @@ def load(
     sources = [files.resolve(kind, name) for name in names]
     _PASSED_BY.discard(wanted)
     loaded = _from_broker(wanted, sources)
-    if loaded is None or isinstance(loaded, Choice):
-        choice = loaded or Choice(Mode.LOCAL, "as asked for")
-        loaded = _local(wanted, sources, choice)
+    if isinstance(loaded, Choice):
+        loaded = _local(wanted, sources, loaded)
     is_fallback = wanted.mode is not Mode.LOCAL and loaded.choice.mode is Mode.LOCAL
     notices.tell(node, f"{', '.join(names)} is {loaded.line}", warning=is_fallback)
     return loaded
@@ -82,10 +83,10 @@ def changed(
     return math.nan if wanted in _PASSED_BY else brokers.generation(wanted.address)
 
 
-def _from_broker(wanted: Wanted, sources: Sequence[Source]) -> Loaded | Choice | None:
-    """The model, or why it is to be local; `None` where that is what was asked for."""
+def _from_broker(wanted: Wanted, sources: Sequence[Source]) -> Loaded | Choice:
+    """The model, or why it is to be local."""
     if wanted.mode is Mode.LOCAL:
-        return None
+        return Choice(Mode.LOCAL, "as asked for")
     mode = wanted.mode
     try:
         client = brokers.client(wanted.address)
@@ -93,7 +94,7 @@ def _from_broker(wanted: Wanted, sources: Sequence[Source]) -> Loaded | Choice |
         if choice.mode is Mode.LOCAL:
             return choice
         mode = choice.mode
-        loaded = _by_broker(client, wanted, sources, choice)
+        loaded = _refusing_the_unknown(client, wanted, sources, choice)
     except LunaBrokerError as error:
         if wanted.mode is not Mode.AUTO and wanted.on_failure is OnFailure.ERROR:
             raise
@@ -109,18 +110,30 @@ def _from_broker(wanted: Wanted, sources: Sequence[Source]) -> Loaded | Choice |
     return loaded
 
 
+def _refusing_the_unknown(client: Client, wanted: Wanted, sources: Sequence[Source], choice: Choice) -> Loaded:
+    """The model. What fails since this ComfyUI is another than the pack is made for is refused, with the reason."""
+    lacks = compat.missing(choice.mode.value)
+    what = f"{', '.join(wanted.names)} cannot be {choice.mode.value} in this ComfyUI, {compat.version()}"
+    if lacks:
+        raise refusal(Unsupported, f"{what}: it is otherwise in {', '.join(lacks)}", LOCALLY)
+    try:
+        return _by_broker(client, wanted, sources, choice)
+    except (AttributeError, ImportError, TypeError) as error:
+        if compat.is_known():
+            raise
+        raise refusal(Unsupported, f"{what}: {error}", LOCALLY) from error
+
+
 def _by_broker(client: Client, wanted: Wanted, sources: Sequence[Source], choice: Choice) -> Loaded:
-    # Imported here, as both rely on a ComfyUI that may be another than they are made for.
+    # Imported here, as both rely on the inside of a ComfyUI.
     if choice.mode is Mode.ATTACHED:
         from luna_broker.comfyui import attached as way
     else:
         from luna_broker.comfyui import remote as way
     if wanted.kind == "checkpoint":
-        if choice.mode is Mode.ATTACHED:
-            model, clip, vae = way.checkpoint(client, sources[0], wanted.precision)
-        else:
-            model, clip, vae = way.checkpoint(client, sources[0])
-        return Loaded(choice, model, clip, vae)
+        # The broker computes in what precision it was started with.
+        precision = (wanted.precision,) if choice.mode is Mode.ATTACHED else ()
+        return Loaded(choice, *way.checkpoint(client, sources[0], *precision))
     if wanted.kind == "unet":
         return Loaded(choice, model=way.diffusion_model(client, sources[0], wanted.precision))
     if wanted.kind == "clip":
@@ -137,8 +150,7 @@ def _local(wanted: Wanted, sources: Sequence[Source], choice: Choice) -> Loaded:
 
     paths = [str(source.path) for source in sources]
     if wanted.kind == "checkpoint":
-        model, clip, vae = local.checkpoint(paths[0], wanted.precision)
-        return Loaded(choice, model, clip, vae)
+        return Loaded(choice, *local.checkpoint(paths[0], wanted.precision))
     if wanted.kind == "unet":
         return Loaded(choice, model=local.diffusion_model(paths[0], wanted.precision))
     if wanted.kind == "clip":

@@ -94,11 +94,11 @@ def vae(client: Client, source: Source) -> Any:
 
 def _refuse_unknown(name: str) -> None:
     """Raises `Unsupported` where this ComfyUI is not one that weights can be shared with."""
-    against = compat.missing("attached")
-    if mm.force_channels_last():
-        against = [*against, "--force-channels-last lays weights out anew"]
-    if mm.is_intel_xpu():
-        against = [*against, "IPEX lays weights out anew"]
+    against = list(compat.missing("attached"))
+    if not against and mm.force_channels_last():
+        against.append("--force-channels-last lays weights out anew")
+    if not against and mm.is_intel_xpu():
+        against.append("IPEX lays weights out anew")
     if against:
         raise refusal(Unsupported, f"{name} cannot be attached in this ComfyUI: {', '.join(against)}", LOCALLY)
 
@@ -170,8 +170,16 @@ def _finish(
         patcher.set_attachments(ATTACHMENT, Holding(renewal, sets))
     if "vae" in patchers:
         vae.__class__ = AttachedVAE
-        vae.luna_client = client.of("vae")
+        vae.luna_client = _lane(client)
     _tell(source.name, audit({f"{part}.": patcher.model for part, patcher in patchers.items()}, _spans(weights)))
+
+
+def _lane(client: Client) -> Client | None:
+    """Who gives permits; `None` where no broker was named for VAEs."""
+    try:
+        return client.of("vae")
+    except Unsupported:
+        return None
 
 
 def _computed_by(device: torch.device) -> str:
