@@ -59,7 +59,7 @@ def choose(wanted: Mode, worker: Worker) -> Choice:
     """The way to try first. What stands against it is found out by trying."""
     if wanted is not Mode.AUTO:
         return Choice(wanted, "as asked for")
-    if worker.rung is None or worker.rung not in WITHOUT_COPIES_ON_GPU | WITHOUT_COPIES_ON_CPU | {"peer", "inline"}:
+    if worker.rung is None:
         return Choice(Mode.REMOTE, "no memory is shared with the broker")
     if not worker.is_on_gpu and worker.broker_is_on_gpu:
         return Choice(Mode.REMOTE, "this worker has no GPU, the broker has one")

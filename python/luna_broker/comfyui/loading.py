@@ -102,7 +102,7 @@ def _from_broker(wanted: Wanted, sources: Sequence[Source]) -> Loaded | Choice:
             _PASSED_BY.add(wanted)
         tried = "there is no broker" if mode is Mode.AUTO else f"{mode.value} could not be had"
         return Choice(Mode.LOCAL, f"{tried}: {error}")
-    if mode is Mode.REMOTE and wanted.on_failure is OnFailure.LOCAL:
+    if wanted.on_failure is OnFailure.LOCAL:
         from luna_broker.comfyui import rescue
 
         name = ", ".join(wanted.names)

@@ -1,4 +1,4 @@
-"""Remote models whose broker goes away while they are used: the call is done again, by a model of this process's own.
+"""Models whose broker goes away while they are used: the call is done again, by a model of this process's own.
 
 Only where the loader's `on_failure` is "local". What a broker refuses, a patch say, is no failure, and stays an error.
 """
@@ -40,7 +40,7 @@ class Rescue:
 
 
 def protect(loaded: Loaded, rescue: Rescue) -> Loaded:
-    """Has the calls of remote models done again locally where they fail."""
+    """Has the calls of models done again locally where the broker that they rely on fails."""
     if loaded.model is not None:
         sample = functools.partial(_sample, rescue)
         loaded.model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, sample)
@@ -57,19 +57,19 @@ def _sample(rescue: Rescue, executor: Any, *arguments: Any, **options: Any) -> A
     try:
         return executor(*arguments, **options)
     except FAILURES as error:
-        remote = guider.model_patcher
-        guider.model_patcher = _local_patcher(remote, rescue, "model", error)
+        lost = guider.model_patcher
+        guider.model_patcher = _local_patcher(lost, rescue, "model", error)
         guider.model_options = guider.model_patcher.model_options
     try:
         return guider.sample(*arguments, **options)
     finally:
         # The run that failed ends too, and puts these away.
-        guider.model_patcher = remote
+        guider.model_patcher = lost
         guider.conds = {}
 
 
 class _Encoding:
-    """Beside the class of a remote CLIP."""
+    """Beside the class of a CLIP."""
 
     luna_rescue: Rescue
 
@@ -100,7 +100,7 @@ class _Encoding:
 
 
 class _Coding:
-    """Beside the class of a remote VAE."""
+    """Beside the class of a VAE."""
 
     luna_rescue: Rescue
 
@@ -129,24 +129,26 @@ def _become(thing: Any, beside: type, rescue: Rescue) -> None:
     thing.luna_rescue = rescue
 
 
-def _local_patcher(remote: Any, rescue: Rescue, part: str, error: LunaBrokerError) -> Any:
-    """The local model with a remote patcher's patches. Raises `error` where those are of weights that are not here."""
-    if any(_lacks_values(value) for patches in remote.patches.values() for value in patches):
+def _local_patcher(lost: Any, rescue: Rescue, part: str, error: LunaBrokerError) -> Any:
+    """The local model with the patches of the broker's. Raises `error` where those are of weights that are not here."""
+    if any(_lacks_values(value) for patches in lost.patches.values() for value in patches):
         raise error
     rescue.tell(error)
     twin = getattr(rescue.twin, part)
     local = (twin.patcher if part == "clip" else twin).clone()
-    local.patches = {key: list(patches) for key, patches in remote.patches.items()}
+    local.patches = {key: list(patches) for key, patches in lost.patches.items()}
     local.patches_uuid = uuid.uuid4()
-    local.model_options = comfy.model_patcher.create_model_options_clone(remote.model_options)
-    local.object_patches = dict(remote.object_patches)
-    for kind, wrappers in remote.wrappers.items():
+    local.model_options = comfy.model_patcher.create_model_options_clone(lost.model_options)
+    local.object_patches = dict(lost.object_patches)
+    for kind, wrappers in lost.wrappers.items():
         local.wrappers[kind] = {key: list(each) for key, each in wrappers.items() if key != KEY}
-    for kind, callbacks in remote.callbacks.items():
+    for kind, callbacks in lost.callbacks.items():
         local.callbacks[kind] = {key: list(each) for key, each in callbacks.items()}
-    local.hook_patches = comfy.model_patcher.create_hook_patches_clone(remote.hook_patches)
-    local.forced_hooks = remote.forced_hooks.clone() if remote.forced_hooks else None
-    local.hook_mode = remote.hook_mode
+    local.injections = {key: list(each) for key, each in lost.injections.items()}
+    local.additional_models = {key: list(each) for key, each in lost.additional_models.items()}
+    local.hook_patches = comfy.model_patcher.create_hook_patches_clone(lost.hook_patches)
+    local.forced_hooks = lost.forced_hooks.clone() if lost.forced_hooks else None
+    local.hook_mode = lost.hook_mode
     return local
 
 

@@ -19,10 +19,11 @@ class Renewal:
         self._was_told = False
 
     def renew(self) -> bool:
-        """Whether the broker counts the weights as held, after it was asked to where it did not. Raises nothing.
+        """Whether the broker counts the weights as held, after it was asked to where it did not.
 
         A restarted broker loads the same file, and its memory comes to lie at the addresses of the old. Where there is
-        no broker, or the file is another one by now, the old memory stays: what is computed with it is right.
+        no broker, or the file is another one by now, host memory stays: what is computed with it is right. Memory of a
+        GPU may be gone with its broker, so that `LunaBrokerError` is raised then.
         """
         held = [self._renew(each) for each in self.weights]
         return all(held)
@@ -36,6 +37,8 @@ class Renewal:
         try:
             weights.reattach(progress=False)
         except LunaBrokerError as error:
+            if weights.device != "cpu":
+                raise
             if not self._was_told:
                 _LOG.warning("luna-broker: %s goes on with the memory that it has: %s", weights.name, error)
             self._was_told = True
