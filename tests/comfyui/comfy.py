@@ -27,7 +27,8 @@ PROMPT_DEADLINE_S = 240.0
 RETRY_PAUSE_S = 0.05
 LOG_TAIL_LINES = 40
 
-# Of the binary messages of ComfyUI's web socket, the one that carries a line for a node.
+# Of the binary messages of ComfyUI's web socket: those that carry a preview, and a line for a node.
+PREVIEW_MESSAGES = (1, 4)
 TEXT_MESSAGE = 3
 
 Message = dict[str, Any]
@@ -49,6 +50,8 @@ class Result:
     outputs: dict[str, dict[str, Any]] = field(default_factory=dict)
     # (id of the node, line) as nodes said it while they ran.
     lines: list[tuple[str, str]] = field(default_factory=list)
+    # How many previews were shown.
+    previews: int = 0
     folder: Path = Path()
 
     @property
@@ -250,9 +253,7 @@ class ComfyUI:
             except (OSError, websocket.WebSocketException) as error:
                 raise ComfyUIFailed(f"ComfyUI said no more: {error!r}\n{self._tail()}") from error
             if isinstance(received, bytes):
-                line = _line(received)
-                if line is not None:
-                    result.lines.append(line)
+                _take_up(result, received)
                 continue
             message = json.loads(received)
             if message.get("data", {}).get("prompt_id") != prompt:
@@ -296,13 +297,14 @@ def _over(message: Message) -> bool:
     return message["type"] == "executing" and message["data"]["node"] is None
 
 
-def _line(message: bytes) -> tuple[str, str] | None:
-    """The node and the line of a binary message, where it is one that carries a line."""
+def _take_up(result: Result, message: bytes) -> None:
+    """Adds a binary message to what is known of the workflow that runs: these do not say of which they are."""
     (kind,) = struct.unpack_from(">I", message)
-    if kind != TEXT_MESSAGE:
-        return None
-    (length,) = struct.unpack_from(">I", message, 4)
-    return message[8 : 8 + length].decode(), message[8 + length :].decode()
+    if kind in PREVIEW_MESSAGES:
+        result.previews += 1
+    elif kind == TEXT_MESSAGE:
+        (length,) = struct.unpack_from(">I", message, 4)
+        result.lines.append((message[8 : 8 + length].decode(), message[8 + length :].decode()))
 
 
 def _free_port() -> int:

@@ -100,7 +100,7 @@ def stock(comfyui: StartComfyUI) -> ComfyUI:
 @pytest.fixture(scope="session")
 def worker(comfyui: StartComfyUI) -> ComfyUI:
     """A ComfyUI with the pack, for all tests that leave it as they found it."""
-    return comfyui("worker", True)
+    return comfyui("worker", True, "--preview-method", "latent2rgb")
 
 
 @pytest.fixture(scope="session")
