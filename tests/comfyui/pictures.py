@@ -1,0 +1,201 @@
+"""Makes the example workflows' files and every picture of ComfyUI, with a real one, a real broker and a browser.
+
+    COMFYUI_PATH=… LUNA_BROKER_BIN=… python tests/comfyui/pictures.py --chromium /usr/bin/chromium
+
+Needs what the tests need, and playwright. Workflows are put together in the browser and saved as it saves them; weights
+are random but for a VAE that is made from arithmetic, so that pictures show that it works and not what it can do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import checkpoints
+from comfy import ComfyUI
+from conftest import MODELS, PACK, REPOSITORY
+from PIL import Image
+from playwright.sync_api import Page, sync_playwright
+
+import broker as brokers
+from examples import CHECKPOINT, LORA, STYLE, TEXT_ENCODER, UNET, VAE, Example, examples
+
+WINDOW = {"width": 1500, "height": 900}
+# What the window's bars take, and the sidebar beside them.
+LEFT, TOP, BOTTOM, SIDEBAR = 60, 90, 70, 320
+JPEG_QUALITY = 82
+RUN_DEADLINE_MS = 300_000
+# Until the frontend has drawn what it was told.
+SETTLING_MS = 1500
+
+LOAD = """
+async ({name, graph, places, note, notePlace}) => {
+  await app.loadApiJson(graph, name);
+  const put = (node, [x, y, width, height]) => {
+    node.pos = [x, y];
+    const least = node.computeSize();
+    node.setSize([Math.max(width, least[0]), Math.max(height, least[1])]);
+  };
+  for (const [id, place] of Object.entries(places)) put(app.graph.getNodeById(id), place);
+  const widgets = app.graph.nodes.flatMap((node) => node.widgets ?? []);
+  widgets.filter(({name}) => name === "control_after_generate").forEach((widget) => { widget.value = "fixed"; });
+  const markdown = LiteGraph.createNode("MarkdownNote");
+  app.graph.add(markdown);
+  put(markdown, notePlace);
+  markdown.widgets[0].value = note;
+}
+"""
+
+# So that a picture of a workflow takes no minutes on a machine without a GPU.
+SHORTEN = """
+() => {
+  const small = {width: 256, height: 256, steps: 4};
+  for (const widget of app.graph.nodes.flatMap((node) => node.widgets ?? [])) {
+    if (widget.name in small) widget.value = small[widget.name];
+  }
+}
+"""
+
+SAVE = """
+() => {
+  const workflow = app.graph.serialize();
+  workflow.extra = {};
+  return workflow;
+}
+"""
+
+# Where the nodes come to lie in the window, as close as they fit into a box; returns what of it they take.
+FIT = """
+({x, y, width, height}) => {
+  const edges = app.graph.nodes.map((node) => {
+    const [left, top, across, down] = node.getBounding();
+    return [left, top, left + across, top + down];
+  });
+  const [left, top] = [0, 1].map((at) => Math.min(...edges.map((edge) => edge[at])) - 15);
+  const [right, bottom] = [2, 3].map((at) => Math.max(...edges.map((edge) => edge[at])) + 15);
+  const scale = Math.min(width / (right - left), height / (bottom - top), 1);
+  const origin = app.canvas.canvas.getBoundingClientRect();
+  app.canvas.ds.scale = scale;
+  app.canvas.ds.offset = [(x - origin.x) / scale - left, (y - origin.y) / scale - top];
+  app.canvas.setDirty(true, true);
+  return {x, y, width: (right - left) * scale, height: (bottom - top) * scale};
+}
+"""
+
+RUN = """
+() => new Promise((resolve, reject) => {
+  const done = (event) => resolve(event.type);
+  app.api.addEventListener("execution_success", done, {once: true});
+  app.api.addEventListener("execution_error", (event) => reject(JSON.stringify(event.detail)), {once: true});
+  app.queuePrompt(0);
+})
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--chromium", help="the browser; without it the one that playwright has installed")
+    parser.add_argument("--out", type=Path, default=PACK, help="where the folders of the pack are")
+    chosen = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="luna-") as folder:
+        scratch = Path(folder)
+        models = _models(scratch / "models")
+        with (
+            brokers.start(Path(os.environ["LUNA_BROKER_BIN"]), scratch / "broker.sock", models) as broker,
+            _comfyui(scratch / "comfyui", models, broker.address) as comfyui,
+            sync_playwright() as playwright,
+        ):
+            browser = playwright.chromium.launch(executable_path=chosen.chromium, args=["--no-sandbox"])
+            page = browser.new_page(viewport=WINDOW)
+            page.goto(comfyui._url("/"))
+            page.wait_for_function("window.app?.extensionManager && window.app.graph")
+            page.wait_for_timeout(SETTLING_MS)
+            for example in examples():
+                _make(page, example, chosen.out / "example_workflows")
+            with _comfyui(scratch / "other", models, broker.address) as other:
+                other.run(examples()[0].graph).ok()
+                _sidebar(page, examples()[0], chosen.out / "pictures")
+            browser.close()
+
+
+def _models(folder: Path) -> Path:
+    """The tests' models under the names that the examples use, with a VAE whose pictures are no noise."""
+    import constructed
+    from safetensors.torch import load_file, save_file
+
+    tools = Path(os.environ.get("LUNA_BROKER_SHARED", REPOSITORY.parent / "shared")) / "tools"
+    checkpoints.make(MODELS, tools)
+    vae = constructed.checkpoint()
+    state = load_file(MODELS / "checkpoints" / "small.safetensors")
+    state |= {f"first_stage_model.{key}": tensor for key, tensor in vae.items()}
+    for name in ("checkpoints", "diffusion_models", "text_encoders", "vae", "loras/styles", "embeddings"):
+        (folder / name).mkdir(parents=True)
+    save_file(state, folder / "checkpoints" / CHECKPOINT)
+    save_file(vae, folder / "vae" / VAE)
+    (folder / "diffusion_models" / UNET).symlink_to(MODELS / "diffusion_models" / "bare.safetensors")
+    (folder / "text_encoders" / TEXT_ENCODER).symlink_to(MODELS / "text_encoders" / "clip_l.safetensors")
+    (folder / "loras" / LORA).symlink_to(MODELS / "loras" / "lora.safetensors")
+    (folder / "loras" / STYLE).symlink_to(MODELS / "loras" / "second.safetensors")
+    return folder
+
+
+def _comfyui(base: Path, models: Path, address: str) -> ComfyUI:
+    checkout = Path(os.environ["COMFYUI_PATH"])
+    environment = {"PYTHONPATH": str(REPOSITORY / "python"), "LUNA_BROKER": address, "OMP_WAIT_POLICY": "PASSIVE"}
+    python = os.environ.get("COMFYUI_PYTHON", sys.executable)
+    comfyui = ComfyUI(checkout, python, base, models, {"luna-broker": PACK}, (), environment)
+    (comfyui.base / "input" / "example.png").symlink_to(checkout / "input" / "example.png")
+    settings = comfyui.base / "user" / "default" / "comfy.settings.json"
+    settings.parent.mkdir()
+    settings.write_text(json.dumps({"Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False}))
+    return comfyui
+
+
+def _make(page: Page, example: Example, folder: Path) -> None:
+    """A workflow's file, and its picture after it has run."""
+    _load(page, example)
+    workflow = page.evaluate(SAVE)
+    page.evaluate(SHORTEN)
+    page.set_default_timeout(RUN_DEADLINE_MS)
+    page.evaluate(RUN)
+    clip = page.evaluate(FIT, _box(LEFT))
+    page.wait_for_timeout(SETTLING_MS)
+    folder.mkdir(exist_ok=True)
+    (folder / f"{example.name}.json").write_text(json.dumps(workflow, indent=1) + "\n")
+    _write(folder / f"{example.name}.jpg", page.screenshot(clip=clip))
+
+
+def _sidebar(page: Page, example: Example, folder: Path) -> None:
+    """The workflow beside the sidebar, of a broker that has more workers than this one."""
+    _load(page, example)
+    page.evaluate(SHORTEN)
+    page.evaluate(RUN)
+    page.locator(".luna-broker-tab-button").click()
+    page.locator(".luna-figures").wait_for()
+    page.evaluate(FIT, _box(LEFT + SIDEBAR))
+    page.wait_for_timeout(SETTLING_MS)
+    folder.mkdir(exist_ok=True)
+    _write(folder / "sidebar.jpg", page.screenshot())
+
+
+def _box(left: int) -> dict[str, int]:
+    return {"x": left, "y": TOP, "width": WINDOW["width"] - left - 10, "height": WINDOW["height"] - TOP - BOTTOM}
+
+
+def _load(page: Page, example: Example) -> None:
+    told = {"name": example.name, "graph": example.graph, "places": example.places}
+    page.evaluate(LOAD, {**told, "note": example.note, "notePlace": example.note_place})
+
+
+def _write(path: Path, png: bytes) -> None:
+    Image.open(io.BytesIO(png)).convert("RGB").save(path, quality=JPEG_QUALITY, optimize=True)
+    print(f"{path}: {path.stat().st_size // 1000} KB")
+
+
+if __name__ == "__main__":
+    main()
