@@ -5,20 +5,18 @@ from __future__ import annotations
 import json
 import os
 import socket
-import struct
 import subprocess
 import time
 import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, final
 
-import numpy as np
 import websocket
+from result import Message, Result
 
 START_DEADLINE_S = 120.0
 STOP_DEADLINE_S = 10.0
@@ -27,12 +25,6 @@ PROMPT_DEADLINE_S = 240.0
 RETRY_PAUSE_S = 0.05
 LOG_TAIL_LINES = 40
 
-# Of the binary messages of ComfyUI's web socket: those that carry a preview, and a line for a node.
-PREVIEW_MESSAGES = (1, 4)
-TEXT_MESSAGE = 3
-
-Message = dict[str, Any]
-
 
 class ComfyUIFailed(RuntimeError):
     """ComfyUI did not start, ended by itself or did not answer in time; the message carries the end of its log."""
@@ -40,66 +32,6 @@ class ComfyUIFailed(RuntimeError):
 
 class PromptRefused(RuntimeError):
     """ComfyUI refused a workflow before running it; the message is its answer."""
-
-
-@dataclass
-class Result:
-    """What came of one workflow."""
-
-    messages: list[Message] = field(default_factory=list)
-    outputs: dict[str, dict[str, Any]] = field(default_factory=dict)
-    # (id of the node, line) as nodes said it while they ran.
-    lines: list[tuple[str, str]] = field(default_factory=list)
-    # How many previews were shown.
-    previews: int = 0
-    folder: Path = Path()
-
-    @property
-    def error(self) -> dict[str, Any] | None:
-        """What `execution_error` said, if it came to that."""
-        return self._data("execution_error")
-
-    @property
-    def interrupted(self) -> bool:
-        return self._data("execution_interrupted") is not None
-
-    @property
-    def ran(self) -> set[str]:
-        """Ids of the nodes that were run; what others gave was kept from an earlier workflow."""
-        return {str(message["data"]["node"]) for message in self.messages if message["type"] == "executing"}
-
-    @property
-    def text(self) -> str:
-        """Everything that nodes told the user."""
-        told = [line for _, line in self.lines]
-        for output in self.outputs.values():
-            told += [str(line) for line in output.get("text", [])]
-        return "\n".join(told)
-
-    def tensor(self, name: str) -> np.ndarray:
-        """What a `Keep…` node of the tests was given under that name; float32."""
-        return np.load(self._kept(name))
-
-    def names(self) -> set[str]:
-        return {kept["name"] for output in self.outputs.values() for kept in output.get("kept", [])}
-
-    def ok(self) -> Result:
-        """Itself; fails where the workflow did not run to its end."""
-        if self.error is not None:
-            trace = "".join(self.error["traceback"])
-            raise AssertionError(f"{self.error['node_type']}: {self.error['exception_message']}\n{trace}")
-        assert self._data("execution_success") is not None, f"the workflow did not run to its end: {self.messages}"
-        return self
-
-    def _data(self, kind: str) -> dict[str, Any] | None:
-        return next((message["data"] for message in self.messages if message["type"] == kind), None)
-
-    def _kept(self, name: str) -> Path:
-        for output in self.outputs.values():
-            for kept in output.get("kept", []):
-                if kept["name"] == name:
-                    return self.folder / "kept" / kept["file"]
-        raise AssertionError(f"no node kept {name!r}; kept were {sorted(self.names())}")
 
 
 @final
@@ -253,7 +185,7 @@ class ComfyUI:
             except (OSError, websocket.WebSocketException) as error:
                 raise ComfyUIFailed(f"ComfyUI said no more: {error!r}\n{self._tail()}") from error
             if isinstance(received, bytes):
-                _take_up(result, received)
+                result.take_up(received)
                 continue
             message = json.loads(received)
             if message.get("data", {}).get("prompt_id") != prompt:
@@ -295,16 +227,6 @@ class ComfyUI:
 def _over(message: Message) -> bool:
     """Whether ComfyUI is done with the workflow: it has written down what came of it."""
     return message["type"] == "executing" and message["data"]["node"] is None
-
-
-def _take_up(result: Result, message: bytes) -> None:
-    """Adds a binary message to what is known of the workflow that runs: these do not say of which they are."""
-    (kind,) = struct.unpack_from(">I", message)
-    if kind in PREVIEW_MESSAGES:
-        result.previews += 1
-    elif kind == TEXT_MESSAGE:
-        (length,) = struct.unpack_from(">I", message, 4)
-        result.lines.append((message[8 : 8 + length].decode(), message[8 + length :].decode()))
 
 
 def _free_port() -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from comfy import Result
+from result import Result
 
 IMAGE_TOLERANCE = 1 / 255
 LATENT_TOLERANCE = 1e-4

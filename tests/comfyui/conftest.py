@@ -17,9 +17,10 @@ import checkpoints  # noqa: E402
 import picture  # noqa: E402
 import workers  # noqa: E402
 from broker_process import BrokerProcess  # noqa: E402
-from comfy import ComfyUI, Result  # noqa: E402
+from comfy import ComfyUI  # noqa: E402
+from graphs import STOCK, Graph, Loaders  # noqa: E402
+from result import Result  # noqa: E402
 from workers import StartComfyUI  # noqa: E402
-from workflows import STOCK, Graph, Loaders  # noqa: E402
 
 import broker as brokers  # noqa: E402
 

@@ -8,7 +8,8 @@ from functools import partial
 
 import pytest
 from compare import assert_different, assert_equal, assert_near
-from workflows import STEPS, Loaders, through_gateway, txt2img
+from graphs import Loaders
+from workflows import STEPS, through_gateway, txt2img
 
 import broker as brokers
 

@@ -9,8 +9,9 @@ from functools import partial
 
 import pytest
 from compare import assert_equal, assert_near
+from graphs import Loaders
 from workers import StartComfyUI
-from workflows import Loaders, txt2img
+from workflows import txt2img
 
 import broker as brokers
 

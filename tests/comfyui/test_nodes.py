@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import pytest
 from compare import assert_near
-from workflows import NEGATIVE, PICTURE, POSITIVE, Graph, Link, Loaders
+from graphs import Graph, Link, Loaders
+from workflows import NEGATIVE, PICTURE, POSITIVE
 
 TILES = {"tile_size": 128, "overlap": 32}
 # What stock nodes ask for besides, for videos.

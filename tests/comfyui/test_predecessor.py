@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from comfy import ComfyUI, PromptRefused
 from compare import assert_different, assert_equal, assert_near, difference
+from graphs import Graph, Loaders
 from workers import STACKS, stacked
-from workflows import Graph, Loaders, routed, through_gateway, txt2img
+from workflows import routed, through_gateway, txt2img
 
 import broker as brokers
 from memory import total_mib

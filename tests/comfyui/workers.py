@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from broker_process import BrokerProcess
 from comfy import ComfyUI
-from workflows import STOCK, Graph, Loaders, txt2img
+from graphs import STOCK, Graph, Loaders
+from workflows import txt2img
 
 from memory import total_mib
 
