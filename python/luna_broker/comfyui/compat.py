@@ -46,6 +46,9 @@ ATTACHED: tuple[tuple[str, str, tuple[str, ...] | None], ...] = (
     ("comfy.weight_adapter", "WeightAdapterBase", None),
     ("comfy.utils", "get_attr", ("obj", "attr")),
     ("comfy.utils", "set_attr_param", ("obj", "attr", "value")),
+    ("comfy.patcher_extension", "WrappersMP.OUTER_SAMPLE", None),
+    ("comfy.model_patcher", "create_model_options_clone", ("orig_model_options",)),
+    ("comfy.model_patcher", "create_hook_patches_clone", ("orig_hook_patches",)),
     ("comfy.model_patcher", "get_key_weight", ("model", "key")),
     ("comfy.model_patcher", "string_to_seed", ("data",)),
 )
@@ -64,32 +67,6 @@ PATCHER: dict[str, tuple[str, ...]] = {
 }
 
 
-# What remote models touch, in the same way.
-REMOTE: tuple[tuple[str, str, tuple[str, ...] | None], ...] = (
-    ("comfy.sd", "CLIP.__init__", ("self", "no_init")),
-    ("comfy.sd", "CLIP.clone", ("self",)),
-    ("comfy.sd", "VAE.__init__", ("self", "sd")),
-    ("comfy.supported_models", "models", None),
-    ("comfy.supported_models_base", "BASE.get_model", ("self", "state_dict", "prefix", "device")),
-    ("comfy.supported_models_base", "BASE.set_inference_dtype", ("self", "dtype", "manual_cast_dtype")),
-    ("comfy.model_base", "ModelType", None),
-    ("comfy.model_base", "BaseModel.get_dtype", ("self",)),
-    ("comfy.model_detection", "unet_prefix_from_state_dict", ("state_dict",)),
-    ("comfy.model_detection", "model_config_from_unet", ("state_dict", "unet_key_prefix")),
-    ("comfy.model_management", "unet_dtype", ("model_params", "supported_dtypes", "weight_dtype")),
-    ("comfy.model_management", "unet_manual_cast", ("weight_dtype", "inference_device")),
-    ("comfy.patcher_extension", "WrapperExecutor.new_class_executor", None),
-    ("comfy.patcher_extension", "WrappersMP.OUTER_SAMPLE", None),
-    ("comfy.patcher_extension", "WrappersMP.DIFFUSION_MODEL", None),
-    ("comfy.model_patcher", "ModelPatcher.add_wrapper_with_key", ("self", "wrapper_type", "key", "wrapper")),
-    ("comfy.model_patcher", "ModelPatcher.get_combined_hook_patches", ("self", "hooks")),
-    ("comfy.model_patcher", "ModelPatcher.get_key_patches", ("self", "filter_prefix")),
-    ("comfy.model_patcher", "ModelPatcher.load", PATCHER["load"]),
-    ("comfy.model_patcher", "ModelPatcher.patch_hooks", ("self", "hooks")),
-    ("comfy.model_patcher", "ModelPatcher.unpatch_hooks", PATCHER["unpatch_hooks"]),
-)
-
-
 def version() -> str | None:
     """The version of the ComfyUI that runs; `None` outside of one, and of one that does not say."""
     try:
@@ -102,7 +79,9 @@ def version() -> str | None:
 def missing(kind: str) -> list[str]:
     """What this ComfyUI lacks, or has otherwise, of what models of that kind ("attached", "remote") rely on."""
     if kind == "remote":
-        return look(REMOTE)
+        from luna_broker.comfyui.remote import relied_on
+
+        return look(relied_on())
     found = look(ATTACHED)
     try:
         patcher = importlib.import_module("comfy.model_patcher").ModelPatcher
