@@ -19,11 +19,11 @@ from pathlib import Path
 import checkpoints
 from comfy import ComfyUI
 from conftest import MODELS, PACK, REPOSITORY
-from PIL import Image
+from PIL import Image, ImageOps
 from playwright.sync_api import Page, sync_playwright
 
 import broker as brokers
-from examples import CHECKPOINT, LORA, STYLE, TEXT_ENCODER, UNET, VAE, Example, examples
+from examples import CHECKPOINT, LORA, PICTURE, STYLE, TEXT_ENCODER, UNET, VAE, Example, examples
 
 WINDOW = {"width": 1500, "height": 900}
 # What the window's bars take, and the sidebar beside them.
@@ -51,12 +51,14 @@ async ({name, graph, places, note, notePlace}) => {
 }
 """
 
-# So that a picture of a workflow takes no minutes on a machine without a GPU.
+# Settings that a workflow runs with for its picture, which takes no minutes then on a machine without a GPU.
+SIDE = 256
+QUICK = {"width": SIDE, "height": SIDE, "steps": 4}
+
 SHORTEN = """
-() => {
-  const small = {width: 256, height: 256, steps: 4};
+(quick) => {
   for (const widget of app.graph.nodes.flatMap((node) => node.widgets ?? [])) {
-    if (widget.name in small) widget.value = small[widget.name];
+    if (widget.name in quick) widget.value = quick[widget.name];
   }
 }
 """
@@ -149,7 +151,9 @@ def _comfyui(base: Path, models: Path, address: str) -> ComfyUI:
     environment = {"PYTHONPATH": str(REPOSITORY / "python"), "LUNA_BROKER": address, "OMP_WAIT_POLICY": "PASSIVE"}
     python = os.environ.get("COMFYUI_PYTHON", sys.executable)
     comfyui = ComfyUI(checkout, python, base, models, {"luna-broker": PACK}, (), environment)
-    (comfyui.base / "input" / "example.png").symlink_to(checkout / "input" / "example.png")
+    # Of ComfyUI's own, which is large, the middle.
+    with Image.open(checkout / "input" / PICTURE) as picture:
+        ImageOps.fit(picture.convert("RGB"), (SIDE, SIDE)).save(comfyui.base / "input" / PICTURE)
     settings = comfyui.base / "user" / "default" / "comfy.settings.json"
     settings.parent.mkdir()
     settings.write_text(json.dumps({"Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False}))
@@ -160,7 +164,7 @@ def _make(page: Page, example: Example, folder: Path) -> None:
     """A workflow's file, and its picture after it has run."""
     _load(page, example)
     workflow = page.evaluate(SAVE)
-    page.evaluate(SHORTEN)
+    page.evaluate(SHORTEN, QUICK)
     page.set_default_timeout(RUN_DEADLINE_MS)
     page.evaluate(RUN)
     clip = page.evaluate(FIT, _box(LEFT))
@@ -173,7 +177,7 @@ def _make(page: Page, example: Example, folder: Path) -> None:
 def _sidebar(page: Page, example: Example, folder: Path) -> None:
     """The workflow beside the sidebar, of a broker that has more workers than this one."""
     _load(page, example)
-    page.evaluate(SHORTEN)
+    page.evaluate(SHORTEN, QUICK)
     page.evaluate(RUN)
     page.locator(".luna-broker-tab-button").click()
     page.locator(".luna-figures").wait_for()
