@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from workflows import Graph, Link, Node
+from graphs import Graph, Link, Node
 
 Place = tuple[int, int, int, int]
 
@@ -139,6 +139,7 @@ def gateway() -> Example:
     )
     image = example.put((810, 340, 290, 50), "VAEDecode", samples=sampled, vae=router.out(2)).out()
     example.put((1140, 20, 360, 420), "SaveImage", images=image, filename_prefix="luna-broker")
-    example.put((810, 440, 290, 300), "PreviewAny", source=configured.out(7))
-    example.put((1140, 490, 360, 250), "LunaBrokerStatus", after=image)
+    example.put((810, 440, 290, 340), "PreviewAny", source=configured.out(7))
+    status = example.put((1140, 490, 360, 130), "LunaBrokerStatus", after=image).out()
+    example.put((1140, 680, 360, 200), "PreviewAny", source=status)
     return example

@@ -14,18 +14,21 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import checkpoints
 from comfy import ComfyUI
 from conftest import MODELS, PACK, REPOSITORY
 from PIL import Image, ImageOps
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Browser, Page, sync_playwright
 
 import broker as brokers
 from examples import CHECKPOINT, LORA, PICTURE, STYLE, TEXT_ENCODER, UNET, VAE, Example, examples
 
 WINDOW = {"width": 1500, "height": 900}
+SMALL_WINDOW = {"width": 1500, "height": 760}
 # What the window's bars take, and the sidebar beside them.
 LEFT, TOP, BOTTOM, SIDEBAR = 60, 90, 70, 320
 JPEG_QUALITY = 82
@@ -78,7 +81,7 @@ FIT = """
     const [left, top, across, down] = node.getBounding();
     return [left, top, left + across, top + down];
   });
-  const [left, top] = [0, 1].map((at) => Math.min(...edges.map((edge) => edge[at])) - 15);
+  const [left, top] = [0, 1].map((at) => Math.min(...edges.map((edge) => edge[at])) - 30);
   const [right, bottom] = [2, 3].map((at) => Math.max(...edges.map((edge) => edge[at])) + 15);
   const scale = Math.min(width / (right - left), height / (bottom - top), 1);
   const origin = app.canvas.canvas.getBoundingClientRect();
@@ -112,17 +115,27 @@ def main() -> None:
             _comfyui(scratch / "comfyui", models, broker.address) as comfyui,
             sync_playwright() as playwright,
         ):
+            # As root, which containers have, there is no sandbox; pages are of this machine alone.
             browser = playwright.chromium.launch(executable_path=chosen.chromium, args=["--no-sandbox"])
-            page = browser.new_page(viewport=WINDOW)
-            page.goto(comfyui._url("/"))
-            page.wait_for_function("window.app?.extensionManager && window.app.graph")
-            page.wait_for_timeout(SETTLING_MS)
             for example in examples():
-                _make(page, example, chosen.out / "example_workflows")
+                with _page(browser, comfyui) as page:
+                    _make(page, example, chosen.out / "example_workflows")
             with _comfyui(scratch / "other", models, broker.address) as other:
                 other.run(examples()[0].graph).ok()
-                _sidebar(page, examples()[0], chosen.out / "pictures")
-            browser.close()
+                with _page(browser, comfyui) as page:
+                    _sidebar(page, examples()[0], chosen.out / "pictures")
+
+
+@contextmanager
+def _page(browser: Browser, comfyui: ComfyUI) -> Iterator[Page]:
+    """A window of its own, without pictures of workflows before."""
+    page = browser.new_page(viewport=WINDOW)
+    page.set_default_timeout(RUN_DEADLINE_MS)
+    page.goto(comfyui._url("/"))
+    page.wait_for_function("window.app?.extensionManager && window.app.graph")
+    page.wait_for_timeout(SETTLING_MS)
+    yield page
+    page.close()
 
 
 def _models(folder: Path) -> Path:
@@ -165,7 +178,6 @@ def _make(page: Page, example: Example, folder: Path) -> None:
     _load(page, example)
     workflow = page.evaluate(SAVE)
     page.evaluate(SHORTEN, QUICK)
-    page.set_default_timeout(RUN_DEADLINE_MS)
     page.evaluate(RUN)
     clip = page.evaluate(FIT, _box(LEFT))
     page.wait_for_timeout(SETTLING_MS)
@@ -181,6 +193,7 @@ def _sidebar(page: Page, example: Example, folder: Path) -> None:
     page.evaluate(RUN)
     page.locator(".luna-broker-tab-button").click()
     page.locator(".luna-figures").wait_for()
+    page.set_viewport_size(SMALL_WINDOW)
     page.evaluate(FIT, _box(LEFT + SIDEBAR))
     page.wait_for_timeout(SETTLING_MS)
     folder.mkdir(exist_ok=True)

@@ -51,6 +51,15 @@ def as_text(brokers: Sequence[Mapping[str, Any]]) -> str:
     return "\n\n".join("\n".join(_lines(broker)) for broker in brokers)
 
 
+def summary(brokers: Sequence[Mapping[str, Any]]) -> str:
+    """Overviews as a line for each broker."""
+    lines = []
+    for broker in brokers:
+        waiting = sum(lane["queued"] for lane in broker["lanes"])
+        lines.append(f"{size(broker['bytes'])} held once, {size(broker['saved_bytes'])} saved, {waiting} waiting")
+    return "\n".join(lines)
+
+
 def size(count: float) -> str:
     """A number of bytes as people read it."""
     for unit in UNITS:

@@ -7,7 +7,7 @@ from typing import Any
 
 from luna_broker.comfyui import notices, server
 from luna_broker.comfyui.nodes.loaders import BROKER, CATEGORY
-from luna_broker.comfyui.overview import as_text
+from luna_broker.comfyui.overview import as_text, summary
 
 
 class BrokerStatus:
@@ -45,7 +45,7 @@ class BrokerStatus:
     def ask(self, node: str, broker: str = "", after: Any = None) -> dict[str, Any]:
         told = server.overviews(broker.strip())
         text = as_text(told)
-        notices.tell(node, text)
+        notices.tell(node, summary(told))
         return {"ui": {"text": [text]}, "result": (text, sum(each["saved_bytes"] for each in told))}
 
 

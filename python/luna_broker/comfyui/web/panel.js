@@ -56,9 +56,11 @@ function list(title, rows, nothing) {
   return h("section", {}, h("h3", {}, title), ...shown);
 }
 
+// Of a file, its name; the tooltip has the path.
 function row(name, value, ...details) {
   const lines = details.filter(Boolean).map((detail) => h("div", { className: "luna-faint" }, detail));
-  const head = h("div", { className: "luna-head" }, h("span", { title: name }, name), h("span", {}, value));
+  const short = h("span", { title: name }, name.split(/[/\\]/).at(-1));
+  const head = h("div", { className: "luna-head" }, short, h("span", {}, value));
   return h("div", { className: "luna-row" }, head, ...lines);
 }
 
