@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import StartBroker, eventually, hold_still
 from luna_broker.comfyui import brokers, server
-from luna_broker.comfyui.overview import as_text, reason, size
+from luna_broker.comfyui.overview import as_text, reason, size, summary
 
 WORKER = f"comfyui-{os.getpid()}"
 
@@ -50,6 +50,7 @@ def test_weights_and_what_they_save_are_told(own_broker: Any) -> None:
     assert sorted(weights["holders"]) == sorted([WORKER, "comfyui-2"])
     assert broker["bytes"] >= 4_000_000
     assert "4.0 MB held once, 4.0 MB saved" in text
+    assert summary([broker, broker]).splitlines() == ["4.0 MB held once, 4.0 MB saved, 0 waiting"] * 2
     assert f"session {WORKER} (this ComfyUI): cpu by shm, sealed memory passed the probe" in text
     assert "session comfyui-2: cpu" in text
 

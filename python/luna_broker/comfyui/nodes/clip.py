@@ -23,7 +23,7 @@ class _Shared:
     CATEGORY = CATEGORY
 
     @classmethod
-    def VALIDATE_INPUTS(cls, clip_name1: str, clip_name2: str) -> bool:
+    def VALIDATE_INPUTS(cls, clip_name1: str | None = None, clip_name2: str | None = None) -> bool:
         # Which files there are changes with brokers; one that is not there is an error that says more.
         return True
 

@@ -42,7 +42,7 @@ class _Shared:
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, vae_name: str) -> bool:
+    def VALIDATE_INPUTS(cls, vae_name: str | None = None) -> bool:
         # Which files there are changes with brokers; one that is not there is an error that says more.
         return True
 
