@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import functools
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import comfy.sd
@@ -68,23 +70,35 @@ class AttachedVAE(comfy.sd.VAE):
         """Working memory of a call on one sample: what is in a batch is done one by one where it does not fit."""
         return int(reckon((1, *shape[1:]), self.vae_dtype) * RECKONED_SHARE)
 
-    @contextmanager
+    @contextlib.contextmanager
     def _turn(self, count: int) -> Iterator[None]:
         """A permit of the broker's; none where there is no broker, as nobody is in the way then."""
-        if self.luna_client is None:
+        with contextlib.ExitStack() as turn:
+            if self.luna_client is not None:
+                try:
+                    turn.enter_context(self.luna_client.permit("vae", bytes=count))
+                except (ConnectionLost, ShuttingDown, Stale) as error:
+                    _LOG.warning("luna-broker: the VAE works without a permit: %s", error)
             yield
-            return
-        permit = self.luna_client.permit("vae", bytes=count)
-        try:
-            permit.__enter__()
-        except (ConnectionLost, ShuttingDown, Stale) as error:
-            _LOG.warning("luna-broker: the VAE works without a permit: %s", error)
-            yield
-            return
-        try:
-            yield
-        finally:
-            permit.__exit__(None, None, None)
+            # What this call worked in is the next one's, which may be another worker's.
+            if self.device.type == "cpu":
+                _trim()
+
+
+def _trim() -> None:
+    """Gives the system what this process has allocated and freed again, where the C library keeps it for itself."""
+    trim = _malloc_trim()
+    if trim is not None:
+        trim(0)
+
+
+@functools.cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError, TypeError):
+        # Not glibc.
+        return None
 
 
 def _refused() -> type[BaseException]:
