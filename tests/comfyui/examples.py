@@ -49,7 +49,7 @@ def examples() -> list[Example]:
 
 def swapped_loader() -> Example:
     example = Example(
-        "swap the loader",
+        "swap-the-loader",
         "# Swap the loader\n\nAll nodes but the loader are ComfyUI's own. **Load Checkpoint (Luna Broker)** says on"
         " itself whether the model is attached, remote or local, and why.\n\nStart a broker first: `luna-broker serve`."
         " Without one, the checkpoint is loaded as ever.",
@@ -76,7 +76,7 @@ def swapped_loader() -> Example:
 
 def without_models() -> Example:
     example = Example(
-        "a worker without models",
+        "worker-without-models",
         "# A worker without models\n\nText encoders, UNet and VAE are the broker's: this ComfyUI needs neither their"
         " files nor a GPU. Prompts and latents go out, latents and pictures come back.",
         (20, 350, 330, 220),
@@ -103,7 +103,7 @@ def without_models() -> Example:
 
 def gateway() -> Example:
     example = Example(
-        "gateway and block cache",
+        "gateway-and-block-cache",
         "# LoRAs in the prompt\n\n`<lora:name:0.8:0.6>` applies a LoRA at 0.8 to the MODEL and at 0.6 to the CLIP."
         " One that is missing is skipped, and the gateway says so.\n\nSteps that begin much as the one before are left"
         " out by the broker's block cache.",

@@ -143,7 +143,7 @@ def _lines(broker: Mapping[str, Any]) -> list[str]:
             f" {lane['completed']} done"
         )
     for model in broker["models"]:
-        whose = f"{model['users']} users" if model["is_the_brokers"] else "a worker's own"
+        whose = f"used by {model['users']}" if model["is_the_brokers"] else "a worker's own"
         lines.append(f"model {model['name']}: {size(model['bytes'])} on {model['device']}, {whose}")
     for weights in broker["weights"]:
         by = ", ".join(weights["holders"]) or "nobody"
