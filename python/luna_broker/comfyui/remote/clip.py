@@ -16,7 +16,7 @@ import folder_paths
 import torch
 from luna_broker import Client, ModelNotFound, Unsupported
 from luna_broker.comfyui.files import Source
-from luna_broker.comfyui.remote import refusals
+from luna_broker.comfyui.remote import origins, refusals
 from luna_broker.comfyui.remote.model import LOCALLY, Found
 from luna_broker.comfyui.remote.patcher import ATTACHMENT, SIZE, Remote, RemotePatcher
 from luna_broker.comfyui.remote.runs import Stack
@@ -148,6 +148,7 @@ def of_files(client: Client, sources: Sequence[Source], kind: str) -> RemoteCLIP
 
 
 def _build(client: Client, clip: Any, weights: FileWeights) -> RemoteCLIP:
+    origins.install()
     encoders = clip.info["clip"]["encoders"]
     kinds = tuple(sorted(encoder["kind"] for encoder in encoders))
     if kinds not in TOKENIZERS:

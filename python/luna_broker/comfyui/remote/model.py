@@ -14,6 +14,7 @@ import comfy.utils
 from luna_broker import Client, Unsupported
 from luna_broker.comfyui.attached.dtypes import PRECISIONS
 from luna_broker.comfyui.files import Source
+from luna_broker.comfyui.remote import origins
 from luna_broker.comfyui.remote.patcher import ATTACHMENT, SIZE, Remote, RemotePatcher
 from luna_broker.comfyui.remote.unet import PREFIX, RemoteUNet
 from luna_broker.comfyui.remote.weights import FileWeights, Header, described
@@ -68,6 +69,7 @@ def detect(client: Client, source: Source) -> Found:
 
 def build(client: Client, found: Found, precision: str = "auto") -> RemotePatcher:
     """A ModelPatcher whose network is the broker's. `precision`: of what is sent; the broker's own is its affair."""
+    origins.install()
     broker = client.of("unet")
     unet = found.source.ask(client.unet)
     config = found.config

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from luna_broker.comfyui.remote import refusals
+from luna_broker.comfyui.remote import origins, refusals
 
 _LOG = logging.getLogger("luna_broker")
 
@@ -49,6 +49,8 @@ class Adapter:
     strength: float
     tensors: dict[str, Tensor] = field(default_factory=dict)
     """By keys as the broker reads them in files."""
+    origin: str | None = None
+    """The file that all of it is of: others do not go with it, so that the file's name may stand for it."""
     changed: set[tuple[str, bool]] = field(default_factory=set)
     """Layers of which it changes the weight, and those of which it changes the bias."""
 
@@ -91,12 +93,13 @@ def _place(
     stack: list[Adapter], after: int, layer: str, is_bias: bool, strength: float, tensors: Mapping[str, Tensor]
 ) -> int:
     """Adds a change to the first adapter from `after` on that has room for it; gives the place behind that."""
+    origin = origins.of(tensors)
     for at in range(after, len(stack)):
-        if stack[at].strength == strength and (layer, is_bias) not in stack[at].changed:
+        if (stack[at].strength, stack[at].origin) == (strength, origin) and (layer, is_bias) not in stack[at].changed:
             break
     else:
         at = len(stack)
-        stack.append(Adapter(strength))
+        stack.append(Adapter(strength, origin=origin))
     stack[at].changed.add((layer, is_bias))
     stack[at].tensors.update(tensors)
     return at + 1

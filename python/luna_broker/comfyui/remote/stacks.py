@@ -31,6 +31,8 @@ class Stacks:
         self._dtype = dtype
         self._known: OrderedDict[Hashable, Stack] = OrderedDict()
         self._active: tuple[Hashable, Patches] = (None, {})
+        # Until it turns out that the broker does not read the files that this process reads.
+        self._names_files = True
 
     def activate(self, identity: Hashable, of_model: Patches) -> None:
         """Has the requests from now on name these patches. Uploads nothing yet. `identity`: equal for equal ones."""
@@ -44,9 +46,10 @@ class Stacks:
             identity, of_model = self._active
             if not of_model:
                 raise
-        # After a restart, and after others needed the room: it is all sent once more.
-        self._known.pop(identity, None)
+        # After a restart, and after others needed the room, it is all sent once more; of files there is no telling.
+        self._known.clear()
         self._uploads.forget()
+        self._names_files = False
         return question(self._stack())
 
     def _stack(self) -> Stack:
@@ -61,10 +64,11 @@ class Stacks:
     def _make(self, of_model: Patches) -> Stack:
         weights = patches.Weights(self._weights.shapes.__getitem__, self._weights.__getitem__, self._merge)
         made = patches.adapters(of_model, weights)
-        return tuple(
-            (origins.file_of(adapter.tensors) or self._uploads.publish(adapter.tensors), adapter.strength)
-            for adapter in made
-        )
+        return tuple((self._name(adapter), adapter.strength) for adapter in made)
+
+    def _name(self, adapter: patches.Adapter) -> str:
+        file = origins.file_of(adapter.tensors) if self._names_files else None
+        return file or self._uploads.publish(adapter.tensors)
 
     def _merge(self, of_key: Sequence[patches.Patch], original: torch.Tensor, key: str) -> torch.Tensor:
         """As ComfyUI merges where it has the weight, and rounded to the element type that it would have."""
@@ -76,9 +80,9 @@ class Stacks:
 
 
 def check(taken: Sequence[Mapping[str, Any]]) -> None:
-    """Raises `Unsupported`, naming the first, where a model took up an upload only in part."""
+    """Raises `Unsupported`, naming the first key, where a model took up an adapter only in part."""
     for adapter in taken:
-        if adapter["unknown_keys"] and str(adapter["name"]).rpartition("/")[2].startswith("comfyui-patches-"):
+        if adapter["unknown_keys"]:
             first = adapter["unknown"][0] if adapter["unknown"] else "some"
             raise refusals.weight_patch(str(first), "the broker has no adapters for that layer")
 
