@@ -12,6 +12,7 @@ import argparse
 import io
 import json
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -21,11 +22,14 @@ from pathlib import Path
 import checkpoints
 from comfy import ComfyUI
 from conftest import MODELS, PACK, REPOSITORY
+from graphs import Graph
 from PIL import Image, ImageOps
 from playwright.sync_api import Browser, Page, sync_playwright
 
 import broker as brokers
 from examples import CHECKPOINT, LORA, PICTURE, STYLE, TEXT_ENCODER, UNET, VAE, Example, examples
+
+SIDEBAR_PICTURE = "sidebar"
 
 WINDOW = {"width": 1500, "height": 900}
 SMALL_WINDOW = {"width": 1500, "height": 760}
@@ -106,7 +110,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chromium", help="the browser; without it the one that playwright has installed")
     parser.add_argument("--out", type=Path, default=PACK, help="where the folders of the pack are")
+    parser.add_argument("--only", help="one of them: the name of an example, or sidebar")
     chosen = parser.parse_args()
+
+    def wanted(name: str) -> bool:
+        return chosen.only in (None, name)
+
     with tempfile.TemporaryDirectory(prefix="luna-") as folder:
         scratch = Path(folder)
         models = _models(scratch / "models")
@@ -117,12 +126,12 @@ def main() -> None:
         ):
             # As root, which containers have, there is no sandbox; pages are of this machine alone.
             browser = playwright.chromium.launch(executable_path=chosen.chromium, args=["--no-sandbox"])
-            for example in examples():
+            for example in (each for each in examples() if wanted(each.name)):
                 with _page(browser, comfyui) as page:
                     _make(page, example, chosen.out / "example_workflows")
-            with _comfyui(scratch / "other", models, broker.address) as other:
-                other.run(examples()[0].graph).ok()
-                with _page(browser, comfyui) as page:
+            if wanted(SIDEBAR_PICTURE):
+                with _comfyui(scratch / "other", models, broker.address) as other, _page(browser, comfyui) as page:
+                    other.run(_quick(examples()[0].graph)).ok()
                     _sidebar(page, examples()[0], chosen.out / "pictures")
 
 
@@ -152,10 +161,10 @@ def _models(folder: Path) -> Path:
         (folder / name).mkdir(parents=True)
     save_file(state, folder / "checkpoints" / CHECKPOINT)
     save_file(vae, folder / "vae" / VAE)
-    (folder / "diffusion_models" / UNET).symlink_to(MODELS / "diffusion_models" / "bare.safetensors")
-    (folder / "text_encoders" / TEXT_ENCODER).symlink_to(MODELS / "text_encoders" / "clip_l.safetensors")
-    (folder / "loras" / LORA).symlink_to(MODELS / "loras" / "lora.safetensors")
-    (folder / "loras" / STYLE).symlink_to(MODELS / "loras" / "second.safetensors")
+    shutil.copy(MODELS / "diffusion_models" / "bare.safetensors", folder / "diffusion_models" / UNET)
+    shutil.copy(MODELS / "text_encoders" / "clip_l.safetensors", folder / "text_encoders" / TEXT_ENCODER)
+    shutil.copy(MODELS / "loras" / "lora.safetensors", folder / "loras" / LORA)
+    shutil.copy(MODELS / "loras" / "second.safetensors", folder / "loras" / STYLE)
     return folder
 
 
@@ -197,7 +206,14 @@ def _sidebar(page: Page, example: Example, folder: Path) -> None:
     page.evaluate(FIT, _box(LEFT + SIDEBAR))
     page.wait_for_timeout(SETTLING_MS)
     folder.mkdir(exist_ok=True)
-    _write(folder / "sidebar.jpg", page.screenshot())
+    _write(folder / f"{SIDEBAR_PICTURE}.jpg", page.screenshot())
+
+
+def _quick(graph: Graph) -> Graph:
+    """A graph with the settings of pictures."""
+    for node in graph.values():
+        node["inputs"].update({name: value for name, value in QUICK.items() if name in node["inputs"]})
+    return graph
 
 
 def _box(left: int) -> dict[str, int]:
