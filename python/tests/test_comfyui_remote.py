@@ -101,12 +101,20 @@ def test_layers_of_text_encoders_have_the_names_they_have_in_adapters() -> None:
 def test_patches_of_a_layer_keep_their_order_and_strengths() -> None:
     first, second, third = lora(), adapter("glora", *(tensor() for _ in range(4)), None, None), lora()
     other = f"{LAYER}x.weight"
-    made = sent({KEY: [patch(first, 0.5), patch(second, 0.7), patch(third, 0.5)], other: [patch(lora(), 0.7)]})
+    late = lora()
+    made = sent(
+        {
+            KEY: [patch(first, 0.5), patch(second, 0.7), patch(third, 0.5)],
+            # The first adapter has room for the second of these, but it comes before the one of the first.
+            other: [patch(lora(), 0.7), patch(late, 0.5)],
+        }
+    )
     assert [each.strength for each in made] == [0.5, 0.7, 0.5]
     assert made[0].tensors[f"{LAYER}.lora_up.weight"] is first.weights[0]
     assert made[1].tensors[f"{LAYER}.a1.weight"] is second.weights[0]
     assert made[2].tensors[f"{LAYER}.lora_up.weight"] is third.weights[0]
     assert f"{LAYER}x.lora_up.weight" in made[1].tensors, "two layers that go together were sent apart"
+    assert made[2].tensors[f"{LAYER}x.lora_up.weight"] is late.weights[0]
 
 
 def test_a_bias_goes_with_the_weight() -> None:
