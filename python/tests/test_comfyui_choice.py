@@ -30,23 +30,23 @@ GPU, CPU = True, False
     ],
 )
 def test_auto_attaches_where_nothing_is_copied(worker: Worker, mode: Mode) -> None:
-    assert choose(Mode.AUTO, worker).mode is mode
+    assert choose(Mode.AUTO, lambda: worker).mode is mode
 
 
 @pytest.mark.parametrize("wanted", [Mode.ATTACHED, Mode.REMOTE, Mode.LOCAL])
 def test_what_was_asked_for_is_tried_whatever_stands_against_it(wanted: Mode) -> None:
-    assert choose(wanted, Worker(CPU, None, missing=("something",))).mode is wanted
+    assert choose(wanted, lambda: pytest.fail("nothing else decides")).mode is wanted
 
 
 @pytest.mark.parametrize("rung", ["shm", "peer", "inline", None])
 def test_the_line_says_which_and_why(rung: str | None) -> None:
-    choice = choose(Mode.AUTO, Worker(GPU, rung))
+    choice = choose(Mode.AUTO, lambda: Worker(GPU, rung))
     assert str(choice) == f"{choice.mode.value}: {choice.why}"
     assert choice.why
 
 
 def test_what_this_comfyui_lacks_is_named() -> None:
-    choice = choose(Mode.AUTO, Worker(CPU, "shm", missing=("ModelPatcher.load", "VAE.decode")))
+    choice = choose(Mode.AUTO, lambda: Worker(CPU, "shm", missing=("ModelPatcher.load", "VAE.decode")))
     assert choice == Choice(Mode.LOCAL, choice.why)
     assert "ModelPatcher.load, VAE.decode" in choice.why
 

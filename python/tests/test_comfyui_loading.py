@@ -30,10 +30,15 @@ class World:
         monkeypatch.setattr(compat, "is_known", lambda: self.is_known)
         monkeypatch.setattr(brokers, "client", self._client)
         monkeypatch.setattr(brokers, "generation", lambda address: f"life of {address}")
-        monkeypatch.setattr(loading, "_worker", lambda client, kind: self.worker)
+        monkeypatch.setattr(loading, "_worker", self._worker)
         monkeypatch.setattr(loading, "_by_broker", self._by_broker)
         monkeypatch.setattr(loading, "_local", self._local)
         monkeypatch.setattr(notices, "tell", lambda node, text, warning=False: self.lines.append(text))
+
+    def _worker(self, wanted: Any) -> Worker:
+        if self.absent:
+            raise self.absent
+        return self.worker
 
     def _client(self, address: str) -> Any:
         if self.absent:
@@ -75,6 +80,7 @@ def test_auto_is_what_suits_and_says_so(world: World) -> None:
         luna_broker.ConnectionLost("no broker answers at /a.sock"),
         luna_broker.ConfigurationError("that is no address"),
         luna_broker.Refused("another version"),
+        luna_broker.Timeout("busy beyond the deadline"),
     ],
 )
 def test_without_a_broker_auto_is_local_whatever_failures_are_to_be(world: World, trouble: Exception) -> None:
@@ -162,6 +168,12 @@ def test_a_loader_runs_again_after_a_restart_and_after_a_broker_was_busy(world: 
     assert world.changed("auto") == "life of /a.sock"
 
 
+def test_a_loader_runs_again_after_a_broker_was_busy_beyond_the_deadline(world: World) -> None:
+    world.absent = luna_broker.Timeout("busy")
+    world.load("auto")
+    assert math.isnan(float(world.changed("auto")))
+
+
 def test_a_refusal_for_good_does_not_make_a_loader_run_again(world: World) -> None:
     world.refused = luna_broker.Unsupported("never")
     world.load("auto")
@@ -173,5 +185,6 @@ def test_a_file_that_nobody_has_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
         raise luna_broker.ConnectionLost("no broker answers at /a.sock")
 
     monkeypatch.setattr(brokers, "client", nobody)
+    monkeypatch.setattr(loading, "_worker", lambda wanted: nobody(""))
     with pytest.raises(luna_broker.ModelNotFound, match="nothing.safetensors.*no broker answers"):
         loading.load("vae", ["nothing.safetensors"], "auto", "local", "/a.sock")

@@ -18,11 +18,14 @@ ABSENT = "absent"
 # A broker's start is reckoned from its uptime, to within what a question takes.
 START_TOLERANCE_S = 2.0
 
-# Of questions that a page or the start of a prompt waits for.
+# Of questions that a page waits for.
 QUICK_TIMEOUT_S = 2.0
 
+# Of what is asked before a prompt: a broker that does not answer within it is busy beyond what a user waits for.
+DEADLINE_S = 10.0
+
 _LOCK = threading.Lock()
-_CLIENTS: dict[tuple[int, str, bool], Client] = {}
+_CLIENTS: dict[tuple[int, str, float | None], Client] = {}
 _STARTS: dict[tuple[str, int], float] = {}
 
 
@@ -32,21 +35,21 @@ def client(address: str = "") -> Client:
     It connects again by itself when its broker was restarted. While it waits, ComfyUI's Cancel takes the request back.
     Raises `ConnectionLost` where nobody listens, `ConfigurationError` for an address that cannot be read.
     """
-    return _client(address, asks=False)
+    return _client(address)
 
 
-def quick(address: str = "") -> Client:
+def quick(address: str = "", timeout_s: float = QUICK_TIMEOUT_S) -> Client:
     """A client for questions that must be answered soon, whatever else this process waits for; Cancel is not for it.
 
     Raises as `client`, and `Timeout` where a broker hangs.
     """
-    return _client(address, asks=True)
+    return _client(address, timeout_s)
 
 
 def generation(address: str = "") -> str:
     """Who answers at an address: another text after a restart, `absent` where nobody does. Raises nothing."""
     try:
-        asked = quick(address)
+        asked = quick(address, DEADLINE_S)
         clients = [asked.of(service) for service in split(address)] or [asked]
         return " ".join(dict.fromkeys(_generation(each) for each in clients))
     except LunaBrokerError:
@@ -70,15 +73,15 @@ def split(address: str) -> dict[str, str]:
     return found
 
 
-def _client(address: str, asks: bool) -> Client:
-    key = (os.getpid(), address.strip(), asks)
+def _client(address: str, timeout_s: float | None = None) -> Client:
+    key = (os.getpid(), address.strip(), timeout_s)
     with _LOCK:
         known = _CLIENTS.get(key)
     if known is not None:
         return known
+    asks = timeout_s is not None
     name = f"comfyui-{os.getpid()}" + ("-asks" if asks else "")
-    timeout = QUICK_TIMEOUT_S if asks else None
-    made = luna_broker.connect(key[1] or None, name=name, timeout=timeout, check=None if asks else _interrupt())
+    made = luna_broker.connect(key[1] or None, name=name, timeout=timeout_s, check=None if asks else _interrupt())
     with _LOCK:
         # Of two threads that were first, one drops its connection.
         return _CLIENTS.setdefault(key, made)

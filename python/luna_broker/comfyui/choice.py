@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -55,10 +55,11 @@ class Worker:
     """What this ComfyUI lacks, or has otherwise, of what attached models need."""
 
 
-def choose(wanted: Mode, worker: Worker) -> Choice:
-    """The way to try first. What stands against it is found out by trying."""
+def choose(wanted: Mode, look: Callable[[], Worker]) -> Choice:
+    """The way to try first. What stands against it is found out by trying. `look`: asked where that decides."""
     if wanted is not Mode.AUTO:
         return Choice(wanted, "as asked for")
+    worker = look()
     if worker.rung is None:
         return Choice(Mode.REMOTE, "no memory is shared with the broker")
     if not worker.is_on_gpu and worker.broker_is_on_gpu:

@@ -89,18 +89,18 @@ def _from_broker(wanted: Wanted, sources: Sequence[Source]) -> Loaded | Choice:
         return Choice(Mode.LOCAL, "as asked for")
     mode = wanted.mode
     try:
-        client = brokers.client(wanted.address)
-        choice = choose(wanted.mode, _worker(client, wanted.kind))
+        choice = choose(wanted.mode, lambda: _worker(wanted))
         if choice.mode is Mode.LOCAL:
             return choice
         mode = choice.mode
+        client = brokers.client(wanted.address)
         loaded = _refusing_the_unknown(client, wanted, sources, choice)
     except LunaBrokerError as error:
         if wanted.mode is not Mode.AUTO and wanted.on_failure is OnFailure.ERROR:
             raise
         if _may_pass(error):
             _PASSED_BY.add(wanted)
-        tried = "there is no broker" if mode is Mode.AUTO else f"{mode.value} could not be had"
+        tried = "no broker answers for it" if mode is Mode.AUTO else f"{mode.value} could not be had"
         return Choice(Mode.LOCAL, f"{tried}: {error}")
     if wanted.on_failure is OnFailure.LOCAL:
         from luna_broker.comfyui import rescue
@@ -164,14 +164,14 @@ def _may_pass(error: LunaBrokerError) -> bool:
     return isinstance(error, (Busy, Timeout, luna_broker.OutOfMemory))
 
 
-def _worker(client: Client, kind: str) -> Worker:
-    """What there is to know about this process before anything is loaded."""
+def _worker(wanted: Wanted) -> Worker:
+    """What there is to know before anything is loaded. Raises `Timeout` for a broker that is busy beyond a deadline."""
     import comfy.model_management as mm
     import torch
 
-    service = files.SERVICES[kind]
-    broker = client.of(service)
-    device = mm.vae_device() if kind == "vae" else mm.get_torch_device()
+    service = files.SERVICES[wanted.kind]
+    broker = brokers.quick(wanted.address, brokers.DEADLINE_S).of(service)
+    device = mm.vae_device() if wanted.kind == "vae" else mm.get_torch_device()
     is_on_gpu = device.type == "cuda"
     where = f"GPU-{torch.cuda.get_device_properties(device).uuid}" if is_on_gpu else "cpu"
     rungs = {rung.device.lower(): rung.rung for rung in broker.session.rungs}
