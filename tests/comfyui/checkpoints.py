@@ -6,6 +6,7 @@ why those for SDXL are large.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import shutil
 import subprocess
@@ -49,8 +50,16 @@ def make(folder: Path, tools: Path) -> None:
     recipe = hashlib.sha256()
     for source in (Path(__file__), Path(denoiser.__file__), tools / "tinyckpt.py", tools / "make_lora.py"):
         recipe.update(source.read_bytes())
+    folder.parent.mkdir(exist_ok=True)
+    with folder.with_suffix(".lock").open("w") as lock:
+        # Two test runs must not make them at a time. Ends with the file.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _make_unless_made(folder, tools, recipe.hexdigest())
+
+
+def _make_unless_made(folder: Path, tools: Path, recipe: str) -> None:
     stamp = folder / "recipe"
-    if stamp.exists() and stamp.read_text() == recipe.hexdigest():
+    if stamp.exists() and stamp.read_text() == recipe:
         return
     shutil.rmtree(folder, ignore_errors=True)
     for name in ("checkpoints", "diffusion_models", "text_encoders", "vae", "controlnet", "embeddings", "loras"):
@@ -65,7 +74,7 @@ def make(folder: Path, tools: Path) -> None:
     for kind in KINDS:
         _adapter(tools, folder / "checkpoints/small.safetensors", folder / f"loras/{kind}.safetensors", (kind,), 3)
     _adapter(tools, folder / "checkpoints/small.safetensors", folder / "loras/second.safetensors", ("lora",), 4)
-    stamp.write_text(recipe.hexdigest())
+    stamp.write_text(recipe)
 
 
 def _files(t: Any) -> Sequence[tuple[str, Rows, int]]:

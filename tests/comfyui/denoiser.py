@@ -16,7 +16,7 @@ LATENT = 4
 # Of a group normalisation with 32 groups, which must hold nothing but what is carried.
 GROUPS = 32
 # How much of the random channels is seen in the output.
-PAINT = 0.3
+PAINT = 0.1
 
 Weights = dict[str, np.ndarray]
 

@@ -9,6 +9,7 @@ from functools import partial
 
 import pytest
 from compare import assert_equal, assert_near
+from conftest import ARITHMETIC
 from graphs import Loaders
 from workers import StartComfyUI
 from workflows import txt2img
@@ -25,7 +26,12 @@ INTERRUPTION_DEADLINE_S = 10.0
 @pytest.fixture(scope="module")
 def alone(comfyui: StartComfyUI):
     """A ComfyUI with the pack for tests that end its broker."""
-    return comfyui("alone", True)
+    return comfyui("alone", True, *ARITHMETIC["remote"])
+
+
+@pytest.fixture
+def reference(side):
+    return side("remote").reference
 
 
 def second_step(message) -> bool:

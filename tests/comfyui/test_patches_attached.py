@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import pytest
-from compare import assert_different, assert_equal, assert_near
+from compare import assert_different
 from workflows import patched, txt2img
 
 import broker as brokers
@@ -29,25 +29,24 @@ NAMED = {
 
 
 @pytest.mark.parametrize("name", PATCHES)
-def test_works_attached(name, worker, broker, reference, loaders):
-    patch = PATCHES[name]
-    assert_different(reference(patch), reference(UNPATCHED))
-    result = worker.run(patch(loaders("attached"))).ok()
-    assert brokers.holds_weights(broker, worker.pid), "the worker has attached nothing"
-    assert_equal(result, reference(patch))
+def test_works_attached(name, side, broker, loaders):
+    attached = side("attached")
+    assert_different(attached.reference(PATCHES[name]), attached.reference(UNPATCHED))
+    attached.check(PATCHES[name], loaders("attached"))
+    assert brokers.holds_weights(broker, attached.worker.pid), "the worker has attached nothing"
 
 
-def test_attached_models_are_as_before_without_the_patch(worker, reference, loaders):
+def test_attached_models_are_as_before_without_the_patch(side, loaders):
     for patch in PATCHES.values():
-        worker.run(patch(loaders("attached"))).ok()
-    assert_equal(worker.run(UNPATCHED(loaders("attached"))).ok(), reference(UNPATCHED))
+        side("attached").worker.run(patch(loaders("attached"))).ok()
+    side("attached").check(UNPATCHED, loaders("attached"))
 
 
 @pytest.mark.parametrize("name", PATCHES)
-def test_refused_remote_in_plain_words(name, worker, reference, loaders):
-    result = worker.run(PATCHES[name](loaders("remote")))
+def test_refused_remote_in_plain_words(name, side, loaders):
+    result = side("remote").worker.run(PATCHES[name](loaders("remote")))
     assert result.error is not None, "a patch that the broker cannot run was left out without a word"
     said = result.error["exception_message"]
     assert NAMED[name] in said, said
     assert "attached" in said, f"no way out is named: {said}"
-    assert_near(worker.run(txt2img(loaders("remote"))).ok(), reference(txt2img))
+    side("remote").check(txt2img, loaders("remote"))

@@ -25,11 +25,6 @@ GROWTH_MIB = 24
 MODES = pytest.mark.parametrize("mode", ["remote", "attached"])
 
 
-def compare(mode: str):
-    """How near results of a mode must be."""
-    return assert_equal if mode == "attached" else assert_near
-
-
 def complaint(worker: ComfyUI, graph: Graph) -> str:
     """What ComfyUI says of a workflow that cannot work, before or while it runs."""
     try:
@@ -42,10 +37,9 @@ def complaint(worker: ComfyUI, graph: Graph) -> str:
 
 @MODES
 @pytest.mark.parametrize("source", ["checkpoint", "diffusion model"])
-def test_model_loads_through_the_router(mode, source, worker, broker, reference, loaders):
-    build = partial(routed, source=source)
+def test_model_loads_through_the_router(mode, source, side, broker, loaders):
     before = brokers.completed(broker)["unet"]
-    compare(mode)(worker.run(build(loaders(mode))).ok(), reference(build))
+    side(mode).check(partial(routed, source=source), loaders(mode))
     assert (brokers.completed(broker)["unet"] > before) == (mode == "remote")
 
 
@@ -59,26 +53,24 @@ def test_memory_per_instance(grown, broker):
 
 
 @MODES
-def test_lora_stack_applied_and_base_restored(mode, worker, broker, reference, loaders):
+def test_lora_stack_applied_and_base_restored(mode, side, broker, loaders):
     base, adapted = txt2img, partial(txt2img, loras=STACK)
-    assert_different(reference(adapted), reference(base))
+    assert_different(side(mode).reference(adapted), side(mode).reference(base))
     for build in (base, adapted, base, partial(txt2img, loras=STACK[:1]), base):
-        graph = build(loaders(mode))
-        result = worker.run(graph).ok()
-        compare(mode)(result, reference(build))
-    assert graph.only("KSampler") in result.ran, "ComfyUI answered with what it kept of the first base"
+        result = side(mode).check(build, loaders(mode))
+    assert base(loaders(mode)).only("KSampler") in result.ran, "ComfyUI answered with what it kept of the first base"
     for digests in brokers.verified(broker):
         assert digests["found"] == digests["expected"], f"{digests['name']} was written to"
 
 
 @pytest.mark.parametrize("on_model", ["remote", "local"])
 @pytest.mark.parametrize("on_clip", ["remote", "local"])
-def test_mixed_remote_and_local_model_and_clip(on_model, on_clip, worker, broker, reference, loaders):
+def test_mixed_remote_and_local_model_and_clip(on_model, on_clip, side, broker, loaders):
     """All four ways, with LoRAs that the prompt names, against stock loaders and stock nodes."""
-    before = brokers.completed(broker)
+    remote, before = side("remote"), brokers.completed(broker)
     graph = through_gateway(loaders(on_model), loaders(on_clip), f"a house <lora:{LORA}:0.8:0.6>")
-    result = worker.run(graph).ok()
-    assert_near(result, reference(partial(txt2img, positive="a house", loras=[(LORA, 0.8, 0.6)])))
+    result = remote.worker.run(graph).ok()
+    remote.compare(result, remote.reference(partial(txt2img, positive="a house", loras=[(LORA, 0.8, 0.6)])))
     after = brokers.completed(broker)
     assert (after["unet"] > before["unet"]) == (on_model == "remote")
     assert (after["clip"] > before["clip"]) == (on_clip == "remote")
@@ -87,18 +79,20 @@ def test_mixed_remote_and_local_model_and_clip(on_model, on_clip, worker, broker
     assert metadata["loras"] == [{"name": LORA, "model_strength": 0.8, "clip_strength": 0.6}]
 
 
-def test_four_concurrent_instances_without_cross_talk(four, broker, reference):
+def test_four_concurrent_instances_without_cross_talk(four, broker, side):
     """Each gives what a stock worker gives that has the machine to itself."""
     seeds = range(20, 22)
     for seed in seeds:
         graphs = {name: stacked(name, broker.address, seed=seed) for name in four}
         prompts = {name: process.queue(graphs[name]) for name, process in four.items()}
         for name, process in four.items():
-            expected = reference(partial(txt2img, loras=STACKS[name], seed=seed))
-            compare(name.partition("-")[0])(process.wait(prompts[name]).ok(), expected)
+            expected = side("remote").reference(partial(txt2img, loras=STACKS[name], seed=seed))
+            compare = assert_equal if name.startswith("attached") else assert_near
+            compare(process.wait(prompts[name]).ok(), expected)
 
 
-def test_daemon_absent_bad_path_missing_lora(worker, scratch, loaders, reference):
+def test_daemon_absent_bad_path_missing_lora(side, scratch, loaders):
+    worker, reference = side("remote").worker, side("remote").reference
     nobody = str(scratch / "nobody.sock")
     absent = worker.run(txt2img(Loaders("remote", nobody)))
     assert absent.error is not None and nobody in absent.error["exception_message"]
@@ -115,7 +109,8 @@ def test_daemon_absent_bad_path_missing_lora(worker, scratch, loaders, reference
 
 
 @MODES
-def test_fifty_steps_without_growth(mode, worker, broker, loaders):
+def test_fifty_steps_without_growth(mode, side, broker, loaders):
+    worker = side(mode).worker
     pids = [worker.pid, broker.pid]
     worker.run(txt2img(loaders(mode), loras=STACK, steps=8)).ok()
     before = total_mib(pids)
@@ -125,12 +120,12 @@ def test_fifty_steps_without_growth(mode, worker, broker, loaders):
 
 
 @MODES
-def test_strength_0_is_base_between_is_proportional_and_stacks_combine(mode, worker, loaders, reference):
+def test_strength_0_is_base_between_is_proportional_and_stacks_combine(mode, side, loaders):
     """Proportional to first order: one step, a strength so small that its square is nothing, without guidance."""
 
     def conditioned(*loras: tuple[str, float, float]) -> np.ndarray:
         graph = txt2img(loaders(mode), loras=list(loras), steps=1, cfg=1.0)
-        return worker.run(graph).ok().tensor("latent").astype(np.float64)
+        return side(mode).worker.run(graph).ok().tensor("latent").astype(np.float64)
 
     base = conditioned()
     assert difference(conditioned((LORA, 0.0, 0.0)), base) == 0
