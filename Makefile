@@ -20,7 +20,7 @@ export FEATURES
 CARGO := cargo
 
 .PHONY: demo test test-long test-rust test-python test-examples test-windows bench lint build without-torch extension golden clean
-.PHONY: gpu-artifacts gpu-check test-gpu-check
+.PHONY: gpu-artifacts gpu-check test-gpu-check test-comfyui comfyui-path
 
 demo: build extension
 	$(BIN)/python examples/demo/main.py --broker $(BROKER) $(if $(VAE),--vae $(VAE)) $(if $(IMAGE),--image $(IMAGE))
@@ -70,7 +70,15 @@ test-examples: build extension $(VENV)/.test
 	$(BIN)/python examples/attach_transformers.py
 
 test-python: extension $(VENV)/.test
-	cd python && OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q tests
+	cd python && OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -rs tests
+
+# A real ComfyUI, headless, with the nodes and a broker; see CONTRIBUTING.md.
+test-comfyui: comfyui-path build extension $(VENV)/.test
+	$(BIN)/python -m pytest -q -rs tests/comfyui
+
+comfyui-path:
+	@test -n "$$COMFYUI_PATH" || { echo "COMFYUI_PATH is not set, so nothing was tested: set it to a checkout of ComfyUI" \
+		"0.3.64 and COMFYUI_PYTHON to a Python that has its requirements. See CONTRIBUTING.md." >&2; exit 1; }
 
 .PHONY: test-demo test-rust-long
 test-demo: build extension

@@ -1,0 +1,1 @@
+"""The node classes: they declare inputs and call what does the work."""
