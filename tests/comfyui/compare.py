@@ -6,6 +6,7 @@ import numpy as np
 from result import Result
 
 IMAGE_TOLERANCE = 1 / 255
+# Of the largest element, or absolute where all are below 1: latents cross nodes unscaled, so that theirs are about 5.
 LATENT_TOLERANCE = 1e-4
 
 
@@ -23,7 +24,7 @@ def assert_near(result: Result, reference: Result) -> None:
     for name in _kept(result, reference):
         got, expected = result.tensor(name), reference.tensor(name)
         assert got.shape == expected.shape, f"{name}: {got.shape} instead of {expected.shape}"
-        limit = IMAGE_TOLERANCE if name == "image" else LATENT_TOLERANCE
+        limit = IMAGE_TOLERANCE if name == "image" else LATENT_TOLERANCE * max(1.0, float(np.abs(expected).max()))
         off = difference(got, expected)
         assert off <= limit, f"{name}: differs by up to {off:.2e}, allowed is {limit:.2e}"
 

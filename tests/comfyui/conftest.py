@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -25,6 +26,9 @@ from result import Result  # noqa: E402
 from workers import StartComfyUI  # noqa: E402
 
 import broker as brokers  # noqa: E402
+
+# Else a test run that is told to end leaves its ComfyUIs behind.
+signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 Build = Callable[[Loaders], Graph]
 Reference = Callable[[Build], Result]

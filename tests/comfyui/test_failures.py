@@ -17,7 +17,7 @@ from workflows import txt2img
 import broker as brokers
 
 # Long enough to be killed in the middle of it.
-LONG = partial(txt2img, checkpoint="wide.safetensors", steps=40, scheduler="karras", width=192, height=192)
+LONG = partial(txt2img, checkpoint="wide.safetensors", steps=24, scheduler="karras", width=128, height=128)
 SHORT = partial(txt2img, seed=11)
 # Between asking for the interruption and its effect, on a machine under load.
 INTERRUPTION_DEADLINE_S = 10.0

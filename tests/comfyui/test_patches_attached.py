@@ -1,4 +1,4 @@
-"""What patches the UNet from inside works attached, bit for bit, and is refused in plain words when remote."""
+"""What patches a network from inside works attached, bit for bit, and is refused in plain words when remote."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 from compare import assert_different
-from workflows import patched, txt2img
+from workflows import merged_text_encoders, patched, txt2img
 
 import broker as brokers
 
@@ -17,6 +17,7 @@ PATCHES = {
     "pag": partial(patched, patch="PerturbedAttentionGuidance", scale=3.0),
     "hypertile": partial(patched, patch="HyperTile", **HYPERTILE),
     "attention-of-a-custom-node": partial(patched, patch="LunaBrokerTestsReplaceAttention"),
+    "merged-text-encoders": merged_text_encoders,
 }
 UNPATCHED = partial(patched, patch=None)
 # What the refusal must name, so that the user finds the node.
@@ -25,6 +26,8 @@ NAMED = {
     "pag": "attn1",
     "hypertile": "attn1",
     "attention-of-a-custom-node": "attn1",
+    # The first of the weights that no adapter can express.
+    "merged-text-encoders": "position_embedding",
 }
 
 

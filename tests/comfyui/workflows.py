@@ -236,14 +236,19 @@ def easy_cache(loaders: Loaders) -> Graph:
 
 
 def merged(loaders: Loaders) -> Graph:
-    """Half of each of two UNets, and of their text encoders."""
+    """A part of each of two UNets."""
     paint = painting(loaders)
-    graph, one = paint.graph, paint.models
-    other = loaders.checkpoint(graph, "other.safetensors")
-    model = graph.add("ModelMergeSimple", model1=one.model, model2=other.model, ratio=0.6).out()
-    clip = graph.add("CLIPMergeSimple", clip1=one.clip, clip2=other.clip, ratio=0.3).out()
-    paint.models = Models(model, clip, one.vae)
-    paint.positive = graph.add("CLIPTextEncode", clip=clip, text=POSITIVE).out()
+    other = loaders.checkpoint(paint.graph, "other.safetensors")
+    model = paint.graph.add("ModelMergeSimple", model1=paint.models.model, model2=other.model, ratio=0.6).out()
+    paint.models = paint.models._replace(model=model)
+    return paint.finish()
+
+
+def merged_text_encoders(loaders: Loaders) -> Graph:
+    paint = painting(loaders)
+    other = loaders.checkpoint(paint.graph, "other.safetensors")
+    clip = paint.graph.add("CLIPMergeSimple", clip1=paint.models.clip, clip2=other.clip, ratio=0.3).out()
+    paint.positive = paint.graph.add("CLIPTextEncode", clip=clip, text=POSITIVE).out()
     return paint.finish()
 
 
