@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use luna_broker::client::{CallOptions, Client, Input};
+use luna_broker::client::{CallOptions, Client, Input, Unet};
 use luna_broker::model::RunMemory;
 use luna_broker::service::{AdapterStack, BlockCache, CacheVerdict, RunSettings, UnetInput};
 use tch::{Kind, Tensor};
@@ -164,11 +164,9 @@ fn connect(socket: &str) -> Result<Client, AnyError> {
 
 /// A step through the broker against the same step in this process.
 pub(super) fn remote(scene: &mut Scene, model: &Path, folder: &Path, rounds: usize) -> Result<(), AnyError> {
-    let socket = folder.join("broker.sock").to_string_lossy().into_owned();
-    let program = env::var_os("LUNA_BROKER_BIN").unwrap_or_else(|| env!("CARGO_BIN_EXE_luna-broker").into());
-    let broker = Broker(Command::new(program).args(["serve", "--socket", &socket]).stderr(Stdio::null()).spawn()?);
-    let client = connect(&socket)?;
-    let unet = client.unet(&model.to_string_lossy())?;
+    let (broker, unet) = served(model, folder, "broker.sock", &[])?;
+    // What may run requests together, beside what runs one at a time.
+    let (other, singly) = served(model, folder, "singly.sock", &["--max-batch", "1"])?;
     let step = [Step::new(scene, SIDE, 1)?];
     let [Step { x, timesteps, context, output, .. }] = &step;
     let bytes = [x.bytes()?, timesteps.bytes()?, context.bytes()?];
@@ -179,11 +177,14 @@ pub(super) fn remote(scene: &mut Scene, model: &Path, folder: &Path, rounds: usi
         y: None,
         control: None,
     };
-    let (mut trips, mut shares, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut trips, mut shares, mut ratios, mut lone) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for round in 0..=rounds {
         let began = Instant::now();
         let answer = unet.call(&input, &AdapterStack::default(), &CallOptions::default())?;
         let trip = began.elapsed().as_secs_f64();
+        let began = Instant::now();
+        singly.call(&input, &AdapterStack::default(), &CallOptions::default())?;
+        let alone = began.elapsed().as_secs_f64();
         let here = scene.time(&step, None)?.as_secs_f64();
         if round == 0 {
             if answer.tensor.bytes()? != output.bytes()? {
@@ -195,8 +196,9 @@ pub(super) fn remote(scene: &mut Scene, model: &Path, folder: &Path, rounds: usi
         trips.push(trip);
         shares.push((trip - run) / run);
         ratios.push(trip / here);
+        lone.push(trip / alone);
     }
-    drop(broker);
+    drop((broker, other));
     let (share, ratio) = (median(&mut shares), median(&mut ratios));
     println!("  step through the broker           {:9.3} s", median(&mut trips));
     println!(
@@ -205,5 +207,16 @@ pub(super) fn remote(scene: &mut Scene, model: &Path, folder: &Path, rounds: usi
         verdict(share <= 0.01)
     );
     println!("    remote / in-process             {ratio:9.3}         at most 1.03: {}", verdict(ratio <= 1.03));
+    println!("    batching / one at a time        {:9.3}         of a client that is alone", median(&mut lone));
     Ok(())
+}
+
+/// A broker of its own, and the model there.
+fn served(model: &Path, folder: &Path, name: &str, options: &[&str]) -> Result<(Broker, Unet), AnyError> {
+    let socket = folder.join(name).to_string_lossy().into_owned();
+    let program = env::var_os("LUNA_BROKER_BIN").unwrap_or_else(|| env!("CARGO_BIN_EXE_luna-broker").into());
+    let mut command = Command::new(program);
+    let broker = Broker(command.args(["serve", "--socket", &socket]).args(options).stderr(Stdio::null()).spawn()?);
+    let client = connect(&socket)?;
+    Ok((broker, client.unet(&model.to_string_lossy())?))
 }

@@ -42,9 +42,13 @@ def test_a_file_of_comfyuis_is_its_path(folder: Path) -> None:
 
 
 def test_a_path_is_itself_and_anything_else_is_for_the_broker(folder: Path, tmp_path: Path) -> None:
-    elsewhere = tmp_path / "other"
+    elsewhere = tmp_path / "other.safetensors"
     elsewhere.touch()
     assert files.resolve("unet", str(elsewhere)).path == str(elsewhere)
+    # What may run code is read by nobody here who names it by path: the broker refuses it.
+    pickled = tmp_path / "other.ckpt"
+    pickled.touch()
+    assert files.resolve("unet", str(pickled)) == Source(str(pickled), None)
     assert files.resolve("unet", "/nowhere/x.safetensors") == Source("/nowhere/x.safetensors", None)
     assert files.resolve("unet", "x.safetensors") == Source("x.safetensors", None)
 

@@ -74,6 +74,8 @@ def test_a_loader_runs_again_when_its_broker_is_another(name: str, asked: Any) -
     assert node.IS_CHANGED(**given, mode="local") == ""
     # A name that another node gives is not known yet.
     assert node.IS_CHANGED(**{**given, NAMES[name]: None}) == "life of /a.sock"
+    # Nor is anything else of another node's.
+    assert node.IS_CHANGED(**{**given, "broker": None, "mode": None, "on_failure": None}) == "life of "
 
 
 @pytest.mark.parametrize("name", LOADERS)

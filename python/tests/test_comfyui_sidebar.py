@@ -21,7 +21,9 @@ WORKER = f"comfyui-{os.getpid()}"
 
 @pytest.fixture
 def own_broker(start_broker: StartBroker) -> Any:
-    return start_broker()
+    broker = start_broker()
+    brokers.name(broker.address)
+    return broker
 
 
 def of(address: str) -> dict[str, Any]:
@@ -207,3 +209,14 @@ def test_a_rungs_reason_is_a_sentence(told: Any, sentence: str) -> None:
 )
 def test_sizes_are_written_for_people(count: float, text: str) -> None:
     assert size(count) == text
+
+
+def test_a_page_may_ask_only_for_brokers_that_nodes_were_given(own_broker: Any) -> None:
+    async def ask(address: str) -> dict[str, Any]:
+        return await server.Questions().ask(address)
+
+    assert len(asyncio.run(ask(own_broker.address))["brokers"]) == 1
+    # Another spelling of the same socket would be another session.
+    refused = asyncio.run(ask(f"/{own_broker.address}"))
+    assert (refused["brokers"], refused["error"]["kind"]) == ([], "Refused")
+    assert "loader" in refused["error"]["remedy"]

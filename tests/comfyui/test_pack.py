@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import PACK
+from workflows import Graph
 
 PREFIX = "LunaBroker"
 TESTS_PREFIX = "LunaBrokerTests"
@@ -81,6 +82,12 @@ def test_the_sidebar_is_loaded_by_the_browser(worker):
 
 def test_the_sidebar_is_told_what_the_broker_does(worker, broker):
     asked = urllib.parse.quote(broker.address)
+    refused = json.loads(page(worker, "/luna_broker/status?broker=/run/of/somebody.sock"))
+    assert refused["error"]["kind"] == "Refused"
+    # A page may ask for what a node was given.
+    graph = Graph()
+    graph.add("LunaBrokerStatus", broker=broker.address)
+    worker.run(graph)
     (told,) = json.loads(page(worker, f"/luna_broker/status?broker={asked}"))["brokers"]
     assert told["address"] == broker.address
     assert {lane["service"] for lane in told["lanes"]} == {"vae", "unet", "clip"}

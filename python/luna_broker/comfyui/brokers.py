@@ -25,8 +25,20 @@ QUICK_TIMEOUT_S = 2.0
 DEADLINE_S = 10.0
 
 _LOCK = threading.Lock()
+# Addresses that nodes were given: nobody else has this process connect to others.
+_NAMED: set[str] = set()
 _CLIENTS: dict[tuple[int, str, float | None], Client] = {}
 _STARTS: dict[tuple[str, int], float] = {}
+
+
+def name(address: str) -> None:
+    """A node was given this address: pages may ask what is there from now on."""
+    _NAMED.add(address.strip())
+
+
+def is_known(address: str) -> bool:
+    """Whether the default broker is meant, or one that a node of this process was given."""
+    return not address or address in _NAMED
 
 
 def client(address: str = "") -> Client:
@@ -35,6 +47,7 @@ def client(address: str = "") -> Client:
     It connects again by itself when its broker was restarted. While it waits, ComfyUI's Cancel takes the request back.
     Raises `ConnectionLost` where nobody listens, `ConfigurationError` for an address that cannot be read.
     """
+    name(address)
     return _client(address)
 
 
@@ -48,6 +61,7 @@ def quick(address: str = "", timeout_s: float = QUICK_TIMEOUT_S) -> Client:
 
 def generation(address: str = "") -> str:
     """Who answers at an address: another text after a restart, `absent` where nobody does. Raises nothing."""
+    name(address)
     try:
         asked = quick(address, DEADLINE_S)
         clients = [asked.of(service) for service in split(address)] or [asked]

@@ -13,6 +13,8 @@ from luna_broker.comfyui import brokers
 
 Answer = TypeVar("Answer")
 
+SAFE_ENDINGS = (".safetensors", ".sft")
+
 # ComfyUI's folder and the broker's service for each kind of loader.
 FOLDERS = {"checkpoint": "checkpoints", "unet": "diffusion_models", "clip": "text_encoders", "vae": "vae"}
 SERVICES = {"checkpoint": "unet", "unet": "unet", "clip": "clip", "vae": "vae"}
@@ -43,8 +45,9 @@ class Source:
 
 def resolve(kind: str, name: str) -> Source:
     """What a name means: a file in ComfyUI's folders for that kind, an absolute path, else a name for the broker."""
-    path = _in_comfyui(FOLDERS[kind], name)
-    if path is None and os.path.isabs(name) and os.path.isfile(name):
+    path = None if os.path.isabs(name) else _in_comfyui(FOLDERS[kind], name)
+    # Of files outside ComfyUI's folders this process reads none that could run code: a workflow may come from anybody.
+    if path is None and os.path.isabs(name) and name.endswith(SAFE_ENDINGS) and os.path.isfile(name):
         path = name
     return Source(name, None if path is None else os.path.abspath(path))
 

@@ -5,6 +5,7 @@ Whatever fails on the way to the broker ends in a model of this process's own, u
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -173,12 +174,16 @@ def _worker(wanted: Wanted) -> Worker:
     broker = brokers.quick(wanted.address, brokers.DEADLINE_S).of(service)
     device = mm.vae_device() if wanted.kind == "vae" else mm.get_torch_device()
     is_on_gpu = device.type == "cuda"
+    if is_on_gpu:
+        # A GPU's rung is found with the first tensor there. Where it cannot be had, so is none.
+        with contextlib.suppress(LunaBrokerError):
+            broker.empty((1,), torch.uint8, device=device)
     where = f"GPU-{torch.cuda.get_device_properties(device).uuid}" if is_on_gpu else "cpu"
     rungs = {rung.device.lower(): rung.rung for rung in broker.session.rungs}
     lanes = [lane["device"] for lane in broker.status()["lanes"] if lane["service"] == service]
     return Worker(
         is_on_gpu=is_on_gpu,
-        rung=rungs.get(where.lower(), rungs.get("cpu")),
+        rung=rungs.get(where.lower()),
         broker_is_on_gpu=any(lane != "cpu" for lane in lanes),
         missing=compat.missing("attached"),
     )

@@ -39,6 +39,12 @@ def add_routes(routes: RouteTableDef) -> None:
         return web.json_response(await asked.ask(request.query.get("broker", "").strip()))
 
 
+def _unknown(address: str) -> dict[str, Any]:
+    message = f"no node of this ComfyUI has been given a broker at {address}"
+    remedy = "run a workflow with a loader that names it, or set $LUNA_BROKER"
+    return {"brokers": [], "error": {"kind": "Refused", "message": message, "remedy": remedy}}
+
+
 def look(address: str) -> dict[str, Any]:
     """What the brokers at an address do, under `brokers`; or `error`, with its `kind`, `message` and `remedy`."""
     try:
@@ -72,6 +78,9 @@ class Questions:
         self._answers: dict[str, asyncio.Future[dict[str, Any]]] = {}
 
     async def ask(self, address: str) -> dict[str, Any]:
+        # ComfyUI's server knows no users: whoever reaches it must not have this process connect to anything else.
+        if not brokers.is_known(address):
+            return _unknown(address)
         answer = self._answers.get(address)
         if answer is None:
             answer = asyncio.get_running_loop().run_in_executor(_THREADS, look, address)

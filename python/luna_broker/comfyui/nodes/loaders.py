@@ -68,6 +68,8 @@ class Loader:
     @classmethod
     def _wanted(cls, inputs: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
         """Names of files, and the other inputs as `loading` names them."""
+        # What comes from another node is not there yet when ComfyUI asks whether anything changed.
+        inputs = {name: value for name, value in inputs.items() if value is not None}
         names = [inputs[name] for name in cls.NAMES if inputs.get(name) not in (None, "", NONE)]
         asked = ("mode", "on_failure", "precision", "type")
         return names, {"address": inputs.get("broker", ""), **{key: inputs[key] for key in asked if key in inputs}}

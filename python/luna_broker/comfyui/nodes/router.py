@@ -6,7 +6,7 @@ import math
 from typing import Any, NamedTuple
 
 from luna_broker import ConfigurationError
-from luna_broker.comfyui import files, loading, notices
+from luna_broker.comfyui import brokers, files, loading, notices
 from luna_broker.comfyui.nodes.loaders import CATEGORY, CLIP_TYPES, NONE, PRECISION, choices
 from luna_broker.errors import refusal
 
@@ -73,6 +73,9 @@ class ModelRouter:
 
     @classmethod
     def IS_CHANGED(cls, node: str | None = None, **inputs: str) -> str | float:
+        if None in inputs.values():
+            # What comes from another node is not there yet.
+            return brokers.generation(inputs.get("broker") or "")
         try:
             parts = _parts(**inputs)
         except ConfigurationError:

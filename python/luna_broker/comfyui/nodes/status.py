@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from luna_broker.comfyui import notices, server
+from luna_broker.comfyui import brokers, notices, server
 from luna_broker.comfyui.nodes.loaders import BROKER, CATEGORY
 from luna_broker.comfyui.overview import as_text, summary
 
@@ -43,6 +43,7 @@ class BrokerStatus:
         return True
 
     def ask(self, node: str, broker: str = "", after: Any = None) -> dict[str, Any]:
+        brokers.name(broker)
         told = server.overviews(broker.strip())
         text = as_text(told)
         notices.tell(node, summary(told))
