@@ -23,6 +23,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_LISTED", {})
+
+
 class Models:
     """A broker that has these."""
 
@@ -102,3 +107,16 @@ def test_without_a_broker_choices_are_comfyuis(folder: Path, monkeypatch: pytest
     (folder / "own.safetensors").touch()
     monkeypatch.setenv("LUNA_BROKER", str(tmp_path / "nobody.sock"))
     assert files.choices("vae") == ["own.safetensors"]
+
+
+def test_a_broker_that_hangs_is_not_waited_for_again_for_each_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def hangs() -> Models:
+        asked.append("once")
+        raise luna_broker.Timeout("no answer")
+
+    monkeypatch.setattr(brokers, "quick", hangs)
+    for kind in ("vae", "unet", "clip", "checkpoint"):
+        assert files.choices(kind) == []
+    assert asked == ["once"]

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from luna_broker import LunaBrokerError, ModelNotFound
+from luna_broker import LunaBrokerError, ModelNotFound, Timeout
 from luna_broker.comfyui import brokers
 
 Answer = TypeVar("Answer")
+
+# How long a broker's list is not asked for again, and the list of one that hangs.
+LISTED_S = 3.0
+HANGS_S = 60.0
+_LISTED: dict[str, tuple[float, list[dict[str, Any]]]] = {}
 
 SAFE_ENDINGS = (".safetensors", ".sft")
 
@@ -55,10 +62,7 @@ def resolve(kind: str, name: str) -> Source:
 def choices(kind: str) -> list[str]:
     """Files in ComfyUI's folders for that kind, and behind them what else the default broker has. Raises nothing."""
     own = _listed(FOLDERS[kind])
-    try:
-        models = brokers.quick().models()
-    except LunaBrokerError:
-        models = []
+    models = _broker_models()
     known = {resolve(kind, name).path for name in own}
     offered: dict[str, set[str]] = {}
     for model in models:
@@ -67,6 +71,22 @@ def choices(kind: str) -> list[str]:
     # The broker lists each part of a file by itself, and a checkpoint has several.
     more = [name for name, parts in offered.items() if _fits(kind, parts) and not Path(name).is_absolute()]
     return own + sorted(set(more) - set(own))
+
+
+def _broker_models() -> list[dict[str, Any]]:
+    """What the default broker lists. A page asks for every node's inputs at once, on the thread that serves pages."""
+    until, known = _LISTED.get("default", (-math.inf, []))
+    if time.monotonic() < until:
+        return known
+    lasts_s = LISTED_S
+    try:
+        known = brokers.quick().models()
+    except Timeout:
+        known, lasts_s = [], HANGS_S
+    except LunaBrokerError:
+        known = []
+    _LISTED["default"] = (time.monotonic() + lasts_s, known)
+    return known
 
 
 def _fits(kind: str, parts: set[str]) -> bool:
