@@ -11,7 +11,7 @@ from typing import Any
 
 import comfy.sd
 import luna_broker
-from luna_broker import Client, ConnectionLost, ShuttingDown, Stale
+from luna_broker import Busy, Client, ConnectionLost, ShuttingDown, Stale, Timeout
 from torch import Tensor
 
 _LOG = logging.getLogger("luna_broker")
@@ -72,12 +72,13 @@ class AttachedVAE(comfy.sd.VAE):
 
     @contextlib.contextmanager
     def _turn(self, count: int) -> Iterator[None]:
-        """A permit of the broker's; none where there is no broker, as nobody is in the way then."""
+        """A permit of the broker's; none where there is no broker, or its lane is full: weights of its own, which this
+        worker would load instead, would take more than others working at the same time do."""
         with contextlib.ExitStack() as turn:
             if self.luna_client is not None:
                 try:
                     turn.enter_context(self.luna_client.permit("vae", bytes=count))
-                except (ConnectionLost, ShuttingDown, Stale) as error:
+                except (Busy, ConnectionLost, ShuttingDown, Stale, Timeout) as error:
                     _LOG.warning("luna-broker: the VAE works without a permit: %s", error)
             yield
             # What this call worked in is the next one's, which may be another worker's.

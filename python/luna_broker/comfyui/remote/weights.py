@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,6 +13,8 @@ from luna_broker import Client, Unsupported
 from luna_broker.comfyui.files import Source
 from luna_broker.comfyui.remote import refusals
 from torch import Tensor
+
+_LOG = logging.getLogger("luna_broker")
 
 Header = Mapping[str, tuple[str, Sequence[int]]]
 # From keys of a file to those of ComfyUI's module. It may split and turn tensors, and leaves what it is given.
@@ -62,6 +65,9 @@ class FileWeights:
             if source.path is None:
                 raise
         # No memory is shared with that broker, but the file is.
+        _LOG.warning(
+            "luna-broker: reads %s into this process, as patches want its weights and they are not shared", source.name
+        )
         return dict(comfy.utils.load_torch_file(source.path))
 
 
