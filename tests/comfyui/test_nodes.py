@@ -98,7 +98,10 @@ def test_gives_what_the_stock_node_gives(build: Build, side, loaders):
     side("remote").check(build, loaders("remote"))
 
 
-def test_status_says_what_the_broker_does(worker, broker):
+def test_status_says_what_the_broker_does(side, loaders, broker):
+    worker = side("remote").worker
+    # Who has only asked is in no list of sessions.
+    worker.run(clip(loaders("remote"))).ok()
     graph = Graph()
     graph.add("LunaBrokerStatus", broker=broker.address)
     text = worker.run(graph).ok().text
